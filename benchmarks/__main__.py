@@ -10,7 +10,22 @@ import structlog
 import typer
 from rich.console import Console
 
-from benchmarks import batch, bulk, chaos, day, engine, eta, flood, growth, limiter, makespan, neighbours, push, soak
+from benchmarks import (
+    batch,
+    bulk,
+    chaos,
+    day,
+    engine,
+    eta,
+    flood,
+    growth,
+    images,
+    limiter,
+    makespan,
+    neighbours,
+    push,
+    soak,
+)  # fmt: skip
 from benchmarks.report import Result
 from lab.ending import exit_on_signals, run
 
@@ -122,6 +137,13 @@ def push_command(as_json: Json = False) -> None:
     console = Console(stderr=True)
     result = run(push.measure(console))
     show_result(result, console, as_json, details=True)
+
+
+@app.command("images")
+def images_command(as_json: Json = False) -> None:
+    """Memory of a worker that gets hostile files, and processor time of photographs relative to Pillow alone."""
+    console = Console(stderr=True)
+    show_result(run(images.measure(console)), console, as_json, details=True)
 
 
 @app.command("chaos")

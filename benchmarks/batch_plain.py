@@ -13,7 +13,7 @@ from openai import OpenAI
 from PIL import Image
 
 from autotag.db import Question
-from autotag.images.prepare import data_url
+from autotag.images.sent import data_url
 from autotag.openai.prompt import batch_line, request_body
 from lab.machine import memory
 

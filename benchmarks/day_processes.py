@@ -21,9 +21,10 @@ from PIL import Image as Pillow
 
 from autotag.config import Settings, load_settings
 from autotag.db import Image
-from autotag.images.load import Images
+from autotag.images.load import Images, Prepared
 from autotag.observability.logs import configure_logs
 from autotag.openai.records import Completion
+from autotag.turns import Turns
 from autotag.worker.run import run_worker
 from benchmarks.engine import ANSWER, PICTURE
 from lab.openai_sim.app import Plan, Simulator
@@ -41,11 +42,11 @@ class LocalPictures(Images):
         super().__init__(**options)
         out = io.BytesIO()
         Pillow.new("RGB", (48, 48), (200, 30, 30)).save(out, "JPEG")
-        self._jpeg = out.getvalue()
+        self._prepared = Prepared(out.getvalue())
 
-    async def load(self, image: Image, largest_side: int) -> bytes:
-        del image, largest_side
-        return self._jpeg
+    async def load(self, image: Image, max_side: int, places: Turns | None = None) -> Prepared:
+        del image, max_side, places
+        return self._prepared
 
 
 class Provider(Simulator):

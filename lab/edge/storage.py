@@ -5,6 +5,7 @@ The rows are in ``storage.objects`` under row level security; the files are in a
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import re
@@ -25,6 +26,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from lab.edge.render import NOT_ENABLED, TRANSFORMS, NotRendered, render
 from lab.edge.session import as_caller
 from lab.edge.tokens import TokenError, bearer, sign, verify
 
@@ -70,6 +72,7 @@ class Storage:
             Route("/object/public/{bucket}/{path:path}", self._answer(self._get_public), methods=["GET"]),
             Route("/object/info/{bucket}/{path:path}", self._answer(self._info), methods=["GET"]),
             Route("/object/authenticated/{bucket}/{path:path}", self._answer(self._get_authenticated), methods=["GET"]),
+            Route("/render/image/authenticated/{bucket}/{path:path}", self._answer(self._render), methods=["GET"]),
             Route("/object/{bucket}", self._answer(self._remove), methods=["DELETE"]),
             Route("/object/{bucket}/{path:path}", self._answer(self._get), methods=["GET"]),
             Route("/object/{bucket}/{path:path}", self._answer(self._upload), methods=["POST", "PUT"]),
@@ -224,6 +227,19 @@ class Storage:
             claims = {"role": "service_role"}
         stored = await self._row(claims, bucket, path)
         return self._send(stored, stored["metadata"]["cacheControl"])
+
+    async def _render(self, request: Request) -> Response:
+        """A scaled image, by the project's image transformations. One that may not be seen seems not to exist."""
+        claims = self._claims(request)
+        bucket, path = request.path_params["bucket"], request.path_params["path"]
+        stored = await self._object(claims, bucket, path)
+        try:
+            if not (self._folder / TRANSFORMS).exists():
+                raise NotRendered("403", "FeatureNotEnabled", NOT_ENABLED)
+            data, kind = await asyncio.to_thread(render, self._file(stored["version"]), request.query_params)
+        except NotRendered as error:
+            raise StorageError(error.status, error.code, error.message, error.code) from None
+        return Response(data, media_type=kind, headers={"cache-control": stored["metadata"]["cacheControl"]})
 
     async def _get_public(self, request: Request) -> Response:
         bucket, path = request.path_params["bucket"], request.path_params["path"]

@@ -140,6 +140,8 @@ create table autotag.settings (
   model text not null default 'gpt-6-luna' check (length(model) between 1 and 100),  -- any model with vision
   -- low: 512 pixels a side; high: 2,048
   image_detail text not null default 'low' check (image_detail in ('low', 'high')),
+  -- Max pixels of the longer side of an image that is sent; null: by image_detail. More pixels show more detail and cost more tokens.
+  image_side integer check (image_side between 64 and 2500),
   max_tags integer not null default 10 check (max_tags between 1 and 50),  -- tags per image
   tag_language text not null default 'English',  -- the language of tags and caption, in plain words
   -- service tier of single calls; auto: not sent; flex: the batch price, but slower and sometimes refused
@@ -253,6 +255,7 @@ alter table autotag.models enable row level security;
 create table autotag.learned (
   model text not null,
   image_detail text not null,
+  image_side integer not null,           -- 0: by image_detail
   reasoning_effort text not null,        -- '': not sent
   max_tags integer not null,
   tag_language text not null,
@@ -261,7 +264,7 @@ create table autotag.learned (
   prompt jsonb not null default '{}',    -- {size: weight}
   output jsonb not null default '{}',
   learned_at timestamptz not null default '-infinity',
-  primary key (model, image_detail, reasoning_effort, max_tags, tag_language, brief_id)
+  primary key (model, image_detail, image_side, reasoning_effort, max_tags, tag_language, brief_id)
 ) with (fillfactor = 50);
 alter table autotag.learned enable row level security;
 
@@ -449,6 +452,7 @@ create table autotag.tasks (
   reserved_tokens integer,
   output_tokens integer,                -- the cap of the answer, as it was requested
   min_output_tokens integer,            -- lowest cap of the next try, after an answer was cut off
+  image_notes jsonb,                    -- what was done to the image in its batch's file (clean_image_notes); null: nothing
   retry_at timestamptz,                 -- back in its queue from then on; infinity: its outcome waits for the host (unstored)
   error_code text,
   error text,
@@ -731,7 +735,7 @@ create type autotag.answer as (
   reserved_at timestamptz,     -- single calls: settle() needs these two to correct the reservation
   reserved_tokens integer,
   output_tokens integer,       -- the cap of the answer, as it was requested
-  result jsonb,                -- {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}
+  result jsonb,                -- {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}, and image: clean_image_notes()
   error jsonb,                 -- {kind, code, message, retry, retry_after, origin, parameter}
   usage jsonb,                 -- as clean_usage() returns it; null: the provider gave no figures
   called boolean,              -- whether the call was sent
@@ -1284,7 +1288,7 @@ declare
 begin
   select * into v_settings from autotag.settings;
   return jsonb_build_object(
-    'model', p_model, 'image_detail', v_settings.image_detail,
+    'model', p_model, 'image_detail', v_settings.image_detail, 'image_side', v_settings.image_side,
     'max_tags', v_settings.max_tags, 'tag_language', v_settings.tag_language,
     'reasoning_effort', case when coalesce(m.sends_effort, true) then coalesce(p_effort, m.reasoning_effort) end,
     'service_tier', case when v_settings.service_tier <> 'auto' and coalesce(m.sends_tier, true) then v_settings.service_tier end,
@@ -1472,19 +1476,21 @@ begin
 end $$;
 
 -- First guess of a prompt's tokens: 300 for instructions and schema (measured with o200k and rounded up), plus a square image,
--- the most expensive shape. The worker sends 512 pixels a side for detail low and 2,048 for high. A model without a row counts
--- as the most expensive one (gpt-4o-mini).
+-- the most expensive shape. The worker sends image_side pixels a side, or 512 for detail low and 2,048 for high. A model without a row
+-- counts as the most expensive one (gpt-4o-mini).
 create or replace function autotag.guess_prompt(p_question jsonb) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   m autotag.models := autotag.find_model(p_question ->> 'model');
   v_low boolean := p_question ->> 'image_detail' = 'low';
+  v_side integer := coalesce((p_question ->> 'image_side')::integer, case when v_low then 512 else 2048 end);
 begin
   return 300 + case
-    when m.patch_tokens is not null then ceil(least(case when v_low then 256 else 4096 end, 1536) * m.patch_tokens)
-    -- the provider scales a square to 768 pixels a side: four tiles of 512
-    else coalesce(m.base_tokens, 2833) + case when v_low then 0 else 4 * coalesce(m.tile_tokens, 5667) end end;
+    when m.patch_tokens is not null then ceil(least(ceil(v_side / 32.0) ^ 2, 1536) * m.patch_tokens)
+    -- the provider scales a square to at most 768 pixels a side: up to four tiles of 512
+    else coalesce(m.base_tokens, 2833)
+      + case when v_low then 0 else ceil(least(v_side, 768) / 512.0) ^ 2 * coalesce(m.tile_tokens, 5667) end end;
 end $$;
 
 -- First guess of the tokens that an answer may need: 100, 30 per tag, and the reasoning. OpenAI publishes no figures for
@@ -1528,6 +1534,7 @@ begin
   select * into v_settings from autotag.settings;
   select * into v_learned from autotag.learned l
   where l.model = v_question ->> 'model' and l.image_detail = v_question ->> 'image_detail'
+    and l.image_side = coalesce((v_question ->> 'image_side')::integer, 0)
     and l.reasoning_effort = coalesce(v_question ->> 'reasoning_effort', '')
     and l.max_tags = (v_question ->> 'max_tags')::integer and l.tag_language = v_question ->> 'tag_language'
     and l.brief_id = coalesce(p_brief.id, 0);
@@ -1563,7 +1570,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_question jsonb := autotag.describe_question();
-  v_prompt_only text[] := array['max_tags', 'tag_language'];  -- they change only the prompt's text, so no provider refuses them
+  v_prompt_only text[] := array['max_tags', 'tag_language', 'image_side'];  -- they change no parameter, so no provider refuses them
 begin
   if v_question = p_provider.question then
     return p_provider;
@@ -1634,11 +1641,12 @@ begin
   set answers = l.answers + cardinality(p_inputs), learned_at = autotag.now(),
       prompt = autotag.decayed_histogram(l.prompt, p_inputs, v_memory), output = autotag.decayed_histogram(l.output, p_outputs, v_memory)
   where l.model = v_question ->> 'model' and l.image_detail = v_question ->> 'image_detail'
+    and l.image_side = coalesce((v_question ->> 'image_side')::integer, 0)
     and l.reasoning_effort = coalesce(v_question ->> 'reasoning_effort', '')
     and l.max_tags = (v_question ->> 'max_tags')::integer and l.tag_language = v_question ->> 'tag_language' and l.brief_id = coalesce(p_brief, 0);
   if not found then
-    insert into autotag.learned (model, image_detail, reasoning_effort, max_tags, tag_language, brief_id, answers, prompt, output, learned_at)
-    values (v_question ->> 'model', v_question ->> 'image_detail',
+    insert into autotag.learned (model, image_detail, image_side, reasoning_effort, max_tags, tag_language, brief_id, answers, prompt, output, learned_at)
+    values (v_question ->> 'model', v_question ->> 'image_detail', coalesce((v_question ->> 'image_side')::integer, 0),
       coalesce(v_question ->> 'reasoning_effort', ''), (v_question ->> 'max_tags')::integer,
       v_question ->> 'tag_language', coalesce(p_brief, 0), cardinality(p_inputs),
       autotag.decayed_histogram('{}', p_inputs, v_memory), autotag.decayed_histogram('{}', p_outputs, v_memory), autotag.now());
@@ -1716,6 +1724,7 @@ begin
     'current_answers', coalesce((
       select l.answers from autotag.learned l
       where l.brief_id = coalesce(v_brief.id, 0) and l.model = v_current.question ->> 'model' and l.image_detail = v_current.question ->> 'image_detail'
+        and l.image_side = coalesce((v_current.question ->> 'image_side')::integer, 0)
         and l.reasoning_effort = coalesce(v_current.question ->> 'reasoning_effort', '')
         and l.max_tags = (v_current.question ->> 'max_tags')::integer
         and l.tag_language = v_current.question ->> 'tag_language'), 0));
@@ -6577,9 +6586,29 @@ begin
   where b.id = p_batch;
   if p_state = 'preparing' then
     -- Errors that an earlier worker recorded while it built the file are void, because the images are prepared again.
-    update autotag.tasks t set error_code = null, error = null where t.batch_id = p_batch and t.error_code is not null;
+    update autotag.tasks t set error_code = null, error = null, image_notes = null
+    where t.batch_id = p_batch and (t.error_code is not null or t.image_notes is not null);
     perform autotag.broadcast_progress(v_batch.job_id);
   end if;
+end $$;
+
+-- Notes what the worker did to images of the file that it builds: [{task, image}], image as in clean_image_notes(). Whoever harvests
+-- the batch stores it with the answer. Locks: job, batch, tasks.
+create or replace function autotag.note_images(p_worker uuid, p_batch uuid, p_attempt integer, p_notes jsonb) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.check_list(p_notes);
+  perform autotag.lock_held_batch(p_worker, p_batch, p_attempt);
+  with noted as materialized (
+    select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
+      autotag.clean_image_notes(e -> 'image') as notes
+    from jsonb_array_elements(p_notes) e
+  ), locked as materialized (
+    select t.id from autotag.tasks t
+    where t.id = any (array(select n.task from noted n)) and t.batch_id = p_batch and t.finished_at is null order by t.id for update
+  )
+  update autotag.tasks t set image_notes = n.notes from noted n join locked l on l.id = n.task where t.id = l.id;
 end $$;
 
 -- OpenAI has created the batch. The worker releases it, and the next poll covers it. Then the worker calls show_batch().
@@ -7508,7 +7537,7 @@ begin
       select * from autotag.read_answers(p_answers, v_max_allowed.input)
     ), held as materialized (
       select t.id, t.attempt, t.job_id, t.asset_id, greatest(t.min_output_tokens, p_batch.output_tokens) as output_tokens,
-        t.error_code is not null as failed, t.batch_id, t.finished_at
+        t.error_code is not null as failed, t.image_notes, t.batch_id, t.finished_at
       from autotag.tasks t
       -- By id alone: the index of batches would lead to all of this batch's images, for every page of answers.
       where t.id = any (array(select r.task from reported r))
@@ -7519,7 +7548,8 @@ begin
         greatest(coalesce(4 * x.output_tokens + 4000, 100000), v_max_allowed.uncapped)) end,
       true, x.mark, x.asset_id, v_brief)::autotag.answer
     from (
-      select distinct on (h.id) h.*, case when v_brief is null then r.result else autotag.fit_result(r.result, r.fields, v_brief) end as result, r.error, r.usage, r.valid_usage, r.mark
+      select distinct on (h.id) h.*, case when v_brief is null then r.result else autotag.fit_result(r.result, r.fields, v_brief) end
+          || case when h.image_notes is null then '{}' else autotag.image_part(h.image_notes) end as result, r.error, r.usage, r.valid_usage, r.mark
       -- where an error is recorded already, only a result is accepted: another error must not count twice
       from reported r join held h on h.id = r.task and (not h.failed or r.result is not null)
       where h.batch_id = p_batch.id and h.finished_at is null
@@ -7631,8 +7661,37 @@ begin
     order by r.i);
 end $$;
 
+-- What a worker did to an image that its user may want to know, for example {truncated: 0.97}: at most 8 names, each with a number, a
+-- boolean, a text of 100 characters or a list of 8 numbers. Null: nothing.
+create or replace function autotag.clean_image_notes(p_notes jsonb) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_notes is null or jsonb_typeof(p_notes) <> 'object' then
+    return null;
+  end if;
+  return (
+    select jsonb_object_agg(x.name, x.note) from (
+      select n.name, case jsonb_typeof(n.note)
+        when 'string' then to_jsonb(nullif(autotag.printable(n.note #>> '{}', 100), ''))
+        when 'array' then case when jsonb_array_length(n.note) <= 8 and length(n.note::text) <= 200
+          and not exists (select from jsonb_array_elements(n.note) e where jsonb_typeof(e) <> 'number') then n.note end
+        when 'number' then case when length(n.note::text) <= 30 then n.note end
+        when 'boolean' then n.note end as note
+      from jsonb_each(p_notes) n (name, note) where n.name ~ '^[a-z][a-z0-9_]{0,29}$' order by n.name limit 8) x
+    where x.note is not null);
+end $$;
+
+-- The same as a part of a result: {image: …}, or nothing.
+create or replace function autotag.image_part(p_notes jsonb) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return jsonb_strip_nulls(jsonb_build_object('image', autotag.clean_image_notes(p_notes)));
+end $$;
+
 -- Reads answers as workers report them, in their order: [{task, attempt, result | error, usage, called, mark}]. result: as clean_result()
--- returns it; fields: as the worker gave them, for fit_result(). valid_usage: clean_usage() would return this usage unchanged, whatever the cap was: the answer has at most 4,000 tokens,
+-- returns it, with image: clean_image_notes(); fields: as the worker gave them, for fit_result(). valid_usage: clean_usage() would return this usage unchanged, whatever the cap was: the answer has at most 4,000 tokens,
 -- and the prompt at most p_input. error and another usage are as the worker gave them.
 create or replace function autotag.read_answers(p_answers jsonb, p_input integer)
 returns table (task bigint, attempt integer, result jsonb, fields jsonb, error jsonb, usage jsonb, valid_usage boolean, called boolean, mark uuid, place bigint)
@@ -7641,14 +7700,15 @@ as $$
 declare
   v_input jsonb := to_jsonb(p_input);
   v_canonical boolean[] := autotag.canonical_results(array(
-    select case when jsonb_typeof(e -> 'result') = 'object' then (e -> 'result') - 'fields' end from jsonb_array_elements(p_answers) e));
+    select case when jsonb_typeof(e -> 'result') = 'object' then (e -> 'result') - '{fields,image}'::text[] end from jsonb_array_elements(p_answers) e));
 begin
   return query
     -- in jsonb's sort order only numbers lie between two numbers
     select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end,
       case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end,
       case when not v_canonical[i] then autotag.clean_result(e -> 'result')
-        else (e -> 'result') - 'fields' end, e -> 'result' -> 'fields',
+        else (e -> 'result') - '{fields,image}'::text[] end
+        || case when e -> 'result' ? 'image' then autotag.image_part(e #> '{result,image}') else '{}' end, e -> 'result' -> 'fields',
       nullif(e -> 'error', 'null'), u.usage,
       coalesce(u.usage -> 'input' between '0' and v_input and u.usage -> 'output' between '0' and '4000'
         and u.usage -> 'cached' between '0' and v_input and u.usage -> 'cache_write' between '0' and v_input
@@ -10911,7 +10971,7 @@ grant execute on function
   autotag.register_worker, autotag.worker_settings, autotag.heartbeat, autotag.tick_if_due,
   autotag.release_worker, autotag.release_lost, autotag.claim, autotag.describe_tasks, autotag.describe_brief, autotag.report_unreadable, autotag.seal_uploads, autotag.report_stages, autotag.settle,
   autotag.list_unstored, autotag.pick_unstored, autotag.store_waiting, autotag.postpone_stores,
-  autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.batch_submitted, autotag.show_batch,
+  autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.note_images, autotag.batch_submitted, autotag.show_batch,
   autotag.report_batch_failure, autotag.report_poll_failure, autotag.files_deleted, autotag.provider_checked, autotag.record_poll, autotag.batch_answers, autotag.batch_finish,
   autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_test_broadcast, autotag.status, autotag.metrics
   to autotag_worker;

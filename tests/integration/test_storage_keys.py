@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from structlog.testing import capture_logs
 
 from autotag.errors import TaggingError
 from autotag.http.serve import serve
+from autotag.images.files import Download, Space
 from autotag.images.storage import Storage
 from lab.edge import tokens
 from lab.pictures import draw
@@ -104,14 +106,14 @@ async def test_a_key_that_expires_in_use_is_told_apart_at_once(library: Library)
     [(path, drawing)] = await library.upload_files(1)
     expires = time.time() + 3
     key = tokens.sign(stack.jwt_secret, "service_role", exp=int(expires))
-    async with Storage(stack.supabase_url, key, 1_000_000) as storage:
-        assert await storage.read("assets", path) == drawing.data
+    async with Storage(stack.supabase_url, key) as storage, Download(Space(10**6), 10**6) as download:
+        assert os.pread((await storage.read("assets", path, download)).descriptor, 10**6, 0) == drawing.data
         with pytest.raises(TaggingError) as caught:
-            await storage.read("assets", f"{workspace}/never-uploaded.jpg")
+            await storage.read("assets", f"{workspace}/never-uploaded.jpg", download)
         assert caught.value.code == "file_missing"
         await until(lambda: time.time() > expires, "the key to expire")
         with pytest.raises(TaggingError) as caught:
-            await storage.read("assets", path)
+            await storage.read("assets", path, download)
     assert (caught.value.kind, caught.value.code) == ("account", "storage_refused")
     assert '"exp" claim timestamp check failed' in caught.value.message
 

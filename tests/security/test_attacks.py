@@ -197,7 +197,7 @@ async def test_an_uploader(scene: Scene, tmp_path: Path) -> None:
     attempts = uploads.attempts()
     assert len(attempts) >= LEAST
     environment = stack.worker_environment() | {
-        "AUTOTAG_IMAGE_MAX_BYTES": str(uploader.BYTES_MOST), "AUTOTAG_IMAGE_MAX_PIXELS": str(uploader.PIXELS_MOST),
+        "AUTOTAG_IMAGE_MAX_BYTES": str(uploader.BYTES_MOST), "AUTOTAG_MEMORY": str(uploader.MEMORY),
         "AUTOTAG_IMAGE_HOSTS": uploader.HOSTS,
     }  # fmt: skip
     enqueue_all(scene, [asset for asset, _ in uploads.assets.values()])

@@ -34,6 +34,7 @@ DECISIONS = {
     "batch_images": "describes the images of a batch that it holds",
     "batch_split": "makes two of a batch that it holds and builds, none of them empty",
     "batch_step": "moves a batch that it holds, in the one order that there is",
+    "note_images": "says what was done to images of a batch that it holds, in few words",
     "batch_submitted": "lets go of a batch that it holds and creates",
     "report_batch_failure": "puts off a batch that it holds; trouble of the account stops everybody until somebody's probe works",
     "record_poll": "says what the provider says of batches in flight, when it was handed the look at them",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 
+import pytest
+
 from autotag.turns import Turns
 
 
@@ -69,3 +71,27 @@ async def test_whatever_is_cancelled_no_place_is_lost_and_none_is_given_twice() 
         async with asyncio.timeout(10):  # two places are free
             async with turns.place("d"), turns.place("e"):
                 pass
+
+
+async def test_by_time_slow_tasks_of_a_tenant_delay_the_others_by_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, order = 0.0, list[str]()
+    monkeypatch.setattr("autotag.turns.time.monotonic", lambda: now)
+    turns = Turns(1, by_time=True)
+
+    async def work(tenant: str, seconds: float) -> None:
+        nonlocal now
+        async with turns.place(tenant):
+            order.append(tenant)
+            await asyncio.sleep(0)
+            now += seconds
+
+    slow = [asyncio.create_task(work("slow", 2.0)) for _ in range(20)]
+    while len(order) < 5:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    quick = [asyncio.create_task(work("quick", 0.02)) for _ in range(50)]
+    await asyncio.sleep(0)
+    began = len(order)
+    await asyncio.gather(*quick)
+    last = len(order) - order[::-1].index("quick")
+    assert order[began:last].count("slow") <= 1, "fifty quick ones take as long as half a slow one"
+    await asyncio.gather(*slow)

@@ -23,6 +23,12 @@ from autotag.redact import remember, remember_connection
 #: Characters that are often pasted along with a key or URL: white space, quotes, and invisible characters.
 PASTED = string.whitespace + "\u00a0\u200b\ufeff" + "\"'`“”‘’"
 MIN_WEBHOOK_KEY = 16  # bytes; OpenAI's keys are longer
+MIN_MEMORY = 250  # MB beside the largest file
+#: Variables of earlier versions, and what to do instead.
+GONE = {
+    "AUTOTAG_IMAGE_MAX_PIXELS": "what is limited is not an image's pixels any more, but what decoding them takes; it "
+    "must fit into AUTOTAG_MEMORY. Remove the variable",
+}
 
 
 def read_secret(value: str) -> str:
@@ -102,7 +108,13 @@ class Settings(BaseSettings):
         frozenset(), description="hosts that image URLs may use, separated by commas"
     )
     image_max_bytes: int = Field(25_000_000, ge=1000, description="max size of an image file, in bytes")
-    image_max_pixels: int = Field(100_000_000, ge=1000, description="max size of an image, in pixels")
+    memory: int = Field(
+        512, ge=300, le=1_000_000,
+        description="MB of memory that the worker keeps itself within, with the processes that decode images",
+    )  # fmt: skip
+    storage_transform: bool = Field(
+        False, description="1: Storage scales the images, if the project's plan includes image transformations"
+    )
     call_timeout: float = Field(60, gt=0, description="timeout of one call to the AI provider, in seconds")
     stop_deadline: float = Field(25, ge=0, description="seconds that work in progress has to finish after SIGTERM")
     poll_interval: float = Field(5, gt=0, description="seconds between polls where LISTEN is impossible")
@@ -181,6 +193,20 @@ class Settings(BaseSettings):
             raise ValueError(problem)
         return self
 
+    @model_validator(mode="after")
+    def _check_memory(self) -> Self:
+        needed = MIN_MEMORY + self.image_max_bytes // 1_000_000
+        if self.memory < needed:
+            raise ValueError(
+                f"AUTOTAG_MEMORY ({self.memory} MB) is too small for files of AUTOTAG_IMAGE_MAX_BYTES "
+                f"({self.image_max_bytes:,}); set it to at least {needed}"
+            )
+        return self
+
+    def memory_bytes(self) -> int:
+        """`memory` in bytes."""
+        return self.memory * 1_000_000
+
     def secret_key(self) -> str | None:
         """The project's secret key as plain text; None if it is not set."""
         return self.supabase_secret_key.get_secret_value() if self.supabase_secret_key else None
@@ -245,6 +271,9 @@ def load_settings(kind: type[S] = Settings, **changes: Any) -> S:  # type: ignor
     Raises:
         SettingsError: a variable is missing or wrong. The message names the first one and its meaning.
     """
+    for name, instead in GONE.items():
+        if name in os.environ:
+            raise SettingsError(f"{name} is gone: {instead}.")
     try:
         return kind(**changes)
     except ValidationError as error:

@@ -6,9 +6,10 @@ The worker classifies an error (kind, code, origin). The database decides what f
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from autotag.db.messages import ErrorReport, Kind, Limits, Origin
+if TYPE_CHECKING:  # a decoding process imports this module, and must not import the database's client
+    from autotag.db.messages import ErrorReport, Kind, Limits, Origin
 
 
 class Consequence(NamedTuple):

@@ -3,38 +3,66 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+
+MAX_REMEMBERED = 1000  # tenants; more are remembered only while they have tasks
 
 
 class Turns:
     """A semaphore whose places go to the tenants in turn, however many of a tenant's tasks wait.
 
-    With a plain semaphore one image of a small upload would wait behind all images of a large one.
+    With a plain semaphore one image of a small upload would wait behind all images of a large one. The next place goes
+    to the tenant that has been served least: start-time fair queueing, as in ``autotag.claim``.
     """
 
-    def __init__(self, places: int) -> None:
+    def __init__(self, places: int, *, by_time: bool = False) -> None:
         """
         Args:
             places: how many tasks may have a place at the same time.
+            by_time: tenants share the time for which they have places, not the number of places. Then a tenant whose
+                tasks are slow delays the others' by one task, not by one task for each of theirs.
         """
         self._free = places
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # by tenant; the first one's turn is next
+        self._by_time = by_time
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        #: What each tenant was served: turns or seconds. One that begins anew begins at the clock.
+        self._served: dict[str, float] = {}
+        self._running: dict[str, list[float]] = {}  # times at which a tenant's tasks began
+        self._clock = 0.0
+
+    @property
+    def free(self) -> bool:
+        """Whether a place is free and nobody waits for it."""
+        return self._free > 0 and not self._waiting
 
     @asynccontextmanager
     async def place(self, tenant: str) -> AsyncIterator[None]:
         """Waits for a place, and has it for the body."""
         await self._take(tenant)
+        began = time.monotonic()
+        self._running.setdefault(tenant, []).append(began)
         try:
             yield
         finally:
+            self._end(tenant, began)
             self._free += 1
             self._give()
 
+    def _end(self, tenant: str, began: float) -> None:
+        self._running[tenant].remove(began)
+        if not self._running[tenant]:
+            del self._running[tenant]
+        if self._by_time:
+            self._served[tenant] += time.monotonic() - began
+
     async def _take(self, tenant: str) -> None:
-        if self._free and not self._waiting:
-            self._free -= 1
+        # who comes back was served meanwhile what the others were
+        self._served[tenant] = max(self._served.get(tenant, 0.0), self._clock)
+        if self.free:
+            self._start(tenant)
             return
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(tenant, deque()).append(turn)
@@ -47,14 +75,30 @@ class Turns:
                 self._give()
             raise
 
+    def _start(self, tenant: str) -> None:
+        self._free -= 1
+        self._clock = max(self._clock, self._share(tenant))
+        if not self._by_time:
+            self._served[tenant] += 1
+        if len(self._served) > MAX_REMEMBERED:
+            active = self._waiting.keys() | self._running.keys() | {tenant}
+            self._served = {t: served for t, served in self._served.items() if served > self._clock or t in active}
+
+    def _share(self, tenant: str) -> float:
+        """What the tenant was served, with its running tasks."""
+        running = self._running.get(tenant, ()) if self._by_time else ()
+        now = time.monotonic() if running else 0.0
+        return self._served[tenant] + sum(now - began for began in running)
+
     def _give(self) -> None:
-        """Gives free places to those who wait, one tenant after the other."""
+        """Gives free places to those who wait: to the tenant that was served least; of equals, to the one that has
+        waited longest."""
         while self._free and self._waiting:
-            tenant, turns = next(iter(self._waiting.items()))
-            del self._waiting[tenant]
+            tenant = min(self._waiting, key=self._share)
+            turns = self._waiting.pop(tenant)
             turn = turns.popleft()
+            if not turn.done():  # else its task was cancelled
+                self._start(tenant)
+                turn.set_result(None)
             if turns:
                 self._waiting[tenant] = turns  # behind the other tenants
-            if not turn.done():  # else its task was cancelled
-                self._free -= 1
-                turn.set_result(None)

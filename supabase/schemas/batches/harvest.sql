@@ -120,7 +120,7 @@ begin
       select * from autotag.read_answers(p_answers, v_max_allowed.input)
     ), held as materialized (
       select t.id, t.attempt, t.job_id, t.asset_id, greatest(t.min_output_tokens, p_batch.output_tokens) as output_tokens,
-        t.error_code is not null as failed, t.batch_id, t.finished_at
+        t.error_code is not null as failed, t.image_notes, t.batch_id, t.finished_at
       from autotag.tasks t
       -- By id alone: the index of batches would lead to all of this batch's images, for every page of answers.
       where t.id = any (array(select r.task from reported r))
@@ -131,7 +131,8 @@ begin
         greatest(coalesce(4 * x.output_tokens + 4000, 100000), v_max_allowed.uncapped)) end,
       true, x.mark, x.asset_id, v_brief)::autotag.answer
     from (
-      select distinct on (h.id) h.*, case when v_brief is null then r.result else autotag.fit_result(r.result, r.fields, v_brief) end as result, r.error, r.usage, r.valid_usage, r.mark
+      select distinct on (h.id) h.*, case when v_brief is null then r.result else autotag.fit_result(r.result, r.fields, v_brief) end
+          || case when h.image_notes is null then '{}' else autotag.image_part(h.image_notes) end as result, r.error, r.usage, r.valid_usage, r.mark
       -- where an error is recorded already, only a result is accepted: another error must not count twice
       from reported r join held h on h.id = r.task and (not h.failed or r.result is not null)
       where h.batch_id = p_batch.id and h.finished_at is null

@@ -85,9 +85,29 @@ begin
   where b.id = p_batch;
   if p_state = 'preparing' then
     -- Errors that an earlier worker recorded while it built the file are void, because the images are prepared again.
-    update autotag.tasks t set error_code = null, error = null where t.batch_id = p_batch and t.error_code is not null;
+    update autotag.tasks t set error_code = null, error = null, image_notes = null
+    where t.batch_id = p_batch and (t.error_code is not null or t.image_notes is not null);
     perform autotag.broadcast_progress(v_batch.job_id);
   end if;
+end $$;
+
+-- Notes what the worker did to images of the file that it builds: [{task, image}], image as in clean_image_notes(). Whoever harvests
+-- the batch stores it with the answer. Locks: job, batch, tasks.
+create or replace function autotag.note_images(p_worker uuid, p_batch uuid, p_attempt integer, p_notes jsonb) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform autotag.check_list(p_notes);
+  perform autotag.lock_held_batch(p_worker, p_batch, p_attempt);
+  with noted as materialized (
+    select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end as task,
+      autotag.clean_image_notes(e -> 'image') as notes
+    from jsonb_array_elements(p_notes) e
+  ), locked as materialized (
+    select t.id from autotag.tasks t
+    where t.id = any (array(select n.task from noted n)) and t.batch_id = p_batch and t.finished_at is null order by t.id for update
+  )
+  update autotag.tasks t set image_notes = n.notes from noted n join locked l on l.id = n.task where t.id = l.id;
 end $$;
 
 -- OpenAI has created the batch. The worker releases it, and the next poll covers it. Then the worker calls show_batch().

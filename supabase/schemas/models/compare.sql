@@ -59,6 +59,7 @@ begin
     'current_answers', coalesce((
       select l.answers from autotag.learned l
       where l.brief_id = coalesce(v_brief.id, 0) and l.model = v_current.question ->> 'model' and l.image_detail = v_current.question ->> 'image_detail'
+        and l.image_side = coalesce((v_current.question ->> 'image_side')::integer, 0)
         and l.reasoning_effort = coalesce(v_current.question ->> 'reasoning_effort', '')
         and l.max_tags = (v_current.question ->> 'max_tags')::integer
         and l.tag_language = v_current.question ->> 'tag_language'), 0));

@@ -43,19 +43,21 @@ begin
 end $$;
 
 -- First guess of a prompt's tokens: 300 for instructions and schema (measured with o200k and rounded up), plus a square image,
--- the most expensive shape. The worker sends 512 pixels a side for detail low and 2,048 for high. A model without a row counts
--- as the most expensive one (gpt-4o-mini).
+-- the most expensive shape. The worker sends image_side pixels a side, or 512 for detail low and 2,048 for high. A model without a row
+-- counts as the most expensive one (gpt-4o-mini).
 create or replace function autotag.guess_prompt(p_question jsonb) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   m autotag.models := autotag.find_model(p_question ->> 'model');
   v_low boolean := p_question ->> 'image_detail' = 'low';
+  v_side integer := coalesce((p_question ->> 'image_side')::integer, case when v_low then 512 else 2048 end);
 begin
   return 300 + case
-    when m.patch_tokens is not null then ceil(least(case when v_low then 256 else 4096 end, 1536) * m.patch_tokens)
-    -- the provider scales a square to 768 pixels a side: four tiles of 512
-    else coalesce(m.base_tokens, 2833) + case when v_low then 0 else 4 * coalesce(m.tile_tokens, 5667) end end;
+    when m.patch_tokens is not null then ceil(least(ceil(v_side / 32.0) ^ 2, 1536) * m.patch_tokens)
+    -- the provider scales a square to at most 768 pixels a side: up to four tiles of 512
+    else coalesce(m.base_tokens, 2833)
+      + case when v_low then 0 else ceil(least(v_side, 768) / 512.0) ^ 2 * coalesce(m.tile_tokens, 5667) end end;
 end $$;
 
 -- First guess of the tokens that an answer may need: 100, 30 per tag, and the reasoning. OpenAI publishes no figures for
@@ -99,6 +101,7 @@ begin
   select * into v_settings from autotag.settings;
   select * into v_learned from autotag.learned l
   where l.model = v_question ->> 'model' and l.image_detail = v_question ->> 'image_detail'
+    and l.image_side = coalesce((v_question ->> 'image_side')::integer, 0)
     and l.reasoning_effort = coalesce(v_question ->> 'reasoning_effort', '')
     and l.max_tags = (v_question ->> 'max_tags')::integer and l.tag_language = v_question ->> 'tag_language'
     and l.brief_id = coalesce(p_brief.id, 0);
@@ -134,7 +137,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_question jsonb := autotag.describe_question();
-  v_prompt_only text[] := array['max_tags', 'tag_language'];  -- they change only the prompt's text, so no provider refuses them
+  v_prompt_only text[] := array['max_tags', 'tag_language', 'image_side'];  -- they change no parameter, so no provider refuses them
 begin
   if v_question = p_provider.question then
     return p_provider;
@@ -205,11 +208,12 @@ begin
   set answers = l.answers + cardinality(p_inputs), learned_at = autotag.now(),
       prompt = autotag.decayed_histogram(l.prompt, p_inputs, v_memory), output = autotag.decayed_histogram(l.output, p_outputs, v_memory)
   where l.model = v_question ->> 'model' and l.image_detail = v_question ->> 'image_detail'
+    and l.image_side = coalesce((v_question ->> 'image_side')::integer, 0)
     and l.reasoning_effort = coalesce(v_question ->> 'reasoning_effort', '')
     and l.max_tags = (v_question ->> 'max_tags')::integer and l.tag_language = v_question ->> 'tag_language' and l.brief_id = coalesce(p_brief, 0);
   if not found then
-    insert into autotag.learned (model, image_detail, reasoning_effort, max_tags, tag_language, brief_id, answers, prompt, output, learned_at)
-    values (v_question ->> 'model', v_question ->> 'image_detail',
+    insert into autotag.learned (model, image_detail, image_side, reasoning_effort, max_tags, tag_language, brief_id, answers, prompt, output, learned_at)
+    values (v_question ->> 'model', v_question ->> 'image_detail', coalesce((v_question ->> 'image_side')::integer, 0),
       coalesce(v_question ->> 'reasoning_effort', ''), (v_question ->> 'max_tags')::integer,
       v_question ->> 'tag_language', coalesce(p_brief, 0), cardinality(p_inputs),
       autotag.decayed_histogram('{}', p_inputs, v_memory), autotag.decayed_histogram('{}', p_outputs, v_memory), autotag.now());

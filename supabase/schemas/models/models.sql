@@ -65,7 +65,7 @@ declare
 begin
   select * into v_settings from autotag.settings;
   return jsonb_build_object(
-    'model', p_model, 'image_detail', v_settings.image_detail,
+    'model', p_model, 'image_detail', v_settings.image_detail, 'image_side', v_settings.image_side,
     'max_tags', v_settings.max_tags, 'tag_language', v_settings.tag_language,
     'reasoning_effort', case when coalesce(m.sends_effort, true) then coalesce(p_effort, m.reasoning_effort) end,
     'service_tier', case when v_settings.service_tier <> 'auto' and coalesce(m.sends_tier, true) then v_settings.service_tier end,

@@ -66,8 +66,37 @@ begin
     order by r.i);
 end $$;
 
+-- What a worker did to an image that its user may want to know, for example {truncated: 0.97}: at most 8 names, each with a number, a
+-- boolean, a text of 100 characters or a list of 8 numbers. Null: nothing.
+create or replace function autotag.clean_image_notes(p_notes jsonb) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_notes is null or jsonb_typeof(p_notes) <> 'object' then
+    return null;
+  end if;
+  return (
+    select jsonb_object_agg(x.name, x.note) from (
+      select n.name, case jsonb_typeof(n.note)
+        when 'string' then to_jsonb(nullif(autotag.printable(n.note #>> '{}', 100), ''))
+        when 'array' then case when jsonb_array_length(n.note) <= 8 and length(n.note::text) <= 200
+          and not exists (select from jsonb_array_elements(n.note) e where jsonb_typeof(e) <> 'number') then n.note end
+        when 'number' then case when length(n.note::text) <= 30 then n.note end
+        when 'boolean' then n.note end as note
+      from jsonb_each(p_notes) n (name, note) where n.name ~ '^[a-z][a-z0-9_]{0,29}$' order by n.name limit 8) x
+    where x.note is not null);
+end $$;
+
+-- The same as a part of a result: {image: …}, or nothing.
+create or replace function autotag.image_part(p_notes jsonb) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return jsonb_strip_nulls(jsonb_build_object('image', autotag.clean_image_notes(p_notes)));
+end $$;
+
 -- Reads answers as workers report them, in their order: [{task, attempt, result | error, usage, called, mark}]. result: as clean_result()
--- returns it; fields: as the worker gave them, for fit_result(). valid_usage: clean_usage() would return this usage unchanged, whatever the cap was: the answer has at most 4,000 tokens,
+-- returns it, with image: clean_image_notes(); fields: as the worker gave them, for fit_result(). valid_usage: clean_usage() would return this usage unchanged, whatever the cap was: the answer has at most 4,000 tokens,
 -- and the prompt at most p_input. error and another usage are as the worker gave them.
 create or replace function autotag.read_answers(p_answers jsonb, p_input integer)
 returns table (task bigint, attempt integer, result jsonb, fields jsonb, error jsonb, usage jsonb, valid_usage boolean, called boolean, mark uuid, place bigint)
@@ -76,14 +105,15 @@ as $$
 declare
   v_input jsonb := to_jsonb(p_input);
   v_canonical boolean[] := autotag.canonical_results(array(
-    select case when jsonb_typeof(e -> 'result') = 'object' then (e -> 'result') - 'fields' end from jsonb_array_elements(p_answers) e));
+    select case when jsonb_typeof(e -> 'result') = 'object' then (e -> 'result') - '{fields,image}'::text[] end from jsonb_array_elements(p_answers) e));
 begin
   return query
     -- in jsonb's sort order only numbers lie between two numbers
     select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end,
       case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end,
       case when not v_canonical[i] then autotag.clean_result(e -> 'result')
-        else (e -> 'result') - 'fields' end, e -> 'result' -> 'fields',
+        else (e -> 'result') - '{fields,image}'::text[] end
+        || case when e -> 'result' ? 'image' then autotag.image_part(e #> '{result,image}') else '{}' end, e -> 'result' -> 'fields',
       nullif(e -> 'error', 'null'), u.usage,
       coalesce(u.usage -> 'input' between '0' and v_input and u.usage -> 'output' between '0' and '4000'
         and u.usage -> 'cached' between '0' and v_input and u.usage -> 'cache_write' between '0' and v_input

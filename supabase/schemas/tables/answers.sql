@@ -9,7 +9,7 @@ create type autotag.answer as (
   reserved_at timestamptz,     -- single calls: settle() needs these two to correct the reservation
   reserved_tokens integer,
   output_tokens integer,       -- the cap of the answer, as it was requested
-  result jsonb,                -- {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}
+  result jsonb,                -- {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}, and image: clean_image_notes()
   error jsonb,                 -- {kind, code, message, retry, retry_after, origin, parameter}
   usage jsonb,                 -- as clean_usage() returns it; null: the provider gave no figures
   called boolean,              -- whether the call was sent

@@ -89,6 +89,7 @@ create table autotag.tasks (
   reserved_tokens integer,
   output_tokens integer,                -- the cap of the answer, as it was requested
   min_output_tokens integer,            -- lowest cap of the next try, after an answer was cut off
+  image_notes jsonb,                    -- what was done to the image in its batch's file (clean_image_notes); null: nothing
   retry_at timestamptz,                 -- back in its queue from then on; infinity: its outcome waits for the host (unstored)
   error_code text,
   error text,

@@ -42,6 +42,7 @@ alter table autotag.models enable row level security;
 create table autotag.learned (
   model text not null,
   image_detail text not null,
+  image_side integer not null,           -- 0: by image_detail
   reasoning_effort text not null,        -- '': not sent
   max_tags integer not null,
   tag_language text not null,
@@ -50,6 +51,6 @@ create table autotag.learned (
   prompt jsonb not null default '{}',    -- {size: weight}
   output jsonb not null default '{}',
   learned_at timestamptz not null default '-infinity',
-  primary key (model, image_detail, reasoning_effort, max_tags, tag_language, brief_id)
+  primary key (model, image_detail, image_side, reasoning_effort, max_tags, tag_language, brief_id)
 ) with (fillfactor = 50);
 alter table autotag.learned enable row level security;

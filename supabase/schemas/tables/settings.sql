@@ -56,6 +56,8 @@ create table autotag.settings (
   model text not null default 'gpt-6-luna' check (length(model) between 1 and 100),  -- any model with vision
   -- low: 512 pixels a side; high: 2,048
   image_detail text not null default 'low' check (image_detail in ('low', 'high')),
+  -- Max pixels of the longer side of an image that is sent; null: by image_detail. More pixels show more detail and cost more tokens.
+  image_side integer check (image_side between 64 and 2500),
   max_tags integer not null default 10 check (max_tags between 1 and 50),  -- tags per image
   tag_language text not null default 'English',  -- the language of tags and caption, in plain words
   -- service tier of single calls; auto: not sent; flex: the batch price, but slower and sometimes refused

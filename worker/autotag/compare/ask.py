@@ -20,7 +20,7 @@ from autotag.db.messages import Brief, Limits, ObservedLimits, TagResult
 from autotag.db.operator_messages import Admission, ComparedImage, ComparisonReport, ModelQuestion
 from autotag.errors import TaggingError
 from autotag.images.load import Images
-from autotag.images.prepare import MAX_SIDE, data_url, prepare
+from autotag.images.sent import data_url, max_side
 from autotag.openai.answers import normalise_tags, read_completion, read_usage
 from autotag.openai.prompt import max_tags, may_be_empty, request_body
 from autotag.openai.provider import Provider
@@ -30,7 +30,6 @@ CONCURRENT_CALLS = 8
 MIN_WAIT = 0.05  # seconds between two requests for admission
 THUMBNAIL = 480  # pixels of a picture's longer side on the page
 MAX_STORED_TAGS = 1000  # of one image
-MAX_PIXELS = MAX_SIDE["high"] ** 2  # of a prepared picture
 
 #: Gets the number of images that are done, and what the next one waits for (None: nothing).
 OnProgress = Callable[[int, str | None], None]
@@ -168,9 +167,10 @@ class Comparison:
                 return
 
     async def _load(self, outcome: Outcome) -> bytes:
-        jpeg = await self._images.load(outcome.sample.image, MAX_SIDE[self.question["image_detail"]])
+        side = max_side(self.question["image_detail"], self.question["image_side"])
+        jpeg = (await self._images.load(outcome.sample.image, side)).jpeg
         if self._thumbnails:
-            outcome.thumbnail = await asyncio.to_thread(prepare, jpeg, THUMBNAIL, MAX_PIXELS)
+            outcome.thumbnail = await self._images.shrink(jpeg, THUMBNAIL)
         return jpeg
 
     async def _admit(self, question: ModelQuestion, cap: int | None) -> Admission | None:
@@ -250,7 +250,8 @@ async def open_comparison(
     """A comparison with the provider of the settings; the other arguments are those of `Comparison`."""
     images = Images(
         supabase_url=settings.supabase_url, supabase_key=settings.secret_key(), hosts=settings.image_hosts,
-        max_bytes=settings.image_max_bytes, max_pixels=settings.image_max_pixels,
+        max_bytes=settings.image_max_bytes, memory=settings.memory_bytes(),
+        transform=settings.storage_transform,
     )  # fmt: skip
     key = settings.openai_api_key.get_secret_value()
     async with Provider(key, settings.openai_base_url, settings.call_timeout) as provider, images:

@@ -12,7 +12,7 @@ from typing import Any
 
 from autotag.compare.ask import Outcome
 from autotag.compare.figures import Difference, basis, compare_tags, latency, model_name, price, share
-from autotag.images.prepare import data_url
+from autotag.images.sent import data_url
 
 STYLE = """
 :root { color-scheme: light dark; --ground: #f6f7f9; --card: #fff; --ink: #1a1f2b; --soft: #5b6475; --line: #dfe3ea;

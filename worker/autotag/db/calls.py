@@ -288,8 +288,7 @@ class Database:
             look_up=row["look_up"],
         )
 
-    # The calls of a batch raise `Busy` and `TooSlow`: a transaction holds its rows (cancel_tagging), or the host's are
-    # slow. `BatchSlots.retry` calls again.
+    # The calls of a batch raise `Busy` (its rows are held) and `TooSlow` (the host's); `BatchSlots.retry` calls again.
 
     async def batch_images(self, batch: Batch, after: int, limit: int) -> list[Image]:
         """The next images of a batch: at most ``limit``, with task ids greater than ``after``."""
@@ -301,6 +300,10 @@ class Database:
     async def batch_step(self, batch: Batch, state: str, input_file_id: str | None = None) -> None:
         """Records that the next step of submitting a batch starts."""
         await self._batch("select autotag.batch_step(%s, %s, %s, %s, %s) as result", batch, state, input_file_id)
+
+    async def note_images(self, batch: Batch, notes: list[dict[str, Any]]) -> None:
+        """Notes what was done to images of a batch's file, [{task, image}], until its answers are stored."""
+        await self._batch("select autotag.note_images(%s, %s, %s, %s) as result", batch, Jsonb(notes))
 
     async def batch_split(self, batch: Batch, last_task: int) -> None:
         """Moves the images after ``last_task``, which did not fit into the file, to another batch."""
@@ -318,8 +321,7 @@ class Database:
         await self._batch("select autotag.report_batch_failure(%s, %s, %s, %s) as result", batch, Jsonb(error))
 
     async def batch_answers(self, batch: Batch, answers: list[BatchAnswer], *, keep: bool = False) -> Settled:
-        """Stores answers of a batch; returns how many images have ended (not those that are retried). keep: as in
-        `settle`."""
+        """Stores answers of a batch; returns how many images have ended without a retry. keep: as in `settle`."""
         row = await self._batch(
             "select autotag.batch_answers(%s, %s, %s, %s, %s) as result", batch, Jsonb(answers), keep,
             within=KEEP_TIMEOUT if keep else STORE_TIMEOUT,
@@ -337,10 +339,7 @@ class Database:
 
     async def show_batch(self, batch: str, after: int, limit: int) -> int | None:
         """Shows the stage of a batch on its next images: at most ``limit``, with task ids greater than ``after``.
-        Returns the last one; None: there are no more. Not retried.
-
-        Raises:
-            Busy, TooSlow: the workspace's rows are held, or writing them takes too long.
+        Returns the last one; None: there are no more. Not retried: raises `Busy` and `TooSlow` (rows are held or slow).
         """
         row = await self._connections.call_once(
             "stages", "select autotag.show_batch(%s, %s, %s, %s) as last",
@@ -386,9 +385,8 @@ class Database:
 
     async def metrics(self) -> Metrics:
         """Counts and ages of the whole system. Not retried."""
-        return cast(
-            "Metrics", (await self._connections.call_once("other", "select autotag.metrics() as metrics"))["metrics"]
-        )
+        row = await self._connections.call_once("other", "select autotag.metrics() as metrics")
+        return cast("Metrics", row["metrics"])
 
     async def take_outbox(self, limit: int) -> list[Broadcast]:
         """Takes at most ``limit`` messages from the outbox."""

@@ -37,6 +37,7 @@ class Question:
         cap_parameter: the provider's parameter for the cap of an answer.
         answer_format: the type of ``response_format``. Without ``json_schema``, the instructions contain the schema.
         sends_detail: whether the parameter ``detail`` is sent.
+        image_side: max pixels of an image's longer side; None: by ``image_detail``.
     """
 
     version: int
@@ -49,6 +50,7 @@ class Question:
     cap_parameter: Literal["max_completion_tokens", "max_tokens", "none"] = "max_completion_tokens"
     answer_format: Literal["json_schema", "json_object", "text"] = "json_schema"
     sends_detail: bool = True
+    image_side: int | None = None
 
 
 class Field(TypedDict):
@@ -272,7 +274,8 @@ class TagResult(TypedDict):
     """The result of an answer (``autotag.clean_result``).
 
     tags: ordered by confidence. confidence: 0 to 1, by tag; missing for tags without one. caption: one sentence. model:
-    the model that answered. fields: by name, if the brief has some (``autotag.clean_fields``); None: unknown.
+    the model that answered. fields: by name, if the brief has some (``autotag.clean_fields``); None: unknown. image:
+    what was done to the image that its user may want to know (``autotag.clean_image_notes``).
     """
 
     tags: list[str]
@@ -280,6 +283,7 @@ class TagResult(TypedDict):
     caption: str
     model: str
     fields: NotRequired[dict[str, Value]]
+    image: NotRequired[dict[str, Any]]
 
 
 class Outcome(TypedDict):

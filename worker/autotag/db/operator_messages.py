@@ -64,6 +64,7 @@ class ModelStatus(TypedDict):
     cap_parameter: Literal["max_completion_tokens", "max_tokens", "none"]
     answer_format: Literal["json_schema", "json_object", "text"]
     sends_detail: bool
+    image_side: int | None
     prompt_tokens: int
     output_tokens: int
     cap: int
@@ -259,6 +260,7 @@ class ModelQuestion(TypedDict):
     cap_parameter: Literal["max_completion_tokens", "max_tokens", "none"]
     answer_format: Literal["json_schema", "json_object", "text"]
     sends_detail: bool
+    image_side: int | None
 
 
 class ComparisonPreview(TypedDict):

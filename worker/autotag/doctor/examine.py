@@ -24,6 +24,7 @@ from autotag.connection_string import how_to_reach
 from autotag.doctor import provider
 from autotag.doctor.findings import Finding, compare_clocks
 from autotag.errors import TaggingError
+from autotag.images.files import Download, Space
 from autotag.images.storage import Storage
 from autotag.operate.follow import read_payload
 from autotag.redact import safe_message
@@ -168,10 +169,14 @@ async def _storage(settings: DoctorSettings, sample: db.StoredFile | None) -> Fi
             "Set both (not needed when all images have URLs).",
         )  # fmt: skip
     try:
-        async with Storage(settings.supabase_url, key, settings.image_max_bytes, timeout=CONNECT_TIMEOUT) as storage:
+        most = settings.image_max_bytes
+        async with (
+            Storage(settings.supabase_url, key, timeout=CONNECT_TIMEOUT) as storage,
+            Download(Space(most), most) as download,
+        ):
             buckets = await storage.buckets()
             if sample:
-                await storage.read(sample["bucket"], sample["path"])
+                await storage.read(sample["bucket"], sample["path"], download)
     except TaggingError as error:
         if error.kind == "image" and sample:
             return _unreadable_sample(error, sample, buckets)

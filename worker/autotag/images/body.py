@@ -6,8 +6,11 @@ import zlib
 from collections.abc import AsyncIterator, Mapping
 from typing import Protocol
 
-from autotag.errors import image_error
+from autotag.errors import TaggingError, image_error
+from autotag.images.files import Download, ImageFile
 
+ENCODINGS = ("gzip", "x-gzip", "deflate")
+PIECE = 65_536  # bytes that are decompressed at a time
 GZIP_OR_ZLIB = 47  # zlib's wbits: max window (15), plus 32 to detect the header, gzip or zlib
 
 
@@ -25,18 +28,44 @@ class Response(Protocol):
     def aiter_raw(self) -> AsyncIterator[bytes]: ...
 
 
-async def read_body(response: Response, max_bytes: int) -> bytes:
-    """Reads an image file.
+async def receive(response: Response, download: Download) -> ImageFile:
+    """Reads an image file into memory outside of the worker's heap, and no further than its limit.
 
     Raises:
-        TaggingError: the file is larger than ``max_bytes``, or its content encoding is not supported.
+        TaggingError: the file is larger than is allowed, its content encoding is not supported, or the compressed data
+            is damaged.
     """
-    data = await read_up_to(response, max_bytes)
-    if len(data) > max_bytes:
-        raise image_error(
-            "file_too_large", f"The file is larger than {max_bytes / 1_000_000:g} MB, which is the limit."
-        )
-    return data
+    encoding = response.headers.get("content-encoding", "").strip().lower()
+    length = response.headers.get("content-length", "")
+    size = int(length) if length.isdecimal() else None
+    if encoding in ("", "identity"):
+        await download.begin(size)
+        async for chunk in response.aiter_bytes():
+            download.write(chunk)
+    elif encoding in ENCODINGS:
+        download.expect(size or 0)
+        await download.begin(None)
+        decoder = zlib.decompressobj(GZIP_OR_ZLIB)
+        async for chunk in response.aiter_raw():
+            _decompress_into(download, decoder, chunk)
+        if not decoder.eof:
+            raise _damaged()
+    else:
+        raise _unknown_encoding()
+    return download.finish()
+
+
+def _decompress_into(download: Download, decoder: zlib._Decompress, data: bytes) -> None:
+    """Decompresses piece by piece: httpx would decompress whole chunks, and 64 kB of gzip can become 64 MB."""
+    while not decoder.eof:
+        try:
+            part = decoder.decompress(data, PIECE)
+        except zlib.error:
+            raise _damaged() from None
+        download.write(part)
+        data = decoder.unconsumed_tail
+        if not data and len(part) < PIECE:
+            return
 
 
 async def read_up_to(response: Response, max_bytes: int) -> bytes:
@@ -48,24 +77,14 @@ async def read_up_to(response: Response, max_bytes: int) -> bytes:
     encoding = response.headers.get("content-encoding", "").strip().lower()
     if encoding in ("", "identity"):
         return await _read_first(response.aiter_bytes(), max_bytes)
-    if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise image_error("unsupported_format", "The image's host sends it in an encoding that is not accepted.")
-    return _decompress(await _read_first(response.aiter_raw(), max_bytes), max_bytes)
-
-
-def _decompress(data: bytes, max_bytes: int) -> bytes:
-    """Decompresses at most ``max_bytes + 1`` bytes. httpx would decompress whole chunks, and 64 kB of gzip can become
-    64 MB."""
-    if len(data) > max_bytes:
-        return data  # too large even before it is decompressed
+    if encoding not in ENCODINGS:
+        raise _unknown_encoding()
+    data = await _read_first(response.aiter_raw(), max_bytes)
     decoder = zlib.decompressobj(GZIP_OR_ZLIB)
     try:
-        decoded = decoder.decompress(data, max_bytes + 1)
+        return decoder.decompress(data, max_bytes + 1)
     except zlib.error:
-        decoded = b""
-    if not decoder.eof and len(decoded) <= max_bytes:
-        raise image_error("damaged_image", "The image file is damaged or incomplete.")
-    return decoded
+        raise _damaged() from None
 
 
 async def _read_first(parts: AsyncIterator[bytes], max_bytes: int) -> bytes:
@@ -76,3 +95,11 @@ async def _read_first(parts: AsyncIterator[bytes], max_bytes: int) -> bytes:
         if size > max_bytes:
             break
     return b"".join(chunks)
+
+
+def _damaged() -> TaggingError:
+    return image_error("damaged_image", "The image file is damaged or incomplete.")
+
+
+def _unknown_encoding() -> TaggingError:
+    return image_error("unsupported_format", "The image's host sends it in an encoding that is not accepted.")

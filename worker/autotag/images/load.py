@@ -5,21 +5,43 @@ The JPEG is sent inline, because the provider's own downloads of image URLs time
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
+from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 import httpx
 
 from autotag.db import Image
 from autotag.errors import TaggingError, image_error
-from autotag.images.prepare import prepare
+from autotag.images.children import Decoded
+from autotag.images.decode import Budget, Decoder
+from autotag.images.files import Download, ImageFile, Space
+from autotag.images.render import Renderer
 from autotag.images.storage import Storage, file_missing
 from autotag.images.urls import Urls
 from autotag.turns import Turns
 
-PREPARE_THREADS = 2
 UNREADABLE = "The image's row in the database cannot be read."
-FETCHES = 32  # max files in memory, each of up to AUTOTAG_IMAGE_MAX_BYTES
+FETCHES = 32  # max files that are downloaded or prepared
+#: Longer side ÷ shorter side of a scaled picture, from which on the file itself is read, because it has to be cropped.
+MAX_ASPECT = 8
+#: Why `Image.refused` fails an image. hidden_file: do not reveal whether the file exists.
+REFUSALS = {
+    "foreign_file": image_error("foreign_file", "The image's row names a file that does not belong to its workspace."),
+    "location_too_long": image_error("location_too_long", "The URL, path or bucket name of the image is too long."),
+    "filtered": image_error("filtered", "The image's row is one that is not to be tagged (the project's row filter)."),
+    "unreadable_row": image_error("unreadable_row", UNREADABLE),
+    "unreadable_now": TaggingError("transient", "unreadable_row", UNREADABLE),
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image as it is sent. notes: what was done to it that its user may want to know (`prepare.Prepared`)."""
+
+    jpeg: bytes
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 class Images:
@@ -32,7 +54,8 @@ class Images:
         supabase_key: str | None,
         hosts: frozenset[str],
         max_bytes: int,
-        max_pixels: int,
+        memory: int,
+        transform: bool = False,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """
@@ -41,58 +64,113 @@ class Images:
             supabase_key: the project's secret key; None: Storage is not used.
             hosts: hosts that image URLs may use.
             max_bytes: max size of a file.
-            max_pixels: max pixels of an image before it is scaled down.
+            memory: bytes that the worker keeps itself within.
+            transform: let Storage scale the images, where it can.
             transport: replaces the network for image URLs, in tests.
         """
-        self._max_pixels = max_pixels
-        self._threads = Turns(PREPARE_THREADS)
+        self._max_bytes = max_bytes
+        budget = Budget(memory, max_bytes)
+        self._decoder = Decoder(budget)
+        self._space = Space(budget.files)
         self._fetches = Turns(FETCHES)
-        self._urls = Urls(hosts, max_bytes, transport)
-        self._storage = Storage(supabase_url, supabase_key, max_bytes) if supabase_url and supabase_key else None
+        self._urls = Urls(hosts, transport)
+        self._storage = Storage(supabase_url, supabase_key) if supabase_url and supabase_key else None
+        self._renderer = Renderer(self._storage) if transform and self._storage else None
 
     async def __aenter__(self) -> Images:
+        await self._decoder.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._decoder.__aexit__(kind, error, trace)
         await self._urls.__aexit__(kind, error, trace)
         if self._storage is not None:
             await self._storage.__aexit__(kind, error, trace)
 
-    async def load(self, image: Image, max_side: int) -> bytes:
+    async def load(self, image: Image, max_side: int, places: Turns | None = None) -> Prepared:
         """Fetches an image and returns it as a JPEG with sides of at most ``max_side`` pixels.
+
+        Args:
+            image: where it is.
+            max_side: in pixels.
+            places: also takes one of these places while it fetches the image, but not while a heavy image waits.
 
         Raises:
             TaggingError: ``image``, ``transient``, or ``account`` (Storage's key or address is wrong).
         """
-        async with self._fetches.place(image.workspace):
-            if image.refused == "foreign_file":
-                raise image_error("foreign_file", "The image's row names a file that does not belong to its workspace.")
-            if image.refused == "location_too_long":
-                raise image_error("location_too_long", "The URL, path or bucket name of the image is too long.")
-            if image.refused == "filtered":
-                raise image_error(
-                    "filtered", "The image's row is one that is not to be tagged (the project's row filter)."
-                )
-            if image.refused == "unreadable_row":
-                raise image_error("unreadable_row", UNREADABLE)
-            if image.refused == "unreadable_now":
-                raise TaggingError("transient", "unreadable_row", UNREADABLE)
-            if image.refused is not None:  # hidden_file: do not reveal whether the file exists
-                raise file_missing()
-            if image.path is not None and image.bucket is not None:
-                data = await self._from_storage(image.bucket, image.path)
-            elif image.url is not None:
-                data = await self._urls.fetch(image.url)
-            else:
-                raise image_error("asset_missing", "The image was deleted.")
-            async with self._threads.place(image.workspace):
-                return await asyncio.to_thread(prepare, data, max_side, self._max_pixels)
+        if image.refused is not None:
+            raise _copy(REFUSALS[image.refused]) if image.refused in REFUSALS else file_missing()
+        tenant = image.workspace
+        async with contextlib.AsyncExitStack() as held:
+            if places is not None:
+                await held.enter_async_context(places.place(tenant))
+            await held.enter_async_context(self._fetches.place(tenant))
+            download = await held.enter_async_context(Download(self._space, self._max_bytes))
+            decoded = await self._scaled(image, max_side, download)
+            if decoded is None:
+                decoded = await self._decode_file(image, max_side, download, held)
+        return Prepared(decoded.jpeg, decoded.notes)
 
-    async def _from_storage(self, bucket: str, path: str) -> bytes:
-        if self._storage is None:
-            raise TaggingError(
-                "account", "no_storage", "SUPABASE_URL and SUPABASE_SECRET_KEY are not set, so Storage cannot be read."
-            )
-        return await self._storage.read(bucket, path)
+    async def _decode_file(
+        self, image: Image, side: int, download: Download, held: contextlib.AsyncExitStack
+    ) -> Decoded:
+        """Reads and decodes the image's file. held: the places and the download of this image."""
+        tenant = image.workspace
+        file = await self._fetch(image, download)
+        first = await self._decoder.decode(file, side, tenant)
+        if isinstance(first, Decoded):
+            return first
+        self._decoder.check(first)
+        if not self._decoder.heavy_free:
+            # While it waits it holds neither memory nor a place, so others pass it. Then it is read again.
+            await held.aclose()
+        async with self._decoder.heavy_place(tenant), Download(self._space, self._max_bytes) as again:
+            if download.is_clear:
+                file = await self._fetch(image, again)
+            return await self._decoder.decode_alone(file, side, tenant, first)
+
+    async def shrink(self, jpeg: bytes, side: int) -> bytes:
+        """A smaller one of a JPEG that `load` returned."""
+        async with Download(self._space, len(jpeg)) as download:
+            await download.begin(len(jpeg))
+            download.write(jpeg)
+            decoded = await self._decoder.decode(download.finish(), side, "")
+        if not isinstance(decoded, Decoded):
+            raise TaggingError("transient", "internal_error", "The image could not be prepared.")
+        return decoded.jpeg
+
+    async def _scaled(self, image: Image, side: int, download: Download) -> Decoded | None:
+        """The image as Storage scales it; None: the file itself has to be read."""
+        if self._renderer is None or image.path is None or image.bucket is None:
+            return None
+        file = await self._renderer.read(image.bucket, image.path, side, download)
+        if file is None:
+            return None
+        try:
+            decoded = await self._decoder.decode(file, side, image.workspace)
+        except TaggingError:
+            return None
+        if not isinstance(decoded, Decoded):
+            return None
+        if max(decoded.width, decoded.height) > MAX_ASPECT * min(decoded.width, decoded.height):
+            return None
+        return decoded
+
+    async def _fetch(self, image: Image, download: Download) -> ImageFile:
+        if image.path is not None and image.bucket is not None:
+            if self._storage is None:
+                raise TaggingError(
+                    "account", "no_storage",
+                    "SUPABASE_URL and SUPABASE_SECRET_KEY are not set, so Storage cannot be read.",
+                )  # fmt: skip
+            return await self._storage.read(image.bucket, image.path, download)
+        if image.url is not None:
+            return await self._urls.fetch(image.url, download)
+        raise image_error("asset_missing", "The image was deleted.")
+
+
+def _copy(error: TaggingError) -> TaggingError:
+    """A new exception each time, because many images raise it concurrently."""
+    return TaggingError(error.kind, error.code, error.message)

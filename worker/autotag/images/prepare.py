@@ -6,9 +6,14 @@ result is a new JPEG: upright, without metadata, first frame only.
 
 from __future__ import annotations
 
-import base64
 import io
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pillow_heif
 from PIL import Image as Pillow
@@ -18,40 +23,85 @@ from autotag.errors import TaggingError, image_error
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 JPEG_QUALITY = 85  # a 512 px image has 30–60 KB; higher quality makes no visible difference
-#: Max pixels of an image's longer side, by detail; the model scales larger images down (OpenAI's guide "Images and
-#: vision").
-MAX_SIDE = {"low": 512, "high": 2048}
 #: Max scans of a progressive JPEG. Encoders write about ten. A scan needs only a hundred bytes in the file, but its
 #: decoding visits every pixel.
 MAX_SCANS = 100
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 
 pillow_heif.register_heif_opener()
-Pillow.MAX_IMAGE_PIXELS = None  # prepare() checks its own limit before it decodes
+Pillow.MAX_IMAGE_PIXELS = None  # what counts is what decoding costs (`measure`)
 
 
-def prepare(data: bytes, max_side: int, max_pixels: int) -> bytes:
-    """Converts an image file to a JPEG with sides of at most ``max_side`` pixels.
+@dataclass(frozen=True)
+class Measured:
+    """What a file's headers say. cost: bytes that `prepare` allocates at its peak, at most."""
+
+    kind: str
+    width: int
+    height: int
+    cost: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image as the model gets it. notes: what was done to it that its user may want to know (`tagging_result`)."""
+
+    jpeg: bytes
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def measure(path: Path, side: int) -> Measured:
+    """Reads a file's headers.
+
+    Raises:
+        TaggingError: ``image``: the file is empty, not an image, damaged or of an unsupported format.
+    """
+    with _read_errors(path), Pillow.open(path, formats=FORMATS) as image:
+        width, height = image.size
+        pixel = 2 * len(image.getbands()) + 4 if image.mode != "1" else 2
+        scale = 1
+        if image.format == "JPEG":
+            while scale < 8 and min(width, height) // (2 * scale) >= side:
+                scale *= 2
+        cost = width * height * pixel // scale**2 + 4_000_000
+        if image.info.get("progressive"):
+            cost += width * height * 2 * len(image.getbands())  # the coefficients of the whole image
+        return Measured(image.format or "", width, height, cost)
+
+
+def prepare(path: Path, side: int, max_cost: int) -> Prepared:
+    """Converts an image file to a JPEG with sides of at most ``side`` pixels.
 
     Raises:
         TaggingError: ``image``: the file is empty, not an image, too large, damaged or of an unsupported format.
     """
-    if not data:
-        raise image_error("empty_file", "The file is empty.")
-    try:
-        image = Pillow.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        if width * height > max_pixels:
-            raise image_error(
-                "image_too_large",
-                f"The image has {width} × {height} pixels; at most {max_pixels // 1_000_000} million are accepted.",
-            )
-        if image.info.get("progressive") and _has_too_many_scans(data):
+    if measure(path, side).cost > max_cost:
+        raise image_error("image_too_large", "The image is too large.")
+    with _read_errors(path), Pillow.open(path, formats=FORMATS) as image:
+        if image.info.get("progressive") and _has_too_many_scans(path.read_bytes()):
             raise image_error(
                 "unsupported_format", f"The JPEG has more than {MAX_SCANS} scans; save it again with another program."
             )
-        return _encode(image, max_side)
+        return Prepared(_encode(image, side))
+
+
+def prepare_bytes(data: bytes, side: int, max_cost: int) -> bytes:
+    """`prepare` for a file in memory; returns the JPEG."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        return prepare(Path(file.name), side, max_cost).jpeg
+
+
+@contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    if not path.stat().st_size:
+        raise image_error("empty_file", "The file is empty.")
+    try:
+        yield
     except UnidentifiedImageError:
+        with path.open("rb") as file:
+            data = file.read(2000)
         if _looks_like_svg(data):
             raise image_error("unsupported_format", "SVG drawings cannot be tagged; upload a PNG or JPEG.") from None
         if _has_image_signature(data):
@@ -59,7 +109,7 @@ def prepare(data: bytes, max_side: int, max_pixels: int) -> bytes:
                 "unreadable_image", "The image file is damaged or of a kind that cannot be read."
             ) from None
         raise image_error("not_an_image", "The file is not an image.") from None
-    except TaggingError:
+    except (TaggingError, MemoryError):
         raise
     except Exception:  # noqa: BLE001
         # Decoders raise many exception types for broken files (OSError, SyntaxError, struct.error, …).
@@ -110,8 +160,3 @@ def _has_image_signature(data: bytes) -> bool:
     return data.startswith((b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")) or (
         data[:4] == b"RIFF" or data[4:8] == b"ftyp"
     )
-
-
-def data_url(jpeg: bytes) -> str:
-    """The JPEG as a data URL, as requests contain it."""
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()

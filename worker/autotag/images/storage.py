@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -29,7 +30,8 @@ import httpx2
 import structlog
 
 from autotag.errors import TaggingError, image_error
-from autotag.images.body import Response, read_body, read_up_to
+from autotag.images.body import Response, read_up_to, receive
+from autotag.images.files import Download, ImageFile
 from autotag.openai.http import HTTP_ERRORS, make_http
 from autotag.redact import redact
 from autotag.texts import clean_text, printable
@@ -43,6 +45,7 @@ MAX_REPLY_BYTES = 10_000_000  # bytes of a reply other than a file; a list of 1,
 MAX_BUCKET_WARNINGS = 100  # buckets in warnings; the names come from rows, so there may be any number of them
 MAX_REASON_LENGTH = 200  # characters of Storage's message that are kept
 
+URL_TOO_LONG = 414  # HTTP status; also of an address that is no URL
 SECRET, PUBLISHABLE = "service_role", ("anon", "authenticated")  # roles; row level security applies to PUBLISHABLE
 TRANSIENT_STATUSES = (408, 425, 429)  # besides 5xx
 REFUSALS = ("AccessDenied", "InvalidJWT", "Unauthorized", "Invalid JWT")  # the last two: older Storage releases
@@ -56,17 +59,15 @@ log = structlog.get_logger(__name__)
 class Storage:
     """Reads files of one project with one key."""
 
-    def __init__(self, url: str, key: str, max_bytes: int, *, timeout: float = FETCH_TIMEOUT) -> None:
+    def __init__(self, url: str, key: str, *, timeout: float = FETCH_TIMEOUT) -> None:
         """
         Args:
             url: the project's URL.
             key: the project's secret key.
-            max_bytes: max size of a file.
             timeout: seconds to connect, and max seconds between two reads.
         """
         self._url = f"{url}/storage/v1"
         self._role = key_role(key)
-        self._max_bytes = max_bytes
         headers = {"apikey": key, "Authorization": f"Bearer {key}", "Accept-Encoding": "identity"}
         self._http = make_http(CONNECTIONS, timeout=timeout, headers=headers, follow_redirects=False)
         self._key_check = asyncio.Lock()
@@ -83,21 +84,38 @@ class Storage:
     ) -> None:
         await self._http.aclose()
 
-    async def read(self, bucket: str, path: str) -> bytes:
+    async def read(self, bucket: str, path: str, download: Download) -> ImageFile:
         """Reads a file.
 
         Raises:
-            TaggingError: ``image`` if the key works and the file or its bucket is missing; ``account`` if the key or
-                the address is wrong; otherwise ``transient``.
+            TaggingError: ``image`` if the key works and the file or its bucket is missing, or if the file is too large;
+                ``account`` if the key or the address is wrong; otherwise ``transient``.
         """
-        if not _stays_inside(bucket, path):
-            raise file_missing()
-        location = f"/object/authenticated/{quote(bucket, safe='')}/{quote(path)}"
-        reply = await self._get(location, self._max_bytes)
-        if isinstance(reply, bytes):
+        location = f"/object/authenticated/{object_path(bucket, path)}"
+        reply = await self.fetch(location, download)
+        if isinstance(reply, ImageFile):
             self._last_read = location
             return reply
         raise await self._classify(bucket, reply)
+
+    async def fetch(
+        self, location: str, download: Download, *, wanted: Callable[[Response], bool] = lambda response: True
+    ) -> ImageFile | Reply:
+        """Requests a path of Storage's API; returns the body of a 200, otherwise the error reply.
+
+        Args:
+            location: the path.
+            download: gets the body.
+            wanted: whether to read the body of a 200; otherwise the reply has status 200.
+
+        Raises:
+            TaggingError: ``transient`` if there is no reply; ``image`` if the body is too large.
+        """
+        async with self._request(location) as response:
+            if response.status_code == 200 and wanted(response):
+                return await receive(response, download)
+            unread = response.status_code == 200
+            return read_reply(response, b"" if unread else await read_up_to(response, MAX_REPLY_BYTES))
 
     async def buckets(self) -> frozenset[str]:
         """Lists the project's buckets, which proves that the key works. Cached for `KEY_CHECK_VALID` seconds.
@@ -140,35 +158,47 @@ class Storage:
         if self._role in PUBLISHABLE:
             return _refused("it is not the secret key, so row level security hides the files from it")
         try:
-            reply = await self._get("/bucket", MAX_REPLY_BYTES)
+            reply = await self._get("/bucket")
             if isinstance(reply, Reply):
                 return _general_error(reply) or _no_storage(f"status {reply.status}")
             buckets = frozenset(str(bucket["id"]) for bucket in json.loads(reply))
             if not buckets and self._role != SECRET and not await self._can_read_last():
                 return _refused("it has access to no bucket and no file")
         except TaggingError as error:
-            return error if error.kind == "transient" else _no_storage("its reply is too large")
+            return _no_storage("status 414") if error.status == URL_TOO_LONG else error
         except (ValueError, TypeError, KeyError):
             return _no_storage("its reply is not a list of buckets")
         return buckets
 
     async def _can_read_last(self) -> bool:
         """Whether the file that was read last can still be read. False proves nothing: it may have been deleted."""
-        return self._last_read is not None and isinstance(await self._get(self._last_read, self._max_bytes), bytes)
+        return self._last_read is not None and await self._answers(self._last_read)
 
-    async def _get(self, location: str, max_bytes: int) -> bytes | Reply:
+    async def _answers(self, location: str) -> bool:
+        async with self._request(location) as response:
+            return response.status_code == 200
+
+    async def _get(self, location: str) -> bytes | Reply:
         """Requests a path of Storage's API; returns the body of a 200, otherwise the error reply.
 
         Raises:
-            TaggingError: ``transient`` if there is no reply; ``image`` if the body is larger than ``max_bytes``.
+            TaggingError: ``transient`` if there is no reply.
         """
+        async with self._request(location) as response:
+            body = await read_up_to(response, MAX_REPLY_BYTES)
+            return body if response.status_code == 200 else read_reply(response, body)
+
+    @contextlib.asynccontextmanager
+    async def _request(self, location: str) -> AsyncIterator[httpx2.Response]:
+        """A reply whose body is not read yet. What the caller does not read is not downloaded: the connection is
+        closed."""
         try:
             async with self._http.stream("GET", self._url + location) as response:
-                if response.status_code == 200:
-                    return await read_body(response, max_bytes)
-                return read_reply(response, await read_up_to(response, MAX_REPLY_BYTES))
+                yield response
         except httpx2.InvalidURL:  # the URL is too long, or SUPABASE_URL is not a URL
-            return Reply(414, "", "", False, None)
+            raise TaggingError(
+                "transient", "storage_error", "Storage answered with an error (414).", status=URL_TOO_LONG
+            ) from None
         except HTTP_ERRORS:
             raise TaggingError("transient", "storage_error", "Storage cannot be reached.") from None
 
@@ -236,6 +266,17 @@ def key_role(key: str) -> str | None:
     except (ValueError, TypeError, KeyError):
         return None
     return role if isinstance(role, str) else None
+
+
+def object_path(bucket: str, path: str) -> str:
+    """A file's place in URLs.
+
+    Raises:
+        TaggingError: there can be no such file.
+    """
+    if not _stays_inside(bucket, path):
+        raise file_missing()
+    return f"{quote(bucket, safe='')}/{quote(path)}"
 
 
 def _stays_inside(bucket: str, path: str) -> bool:

@@ -12,7 +12,8 @@ import httpx
 
 from autotag.errors import TaggingError, image_error
 from autotag.images.addresses import GuardedBackend, invalid_url
-from autotag.images.body import read_body
+from autotag.images.body import receive
+from autotag.images.files import Download, ImageFile
 from autotag.texts import printable
 
 FETCH_TIMEOUT = 30.0  # seconds to connect, and max seconds between two reads
@@ -23,17 +24,13 @@ REDIRECTS = 3
 class Urls:
     """Fetches images by their URLs."""
 
-    def __init__(
-        self, hosts: frozenset[str], max_bytes: int, transport: httpx.AsyncBaseTransport | None = None
-    ) -> None:
+    def __init__(self, hosts: frozenset[str], transport: httpx.AsyncBaseTransport | None = None) -> None:
         """
         Args:
             hosts: allowed hosts.
-            max_bytes: max size of an image file.
             transport: replaces the network, in tests.
         """
         self._hosts = hosts
-        self._max_bytes = max_bytes
         if transport is None:
             transport = httpx.AsyncHTTPTransport()
             transport._pool = httpcore.AsyncConnectionPool(
@@ -54,7 +51,7 @@ class Urls:
     ) -> None:
         await self._http.aclose()
 
-    async def fetch(self, url: str) -> bytes:
+    async def fetch(self, url: str, download: Download) -> ImageFile:
         """Fetches an image file.
 
         Raises:
@@ -62,11 +59,11 @@ class Urls:
         """
         try:
             async with asyncio.timeout(MAX_FETCH_SECONDS):
-                return await self._follow(url)
+                return await self._follow(url, download)
         except TimeoutError:
             raise TaggingError("transient", "fetch_failed", "The image's host took too long.") from None
 
-    async def _follow(self, url: str) -> bytes:
+    async def _follow(self, url: str, download: Download) -> ImageFile:
         for _ in range(REDIRECTS + 1):
             self._check(url)
             try:
@@ -74,7 +71,7 @@ class Urls:
                     if response.is_redirect and "location" in response.headers:
                         url = urljoin(url, response.headers["location"])
                         continue
-                    return await self._read(response)
+                    return await self._read(response, download)
             except (httpx.InvalidURL, ValueError):  # from parsing a URL or a redirect; includes UnicodeError (IDNA)
                 raise invalid_url() from None
             except httpx.HTTPError as error:
@@ -101,10 +98,10 @@ class Urls:
         if host not in self._hosts:
             raise image_error("url_refused", f"Images from the host {printable(host, 100)} are not allowed here.")
 
-    async def _read(self, response: httpx.Response) -> bytes:
+    async def _read(self, response: httpx.Response, download: Download) -> ImageFile:
         status = response.status_code
         if status in (408, 429) or status >= 500:
             raise TaggingError("transient", "fetch_failed", f"The image's host answered with an error ({status}).")
         if status != 200:
             raise image_error("file_missing", f"The image's address answered with status {status}.")
-        return await read_body(response, self._max_bytes)
+        return await receive(response, download)

@@ -19,6 +19,7 @@ from autotag.db import CALL_ERRORS, Database, VersionsDiffer, can_listen, listen
 from autotag.http import webhook
 from autotag.http.health import Health, make_app
 from autotag.http.serve import serve
+from autotag.images.children import hide_from_children
 from autotag.images.load import Images
 from autotag.observability.metrics import SystemMetrics
 from autotag.openai.provider import Provider, fingerprint
@@ -55,6 +56,7 @@ async def run_worker(settings: Settings) -> None:
         OSError: a port cannot be opened.
         VersionsDiffer: the schema has another version.
     """
+    hide_from_children()
     wake = Wake()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -148,7 +150,8 @@ class _ConnectedWorker:
                 supabase_key=settings.secret_key(),
                 hosts=settings.image_hosts,
                 max_bytes=settings.image_max_bytes,
-                max_pixels=settings.image_max_pixels,
+                memory=settings.memory_bytes(),
+                transform=settings.storage_transform,
             ) as images,
             self._web(provider, health),
             asyncio.TaskGroup() as background,

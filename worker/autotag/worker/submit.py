@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from typing import IO
+from typing import IO, Any
 
 import structlog
 
@@ -15,7 +15,7 @@ from autotag.db import Batch, Database, DatabaseSettings, Image, NotHeld, Questi
 from autotag.db.messages import BatchAnswer, Brief
 from autotag.errors import TaggingError
 from autotag.images.load import Images
-from autotag.images.prepare import MAX_SIDE, data_url
+from autotag.images.sent import data_url, max_side
 from autotag.openai.prompt import batch_line, custom_id, request_body
 from autotag.openai.provider import Provider
 from autotag.openai.records import ProviderBatch
@@ -129,7 +129,8 @@ class Submitter:
         brief = await self._db.briefs.get(batch.brief)
         lines, last = 0, 0
         while page := await self._page(batch, last):
-            results = await asyncio.gather(*(self._line(image, settings.question, brief) for image in page))
+            notes: list[dict[str, Any]] = []
+            results = await asyncio.gather(*(self._line(image, settings.question, brief, notes) for image in page))
             failed: list[BatchAnswer] = [
                 {"task": image.task, "error": line.as_json()}
                 for image, line in zip(page, results, strict=True)
@@ -137,6 +138,8 @@ class Submitter:
             ]
             if failed:
                 await self._report(batch, failed)
+            if notes:
+                await self._note(batch, notes)
             for image, line in zip(page, results, strict=True):
                 if isinstance(line, TaggingError):
                     continue
@@ -155,15 +158,22 @@ class Submitter:
     async def _report(self, batch: Batch, failed: list[BatchAnswer]) -> None:
         await self._slots.retry(lambda: store_answers(self._db, batch, failed))
 
+    async def _note(self, batch: Batch, notes: list[dict[str, Any]]) -> None:
+        await self._slots.retry(lambda: self._db.note_images(batch, notes))
+
     async def _split(self, batch: Batch, last: int) -> None:
         await self._slots.retry(lambda: self._db.batch_split(batch, last))
 
-    async def _line(self, image: Image, question: Question, brief: Brief | None) -> bytes | TaggingError:
-        async with self._fetches.place(image.workspace):
-            try:
-                jpeg = await self._images.load(image, MAX_SIDE[question.image_detail])
-            except TaggingError as error:
-                if error.kind == "account":
-                    raise
-                return error
-            return batch_line(custom_id(image), request_body(question, data_url(jpeg), image.cap, brief))
+    async def _line(
+        self, image: Image, question: Question, brief: Brief | None, notes: list[dict[str, Any]]
+    ) -> bytes | TaggingError:
+        try:
+            side = max_side(question.image_detail, question.image_side)
+            prepared = await self._images.load(image, side, self._fetches)
+        except TaggingError as error:
+            if error.kind == "account":
+                raise
+            return error
+        if prepared.notes:
+            notes.append({"task": image.task, "image": prepared.notes})
+        return batch_line(custom_id(image), request_body(question, data_url(prepared.jpeg), image.cap, brief))

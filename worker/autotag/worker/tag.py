@@ -11,7 +11,7 @@ from autotag.db.briefs import Briefs
 from autotag.db.messages import Outcome
 from autotag.errors import TaggingError
 from autotag.images.load import Images
-from autotag.images.prepare import MAX_SIDE, data_url
+from autotag.images.sent import data_url, max_side
 from autotag.observability import traces
 from autotag.observability.metrics import SECONDS, timed
 from autotag.openai.answers import read_completion, read_usage
@@ -65,9 +65,9 @@ class Tagger:
         try:
             brief = await self._briefs.get(image.brief)
             with timed(SECONDS, "fetched"), traces.step("fetch"):
-                jpeg = await self._images.load(image, MAX_SIDE[question.image_detail])
+                prepared = await self._images.load(image, max_side(question.image_detail, question.image_side))
             self._stages.reach(image, "processing")
-            body = request_body(question, data_url(jpeg), image.cap, brief)
+            body = request_body(question, data_url(prepared.jpeg), image.cap, brief)
             sent, outcome["called"] = time.monotonic(), True
             self._observations.count_sent()
             with timed(SECONDS, "called"), traces.step("call"):
@@ -78,6 +78,8 @@ class Tagger:
                 completion.body, max_tags(question, brief), brief.fields if brief else (),
                 may_be_empty=may_be_empty(brief),
             )  # fmt: skip
+            if prepared.notes:
+                outcome["result"]["image"] = prepared.notes
         except TaggingError as error:
             outcome["error"] = error.as_json()
             if error.kind == "rate_limit" and error.origin == "provider":

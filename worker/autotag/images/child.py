@@ -1,0 +1,158 @@
+"""The processes that decode images: ``python -m autotag.images.child PARENT CONTROL``.
+
+Image files come from strangers, and decoders have bugs. So no file is decoded in the worker, which has the project's
+keys. The worker starts one *nursery*, this program, with an empty environment and no file but a socket. It imports the
+decoders, and forks a child for each order of the worker; so a new child costs 3 ms and few megabytes. A child gets
+files as descriptors over its own socket, and answers with bytes; `children` is the worker's side.
+
+Neither process can get more rights, write files, open many, or outlive the worker. A child has limits for memory and
+processor time, too. The worker watches both, and kills the child that exceeds them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+HEADER = struct.Struct("!II")  # lengths of the JSON and of the bytes after it
+MAX_REQUEST = 1000  # bytes of a request's JSON
+NICENESS = 5  # lower priority than the worker, which also serves other images
+OPEN_FILES = 64
+
+#: From linux/prctl.h.
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+
+
+def main() -> None:
+    """Runs the nursery until the worker ends."""
+    parent, control = int(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))
+    _restrict(parent)
+    os.nice(NICENESS)
+    _warm_up()
+    gc.collect()
+    gc.freeze()  # the collector would write to pages that are shared with the children
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, MAX_REQUEST, 1)
+        if not message:
+            return
+        order: dict[str, Any] = json.loads(message)
+        if "reap" in order:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(order["reap"], 0)
+            control.sendall(b"{}\n")
+            continue
+        [descriptor] = descriptors
+        nursery = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            _become_child(nursery, socket.socket(fileno=descriptor), order)
+        os.close(descriptor)
+        control.sendall(json.dumps({"pid": pid}).encode() + b"\n")
+
+
+def _restrict(parent: int) -> None:
+    """Takes from this process what it does not need.
+
+    SIGTERM and SIGINT are the worker's: a service manager sends them to all its processes, and the worker still
+    decodes images while it stops.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    _die_with(parent)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
+
+
+def _die_with(parent: int) -> None:
+    """Ends this process when its parent ends, also if that is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
+
+
+def _warm_up() -> None:
+    """Imports the decoders, and what they import at their first image."""
+    import io
+
+    from PIL import Image
+
+    importlib.import_module("autotag.images.prepare")
+    Image.init()
+    Image.new("RGB", (8, 8)).save(io.BytesIO(), "JPEG")
+
+
+def _become_child(nursery: int, line: socket.socket, order: dict[str, Any]) -> NoReturn:
+    """The child's life: answers requests until the worker closes the line."""
+    code = 1
+    try:
+        _die_with(nursery)
+        seconds, data = int(order["cpu"]), used_memory("self") + int(order["data"])
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        resource.setrlimit(resource.RLIMIT_DATA, (data, data))
+        while (request := _receive(line)) is not None:
+            answer, image = _answer(*request)
+            text = json.dumps(answer).encode()
+            line.sendall(HEADER.pack(len(text), len(image)) + text + image)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def used_memory(process: int | str) -> int:
+    """Bytes of a process that RLIMIT_DATA counts; 0 where the system does not say."""
+    try:
+        with open(f"/proc/{process}/statm", "rb") as file:
+            return int(file.read().split()[5]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def _receive(line: socket.socket) -> tuple[int, dict[str, Any]] | None:
+    """The next request and the descriptor of its file; None: the worker has closed the line."""
+    message, descriptors, _, _ = socket.recv_fds(line, MAX_REQUEST, 1)
+    if not message:
+        return None
+    return descriptors[0], json.loads(message)
+
+
+def _answer(descriptor: int, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """Prepares an image, if that costs no more than the request allows; otherwise only says what it costs."""
+    from autotag.errors import TaggingError
+    from autotag.images.prepare import measure, prepare
+
+    try:
+        path, side, max_cost = Path(f"/dev/fd/{descriptor}"), int(request["side"]), int(request["max_cost"])
+        measured = measure(path, side)
+        about = {"width": measured.width, "height": measured.height, "cost": measured.cost}
+        if measured.cost > max_cost:
+            return about, b""
+        prepared = prepare(path, side, max_cost)
+        return about | {"notes": prepared.notes}, prepared.jpeg
+    except TaggingError as error:
+        return {"code": error.code, "message": error.message}, b""
+    except MemoryError:
+        return {"memory": True}, b""
+    except Exception as error:  # noqa: BLE001 (a bug, which the worker logs)
+        return {"bug": f"{type(error).__name__}: {error}"[:500]}, b""
+    finally:
+        os.close(descriptor)
+
+
+if __name__ == "__main__":
+    main()

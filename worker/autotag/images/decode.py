@@ -1,0 +1,222 @@
+"""Decodes images in processes of their own, within the worker's memory.
+
+There are two lanes. In the *common lane*, two children decode ordinary images, which take milliseconds; tenants share
+them by time. An image that costs more memory than a child of this lane may use, takes longer than `COMMON_CPU`, or ends
+its child, goes to the *heavy lane*: one image at a time, in a new child of its own, in the place of one of the two. So
+ordinary images pass heavy ones, and a worker never decodes two heavy images at the same time.
+
+A file that ends its child a second time fails as ``image_too_expensive``. The second try follows at once, in this
+process: as no file can end the worker, there is nothing that the database would have to remember.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+from collections.abc import AsyncIterator
+
+import structlog
+
+from autotag.errors import TaggingError, image_error
+from autotag.images.children import NURSERY, Child, ChildDied, Costly, Decoded
+from autotag.images.files import ImageFile
+from autotag.turns import Turns
+
+CHILDREN = 2  # processes that decode at the same time
+COMMON_CPU, COMMON_WALL = 2.0, 20.0  # seconds of processor time, and of time; a photo takes milliseconds
+HEAVY_CPU, HEAVY_WALL = 20.0, 120.0
+TRIES = 2  # how often a file may end its child
+MAX_IMAGES = 500  # per child; then it is replaced
+MAX_GROWTH = 24_000_000  # bytes that a child may keep of earlier images; then it is replaced
+
+#: Bytes of a worker that decodes nothing, with its calls in flight; of the nursery; and of an idle child. Measured by
+#: ``./scripts/bench images``.
+WORKER_IDLE, NURSERY_IDLE, CHILD_IDLE = 140_000_000, 25_000_000, 12_000_000
+FILES = 64_000_000  # bytes of the files that are downloaded or prepared at the same time, if no single one is larger
+COMMON_COST = 64_000_000  # bytes that an image of the common lane may cost, if the worker has enough memory
+MIN_COMMON_COST = 16_000_000  # a photo of two megapixels as a PNG
+
+ROOM_PATIENCE = 60.0  # seconds that a heavy image waits for memory that calls in flight use
+ROOM_INTERVAL = 0.2  # seconds between two looks
+
+log = structlog.get_logger(__name__)
+
+
+class Budget:
+    """How a worker's memory is divided.
+
+    Attributes:
+        files: bytes for image files.
+        common: bytes that an image of the common lane may cost.
+        heavy: bytes that any image may cost.
+    """
+
+    def __init__(self, memory: int, max_bytes: int) -> None:
+        """
+        Args:
+            memory: bytes of the worker and its children.
+            max_bytes: max size of a file.
+        """
+        self.memory = memory
+        self.files = max(FILES, max_bytes)
+        self._idle = NURSERY_IDLE + CHILDREN * CHILD_IDLE
+        left = memory - max(WORKER_IDLE, own_memory()) - self._idle - self.files
+        self.common = min(COMMON_COST, max(MIN_COMMON_COST, left // CHILDREN))
+        self.heavy = max(self.common, left - self.common)
+
+    @property
+    def room(self) -> int:
+        """Bytes that a heavy image may cost now, while one child of the common lane goes on."""
+        return self.memory - own_memory() - self._idle - self.files - self.common
+
+
+def own_memory() -> int:
+    """Bytes of this process in memory; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+class Decoder:
+    """Decodes the images of one worker."""
+
+    def __init__(self, budget: Budget) -> None:
+        """
+        Args:
+            budget: the worker's memory.
+        """
+        self._budget = budget
+        self._places = Turns(CHILDREN, by_time=True)
+        self._heavy = Turns(1, by_time=True)
+        self._idle: list[Child] = []
+
+    async def __aenter__(self) -> Decoder:
+        NURSERY.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        while self._idle:
+            await self._idle.pop().close()
+
+    async def decode(self, file: ImageFile, side: int, tenant: str) -> Decoded | Costly | None:
+        """Decodes an image in the common lane, unless it costs too much for it. None: it ended its child.
+
+        Raises:
+            TaggingError: ``image``: the file is not an image that can be tagged.
+        """
+        async with self._places.place(tenant):
+            child = await self._child()
+            try:
+                decoded = await child.decode(file, side, cpu=COMMON_CPU, wall=COMMON_WALL)
+            except ChildDied as died:
+                log.warning("image_child_ended", workspace=tenant, reason=died.reason, tries=1)
+                await child.close()
+                return None
+            except TaggingError:
+                await self._return(child)
+                raise
+            except BaseException:  # cancelled: its answer would be taken for the next image's
+                await child.close()
+                raise
+            await self._return(child)
+            return decoded
+
+    def check(self, decoded: Costly | None) -> None:
+        """Refuses an image that can never be decoded.
+
+        Raises:
+            TaggingError: ``image_too_large``.
+        """
+        if decoded is not None and decoded.cost > self._budget.heavy:
+            raise image_error(
+                "image_too_large",
+                f"The image has {decoded.width} × {decoded.height} pixels. Decoding it takes {_mb(decoded.cost)} of "
+                f"memory, and {_mb(self._budget.heavy)} are allowed. Upload a smaller version of it, or raise "
+                "AUTOTAG_MEMORY.",
+            )
+
+    @property
+    def heavy_free(self) -> bool:
+        """Whether a heavy image need not wait."""
+        return self._heavy.free
+
+    @contextlib.asynccontextmanager
+    async def heavy_place(self, tenant: str) -> AsyncIterator[None]:
+        """Waits for the heavy lane, and has it for the body."""
+        async with self._heavy.place(tenant):
+            yield
+
+    async def decode_alone(self, file: ImageFile, side: int, tenant: str, first: Costly | None) -> Decoded:
+        """Decodes an image in the heavy lane, whose place the caller has.
+
+        Args:
+            file: the image's file.
+            side: max pixels of its longer side.
+            tenant: its workspace.
+            first: the answer of the common lane.
+
+        Raises:
+            TaggingError: ``image``: as above, or ``image_too_expensive``; ``transient``: there is no memory now.
+        """
+        cost = self._budget.common if first is None else first.cost
+        async with self._places.place(tenant):
+            while len(self._idle) >= CHILDREN:
+                await self._idle.pop().close()  # this one takes its place and its memory
+            for tries in range(1 if first else 2, TRIES + 1):
+                await self._wait_for_room(cost)
+                try:
+                    return await self._in_new_child(file, side, max(cost, self._budget.common))
+                except ChildDied as died:
+                    log.warning("image_child_ended", workspace=tenant, reason=died.reason, tries=tries)
+        raise image_error(
+            "image_too_expensive",
+            "Decoding this image takes too much time or memory. Save it again with another program, or upload a "
+            "smaller version of it.",
+        )
+
+    async def _in_new_child(self, file: ImageFile, side: int, cost: int) -> Decoded:
+        child = await Child.start(cost)
+        try:
+            decoded = await child.decode(file, side, cpu=HEAVY_CPU, wall=HEAVY_WALL)
+        finally:
+            await child.close()
+        if isinstance(decoded, Costly):
+            raise ChildDied("it costs more than its headers said before")
+        return decoded
+
+    async def _wait_for_room(self, cost: int) -> None:
+        try:
+            async with asyncio.timeout(ROOM_PATIENCE):
+                while cost > self._budget.room:  # noqa: ASYNC110 (nobody tells when memory becomes free)
+                    await asyncio.sleep(ROOM_INTERVAL)
+        except TimeoutError:
+            raise TaggingError(
+                "transient", "no_memory", "The worker has no memory for this image now (AUTOTAG_MEMORY)."
+            ) from None
+
+    async def _child(self) -> Child:
+        """An idle child, or a new one.
+
+        Raises:
+            TaggingError: ``transient``: none can be started.
+        """
+        if self._idle:
+            return self._idle.pop()
+        try:
+            return await Child.start(self._budget.common)
+        except (ChildDied, OSError) as error:
+            log.error("image_child_not_started", error=str(error))
+            raise TaggingError("transient", "internal_error", "The image could not be prepared.") from None
+
+    async def _return(self, child: Child) -> None:
+        if child.broken or child.images >= MAX_IMAGES or child.grown > MAX_GROWTH:
+            await child.close()
+        else:
+            self._idle.append(child)
+
+
+def _mb(size: int) -> str:
+    return f"{max(1, round(size / 1_000_000)):,} MB"
