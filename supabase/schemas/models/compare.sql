@@ -142,7 +142,8 @@ begin
   end if;
   update autotag.provider_limits
   set requests_left = v_provider.requests_left - 1, tokens_left = v_provider.tokens_left - v_reserved,
-      day_left = v_provider.day_left - 1, refilled_at = v_now;
+      day_left = v_provider.day_left - 1, refilled_at = v_now
+  where id;
   return jsonb_build_object('admitted', true, 'reserved', v_reserved, 'reserved_at', v_window.at, 'cap', v_cap);
 end $$;
 

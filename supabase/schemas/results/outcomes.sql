@@ -282,7 +282,8 @@ begin
       select x.key, x.value from jsonb_each(v_new || p_provider.refusals) x
       where (x.value ->> 'at')::timestamptz >= p_provider.question_since
         and coalesce((x.value ->> 'at')::timestamptz > v_success, true)
-      order by x.value ->> 'at' desc limit 20) r), '{}');   -- the names are a worker's words
+      order by x.value ->> 'at' desc limit 20) r), '{}')   -- the names are a worker's words
+  where p.id;
 end $$;
 
 -- The prompt and answer tokens of answers to the present question, for learn(). p_asked_at: as in reclassify_errors().
