@@ -207,7 +207,9 @@ begin
   end if;
   case v_error ->> 'kind'
     when 'rate_limit' then
-      return jsonb_build_object('next', 'again');  -- admit_comparison() returns when
+      -- admit_comparison() returns when, except for a host of images
+      return jsonb_build_object('next', 'again',
+        'wait', case when v_error ->> 'origin' = 'host' then (v_error ->> 'retry_after')::double precision end);
     when 'account' then
       return jsonb_build_object('next', 'stop', 'message', autotag.explain_account(v_error, p_question ->> 'model'));
     when 'transient' then

@@ -93,6 +93,7 @@ class Images:
     async def _from_storage(self, bucket: str, path: str) -> bytes:
         if self._storage is None:
             raise TaggingError(
-                "account", "no_storage", "SUPABASE_URL and SUPABASE_SECRET_KEY are not set, so Storage cannot be read."
-            )
+                "account", "no_storage", "SUPABASE_URL and SUPABASE_SECRET_KEY are not set, so Storage cannot be read.",
+                origin="storage",
+            )  # fmt: skip
         return await self._storage.read(bucket, path)
