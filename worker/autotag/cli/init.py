@@ -15,6 +15,7 @@ from autotag.cli.errors import LOCAL_DATABASE, explain_install_errors
 from autotag.cli.questions import answerer, ask_spending_limit, on_terminal, say_examples, say_index, show_host
 from autotag.install.host import Choices, describe
 from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, project_folder, write_migrations
+from autotag.install.origin import push_command
 from autotag.install.preview import show_examples
 from autotag.install.survey import Survey, plan_spending_limit, survey
 from autotag.install.tag_index import offer_index
@@ -48,7 +49,8 @@ def init(
     It writes the answers into the migration host_adapter.
 
     Run it again at any time: it never overwrites a file. Afterwards run
-    supabase db push, which applies the migrations.
+    supabase db push, which applies the migrations: to the local stack, or with
+    --remote to the linked project.
     """
     interactive = on_terminal() and not (yes or as_json)
     url = options.read_database_url(database_url)
@@ -71,7 +73,7 @@ def init(
             "tag_index": asdict(index),
         })  # fmt: skip
     else:
-        _show_files(files, found.facts.applied)
+        _show_files(files, found.facts.applied, push_command(url))
         say_index(index)
 
 
@@ -84,7 +86,7 @@ def _show_survey(found: Survey, host: Mapping[str, str], examples: Sequence[Mapp
         say_examples(examples, found.notes)
 
 
-def _show_files(files: Mapping[str, str], applied: Sequence[str] | Mapping[str, str]) -> None:
+def _show_files(files: Mapping[str, str], applied: Sequence[str] | Mapping[str, str], push: str) -> None:
     """Prints what happened to each file, and the next step."""
     for name, state in files.items():
         say(f"  {name}  {STATES[state]}")
@@ -92,6 +94,6 @@ def _show_files(files: Mapping[str, str], applied: Sequence[str] | Mapping[str, 
         say("No limit on spending: autotag init --spending-limit 20 limits every workspace to $20 a month.")
     if "written" in files.values():
         adapter = next(name for name in files if name.endswith(f"{HOST_ADAPTER}.sql"))
-        say(f"Next: read {adapter}, then run: supabase db push")
+        say(f"Next: read {adapter}, then run: {push}")
     else:
         say("Nothing to write: all migrations are there.")

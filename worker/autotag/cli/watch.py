@@ -55,8 +55,8 @@ def watch(workspace: PrivateTopic = None, as_json: Json = False) -> None:
         elif what == "lost":
             say(f"{datetime.now():%H:%M:%S}  The connection to Realtime was lost; reconnecting …")
         else:
-            say(f"{datetime.now():%H:%M:%S}  The connection is back after {seconds:.0f} s. Messages of that time are lost;"
-                " autotag status shows what has happened.")  # fmt: skip
+            say(f"{datetime.now():%H:%M:%S}  The connection is back after {seconds:.0f} s. Messages of that time are"
+                " lost; autotag status shows what has happened.")  # fmt: skip
         sys.stdout.flush()
 
     logging.getLogger("realtime").setLevel(logging.CRITICAL)  # it logs every try

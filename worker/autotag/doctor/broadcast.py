@@ -84,8 +84,8 @@ def _refused(refusal: Exception) -> Finding:
     if PRIVATE_ONLY in reason:
         return Finding(
             CHECK, "ok",
-            "Not tried: this project allows private topics only (Realtime settings). Clients listen to their workspace's"
-            " topic; the public batch-updates reaches nobody.",
+            "Not tried: this project allows private topics only (Realtime settings). Clients listen to their"
+            " workspace's topic; the public batch-updates reaches nobody.",
         )  # fmt: skip
     return Finding(CHECK, "error", f"Realtime refused a topic: {printable(redact(reason), MAX_REASON)}.", SETTINGS)
 
@@ -97,6 +97,8 @@ def _unreachable(error: Exception) -> Finding:
         return Finding(CHECK, "error", f"Realtime refused the key ({status}).",
                        "Set SUPABASE_SECRET_KEY to the project's secret key (Project Settings, API Keys).")  # fmt: skip
     if status is not None:
-        return Finding(CHECK, "error", f"Realtime answered with an error ({status}).",
-                       "Check SUPABASE_URL and whether the project is paused, then run autotag doctor again.")  # fmt: skip
+        return Finding(
+            CHECK, "error", f"Realtime answered with an error ({status}).",
+            "Check SUPABASE_URL and whether the project is paused, then run autotag doctor again.",
+        )  # fmt: skip
     return Finding(CHECK, "error", f"Realtime cannot be reached: {type(error).__name__}.", "Check SUPABASE_URL.")

@@ -20,7 +20,7 @@ from autotag.redact import safe_message
 from autotag.texts import name_some
 
 CONNECT_TIMEOUT = 10  # seconds
-APPLY_MIGRATIONS = "supabase db push   (or: autotag migrate)"
+APPLY_MIGRATIONS = "autotag migrate   (or: supabase db push, with --remote for the linked project)"
 STORAGE_FIXES = {
     "storage_refused": "Set SUPABASE_SECRET_KEY to the project's secret key (Project Settings, API Keys).",
     "no_storage": "Set SUPABASE_URL to the project's URL (https://<ref>.supabase.co).",

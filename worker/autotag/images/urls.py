@@ -1,7 +1,7 @@
 """Fetches images by URL: from allowed hosts with public addresses only, and with few redirects.
 
-A retry downloads the whole image again. An ``If-None-Match`` would save nothing: a worker keeps no file between two tries,
-and the next try may be another worker's.
+A retry downloads the whole image again. An ``If-None-Match`` would save nothing: a worker keeps no file between two
+tries, and the next try may be another worker's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from autotag.texts import printable
 FETCH_TIMEOUT = 30.0  # seconds to connect, and max seconds between two reads
 MAX_FETCH_SECONDS = 120.0  # total time of one image; otherwise a host that sends slowly could occupy a slot endlessly
 REDIRECTS = 5
-#: Image CDNs choose the format by this header. It names the cheap formats only: whoever names AVIF or JPEG XL gets them.
+#: Image CDNs choose the format by this header. It names cheap formats only: who names AVIF or JPEG XL gets them.
 ACCEPT = "image/jpeg,image/png,image/webp;q=0.9,image/gif;q=0.8,image/*;q=0.5,*/*;q=0.1"
 #: Hosts ask for an address in it, and some (Wikimedia) refuse clients without one.
 USER_AGENT = f"autotag/{autotag.__version__} (+https://pypi.org/project/supabase-autotag/)"

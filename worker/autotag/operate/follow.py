@@ -137,7 +137,7 @@ async def _connected(
         except _Refused:
             raise
         except Exception as error:  # noqa: BLE001
-            # The client passes on every exception of its websocket library. Some contain the URL, which contains the key.
+            # The client passes on every exception of its websocket library. Some contain the URL, and so the key.
             raise _unreachable(error) from None
         yield ended
     finally:
@@ -152,9 +152,7 @@ def _unreachable(error: Exception) -> _Unreachable:
     return _Unreachable(f"Realtime cannot be reached ({safe_message(error)}); check SUPABASE_URL.")
 
 
-async def _join(
-    client: AsyncRealtimeClient, topic: str, on_message: OnMessage, ended: asyncio.Future[None]
-) -> None:
+async def _join(client: AsyncRealtimeClient, topic: str, on_message: OnMessage, ended: asyncio.Future[None]) -> None:
     """Joins a topic.
 
     Raises:
