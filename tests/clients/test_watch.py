@@ -42,14 +42,12 @@ def member(stack: Stack) -> Member:
 def tries(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The delays before each try, which take no time."""
     delays: list[float] = []
-    really_sleep = asyncio.sleep
 
-    async def sleep(seconds: float) -> None:
+    async def pause(seconds: float) -> None:
         delays.append(seconds)
-        await really_sleep(0.01)
+        await asyncio.sleep(0.01)
 
-    monkeypatch.setattr(following.asyncio, "sleep", sleep)
-    monkeypatch.setattr(following, "FIRST_DELAY", 1.0)
+    monkeypatch.setattr(following, "pause", pause)
     return delays
 
 

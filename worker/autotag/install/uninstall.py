@@ -67,13 +67,13 @@ _DEPENDENTS = """
     left join pg_constraint c on f.class = 'pg_constraint'::regclass and c.oid = f.id
     cross join lateral pg_identify_object(f.class, f.id, f.part) o
     where (f.class, f.id, f.part) not in (select class, id, part from own where id is not null)
-      and o.schema is distinct from 'autotag' and o.type not like 'toast%%' and o.type <> 'default acl'
+      and coalesce(o.schema, '') not in ('autotag', 'pg_toast') and o.type not like 'toast%%' and o.type <> 'default acl'
       and coalesce(g.tgname not like 'autotag\\_%%' and not g.tgisinternal, true)
       and coalesce(p.polname not like 'autotag: %%'
-        and p.polrelid not in (select x.oid from pg_class x where x.relnamespace = 'autotag'::regnamespace), true)
+        and p.polrelid not in (select x.oid from pg_class x where x.relnamespace = to_regnamespace('autotag')), true)
       and coalesce(c.conname <> all (%(checks)s)
-        and coalesce((select x.relnamespace from pg_class x where x.oid = c.conrelid), 0) <> 'autotag'::regnamespace
-        and coalesce((select x.typnamespace from pg_type x where x.oid = c.contypid), 0) <> 'autotag'::regnamespace,
+        and coalesce((select x.relnamespace from pg_class x where x.oid = c.conrelid), 0) <> to_regnamespace('autotag')
+        and coalesce((select x.typnamespace from pg_type x where x.oid = c.contypid), 0) <> to_regnamespace('autotag'),
         true)
       and coalesce((select x.typtype = 'd' from pg_type x where f.class = 'pg_type'::regclass and x.oid = f.id), true)
       and not (f.class in ('pg_attrdef'::regclass, 'pg_rewrite'::regclass, 'pg_trigger'::regclass)
@@ -181,7 +181,7 @@ def _plan(connection: Connection, *, keep_stages: bool, drop_results: bool) -> P
     names = [row[0] for row in functions]
     used = connection.execute(
         _DEPENDENTS, {"functions": names, "tables": tables, "columns": list(gone), "checks": list(STAGE_CHECKS)}
-    ).fetchall() if schema or names else []  # fmt: skip
+    ).fetchall()
     own = {label for _, label in functions} | {"view workspace_rate_limits", "view public.workspace_rate_limits"}
     yours = [row[0] for row in used if row[0] not in own]
     mentions = connection.execute(_MENTIONS, {"functions": names, "names": list(RPCS)}).fetchall()

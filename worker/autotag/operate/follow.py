@@ -90,8 +90,13 @@ async def follow(
         if lost is None:
             lost = time.monotonic()
             on_connection("lost", 0.0)
-        await asyncio.sleep(delay * random.uniform(0.8, 1.0))
+        await pause(delay * random.uniform(0.8, 1.0))
         delay = min(delay * 2, MAX_DELAY)
+
+
+async def pause(seconds: float) -> None:
+    """Waits before a try to reconnect; tests replace it."""
+    await asyncio.sleep(seconds)
 
 
 class _Unreachable(Exception):
