@@ -67,24 +67,24 @@ _DEPENDENTS = """
     left join pg_constraint c on f.class = 'pg_constraint'::regclass and c.oid = f.id
     cross join lateral pg_identify_object(f.class, f.id, f.part) o
     where (f.class, f.id, f.part) not in (select class, id, part from own where id is not null)
-      and coalesce(o.schema, '') not in ('autotag', 'pg_toast') and o.type not like 'toast%%' and o.type <> 'default acl'
+      and coalesce(o.schema, '') not in ('autotag', 'pg_toast') and o.type not in ('toast table', 'default acl')
       and coalesce(g.tgname not like 'autotag\\_%%' and not g.tgisinternal, true)
       and coalesce(p.polname not like 'autotag: %%'
         and p.polrelid not in (select x.oid from pg_class x where x.relnamespace = to_regnamespace('autotag')), true)
-      and coalesce(c.conname <> all (%(checks)s)
+      and coalesce(c.conname <> all (%(checks)s::text[])
         and coalesce((select x.relnamespace from pg_class x where x.oid = c.conrelid), 0) <> to_regnamespace('autotag')
         and coalesce((select x.typnamespace from pg_type x where x.oid = c.contypid), 0) <> to_regnamespace('autotag'),
         true)
       and coalesce((select x.typtype = 'd' from pg_type x where f.class = 'pg_type'::regclass and x.oid = f.id), true)
       and not (f.class in ('pg_attrdef'::regclass, 'pg_rewrite'::regclass, 'pg_trigger'::regclass)
-        and o.identity ~ ' (on|for) autotag[.]')
+        and o.identity ~ '(^| )(on|for) autotag[.]')
     order by 1"""
 #: Functions and jobs of the host whose text names autotag: Postgres does not know that they use it.
 _MENTIONS = """
     select 'function ' || p.oid::regprocedure from pg_proc p join pg_namespace n on n.oid = p.pronamespace
     where n.nspname <> 'autotag' and n.nspname not like 'pg\\_%%' and n.nspname <> 'information_schema'
-      and p.oid::regprocedure::text <> all (%(functions)s)
-      and p.prosrc ~ ('\\mautotag\\.|\\m(' || array_to_string(%(names)s, '|') || ')\\s*\\(')
+      and p.oid::regprocedure::text <> all (%(functions)s::text[])
+      and p.prosrc ~ ('\\mautotag\\.|\\m(' || array_to_string(%(names)s::text[], '|') || ')\\s*\\(')
       and not exists (
         select from pg_depend d where d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.deptype = 'e')
     order by 1"""
