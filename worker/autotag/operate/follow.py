@@ -153,7 +153,7 @@ async def _connected(
 def _unreachable(error: Exception) -> _Unreachable:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
-        return _Unreachable(f"Realtime refuses the key ({status}); set SUPABASE_SECRET_KEY to a valid key.", final=True)
+        return _Unreachable(f"Realtime refuses the key or token ({status}): it is wrong or has expired.", final=True)
     return _Unreachable(f"Realtime cannot be reached ({safe_message(error)}); check SUPABASE_URL.")
 
 
