@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from realtime import AsyncRealtimeClient
+from realtime import AsyncRealtimeClient, BroadcastPayload
 from rich import box
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -102,7 +102,7 @@ async def batch_updates(stack: Stack) -> AsyncIterator[list[str]]:
     """The OpenAI batch ids that an anonymous Realtime client receives on ``batch-updates``; the list grows."""
     batch_ids: list[str] = []
 
-    def hear(message: dict[str, Any]) -> None:
+    def hear(message: BroadcastPayload) -> None:
         if batch_id := message["payload"]["batch_id"]:  # none: an upload ended without a batch
             batch_ids.append(batch_id)
 

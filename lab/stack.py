@@ -11,7 +11,7 @@ import sys
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -24,6 +24,7 @@ from autotag.http.serve import serve
 from autotag.openai.provider import fingerprint
 from lab.edge import tokens
 from lab.edge.app import make_edge
+from lab.edge.manners import Manners
 from lab.ending import group, temporary_folder
 from lab.openai_sim.app import Plan, Simulator
 from lab.postgres import LocalPostgres, free_port
@@ -60,6 +61,7 @@ class Stack:
     openai_key: str
     simulator: Simulator
     files: Path | None = None  # the local edge's folder
+    manners: Manners = field(default_factory=Manners)  # how the local edge behaves
     connect: Callable[[str], AbstractContextManager[psycopg.Connection[Any]]] = connect_anew
 
     def database_url(self, user: str = "postgres") -> str:
@@ -168,11 +170,11 @@ async def edge_stack(
         plan: how the simulator behaves.
         penalty: share of the real Realtime's delays before it refuses, 0 to 1.
     """
-    secret, port = secrets.token_hex(32), free_port()
+    secret, port, manners = secrets.token_hex(32), free_port(), Manners(penalty=penalty)
     with temporary_folder("autotag-files-") as files:
         edge = make_edge(
             postgres.url("authenticator", database), postgres.url("postgres", database), secret, files,
-            penalty=penalty,
+            manners,
         )  # fmt: skip
         async with serve(edge, HOST, port):
             project = {
@@ -180,7 +182,7 @@ async def edge_stack(
                 "ANON_KEY": tokens.sign(secret, "anon"), "SERVICE_ROLE_KEY": tokens.sign(secret, "service_role"),
             }  # fmt: skip
             async with project_stack(project, plan=plan) as stack:
-                yield replace(stack, files=files)
+                yield replace(stack, files=files, manners=manners)
 
 
 @contextlib.asynccontextmanager

@@ -15,10 +15,9 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import psycopg
-from realtime import AsyncRealtimeClient
+from realtime import AsyncRealtimeClient, BroadcastPayload
 
 from lab.chaos.auditor import Books, compare_books, read_books
 from lab.chaos.doomed import POINTS
@@ -344,7 +343,7 @@ class Chaos:
 
         return ticking(lambda: asyncio.to_thread(tick), TICK)
 
-    def _hear(self, message: dict[str, Any]) -> None:
+    def _hear(self, message: BroadcastPayload) -> None:
         if batch := message["payload"]["batch_id"]:  # none: an upload ended without a batch
             self._heard.append(batch)
 

@@ -14,15 +14,18 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
+from lab.edge.manners import BAD_GATEWAY, Manners
 from lab.edge.realtime import Realtime
 from lab.edge.rest import Rest
 from lab.edge.storage import Storage
 
 
-def make_edge(authenticator_url: str, owner_url: str, secret: str, files: Path, *, penalty: float = 0.0) -> Starlette:
+def make_edge(authenticator_url: str, owner_url: str, secret: str, files: Path, manners: Manners) -> Starlette:
     """The application.
 
     Args:
@@ -30,12 +33,12 @@ def make_edge(authenticator_url: str, owner_url: str, secret: str, files: Path, 
         owner_url: database URL of a role that reads ``realtime.messages``.
         secret: signs the project's JWTs.
         files: folder for stored objects.
-        penalty: share of the real Realtime's delays before it refuses, 0 to 1.
+        manners: how the services behave.
     """
     pool: AsyncConnectionPool[AsyncConnection[Any]] = AsyncConnectionPool(
         authenticator_url, open=False, min_size=1, max_size=10
     )
-    realtime = Realtime(pool, owner_url, secret, penalty=penalty)
+    realtime = Realtime(pool, owner_url, secret, manners)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -63,5 +66,25 @@ def make_edge(authenticator_url: str, owner_url: str, secret: str, files: Path, 
             WebSocketRoute("/realtime/v1/websocket", realtime.websocket),
             fallback,
         ],
-        middleware=[Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])],
+        middleware=[
+            Middleware(Gateway, manners=manners),
+            Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]),
+        ],
     )
+
+
+class Gateway:
+    """What stands before the services: while they are down, it answers everything itself."""
+
+    def __init__(self, app: ASGIApp, manners: Manners) -> None:
+        self._app, self._manners = app, manners
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        fails = scope["type"] == "http" and self._manners.failures > 0
+        self._manners.failures -= fails
+        if scope["type"] == "lifespan" or not (self._manners.down or fails):
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await WebSocket(scope, receive, send).send_denial_response(HTMLResponse(BAD_GATEWAY, 502))
+        else:
+            await HTMLResponse(BAD_GATEWAY, 502)(scope, receive, send)

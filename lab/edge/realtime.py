@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from lab.edge.manners import Manners
 from lab.edge.tokens import TokenError, bearer, verify
 
 PREFIX = "realtime:"
@@ -82,18 +83,18 @@ class Realtime:
     """All sockets of one project."""
 
     def __init__(
-        self, pool: AsyncConnectionPool[AsyncConnection[Any]], database_url: str, secret: str, *, penalty: float = 0.0
+        self, pool: AsyncConnectionPool[AsyncConnection[Any]], database_url: str, secret: str, manners: Manners
     ) -> None:
         """Args:
         pool: connections as ``authenticator``.
         database_url: database URL of a role that reads ``realtime.messages``.
         secret: signs the project's JWTs.
-        penalty: share of the real server's delay before it refuses (2 s for a connection, 5 s for a join).
+        manners: how it behaves.
         """
         self._pool = pool
         self._url = database_url
         self._secret = secret
-        self._penalty = penalty
+        self._manners = manners
         self._channels: dict[tuple[str, bool], set[Subscription]] = defaultdict(set)
 
     # -- from the database
@@ -106,8 +107,8 @@ class Realtime:
             await listener.execute("listen realtime_messages")
             ready.set()
             async for notification in listener.notifies():
-                if not notification.payload:  # a statement that inserted nothing
-                    continue
+                if not notification.payload or time.monotonic() < (self._manners.reads_from or 0):
+                    continue  # a statement that inserted nothing, or a message before the replication runs
                 cursor = await reader.execute(
                     "select m.id::text, m.topic, m.event, m.payload::text, m.private from realtime.messages m"
                     " join unnest(%s::uuid[]) with ordinality i (id, n) on i.id = m.id order by i.n",
@@ -167,13 +168,14 @@ class Realtime:
             claims = verify(self._secret, websocket.query_params.get("apikey", ""))
         except TokenError as error:
             message = "Token has expired" if error.reason == "expired" else "The token provided is not a valid JWT"
-            await asyncio.sleep(2 * self._penalty)
+            await asyncio.sleep(2 * self._manners.penalty)
             await websocket.send_denial_response(
                 Response(json.dumps({"error": message}, separators=(",", ":")), 401, media_type="application/json")
             )
             return
         await websocket.accept()
         socket = Socket(websocket, version)
+        self._manners.sockets.add(websocket)
         try:
             while True:
                 received = await websocket.receive()
@@ -183,6 +185,7 @@ class Realtime:
                 if frame is not None:
                     await self._handle(socket, claims, *frame)
         finally:
+            self._manners.sockets.discard(websocket)
             for subscription in list(socket.joined.values()):
                 self._drop(subscription)
 
@@ -220,6 +223,8 @@ class Realtime:
         config = _as_object(payload.get("config"))
         private = bool(config.get("private"))
         refusal, can_receive, can_send = _unsupported(config), True, True
+        if self._manners.private_only and not private:
+            refusal = "PrivateOnly: This project only allows private channels"
         if private and refusal is None:
             if payload.get("access_token"):
                 try:
@@ -238,9 +243,10 @@ class Realtime:
                     + topic.removeprefix(PREFIX)
                 )
         if refusal:
-            await asyncio.sleep(5 * self._penalty)
+            await asyncio.sleep(5 * self._manners.penalty)
             await socket.send(join_ref, ref, topic, "phx_reply", {"status": "error", "response": {"reason": refusal}})
             return
+        self._manners.reads_from = self._manners.reads_from or time.monotonic() + self._manners.cold_start
         previous = socket.joined.get(topic)
         broadcast = _as_object(config.get("broadcast"))
         subscription = Subscription(

@@ -1588,7 +1588,8 @@ begin
   set question = p_provider.question, question_version = p_provider.question_version,
       question_since = p_provider.question_since, proven_at = p_provider.proven_at, probe_at = p_provider.probe_at,
       checked_at = p_provider.checked_at, tokens_per_image = p_provider.tokens_per_image,
-      output_tokens = p_provider.output_tokens, prompt_mean = p_provider.prompt_mean, output_mean = p_provider.output_mean;
+      output_tokens = p_provider.output_tokens, prompt_mean = p_provider.prompt_mean, output_mean = p_provider.output_mean
+  where p.id;
   return p_provider;
 end $$;
 
@@ -1810,7 +1811,8 @@ begin
   end if;
   update autotag.provider_limits
   set requests_left = v_provider.requests_left - 1, tokens_left = v_provider.tokens_left - v_reserved,
-      day_left = v_provider.day_left - 1, refilled_at = v_now;
+      day_left = v_provider.day_left - 1, refilled_at = v_now
+  where id;
   return jsonb_build_object('admitted', true, 'reserved', v_reserved, 'reserved_at', v_window.at, 'cap', v_cap);
 end $$;
 
@@ -1874,7 +1876,9 @@ begin
   end if;
   case v_error ->> 'kind'
     when 'rate_limit' then
-      return jsonb_build_object('next', 'again');  -- admit_comparison() returns when
+      -- admit_comparison() returns when, except for a host of images
+      return jsonb_build_object('next', 'again',
+        'wait', case when v_error ->> 'origin' = 'host' then (v_error ->> 'retry_after')::double precision end);
     when 'account' then
       return jsonb_build_object('next', 'stop', 'message', autotag.explain_account(v_error, p_question ->> 'model'));
     when 'transient' then
@@ -4884,7 +4888,8 @@ begin
         when v_provider.tokens_left >= v_provider.tokens_per_minute * v_share
           - v_unsent::bigint * v_provider.tokens_per_image - v_extra
         then v_minutes * v_provider.tokens_per_minute else 0 end,
-      day_left = v_provider.day_left, refilled_at = v_provider.refilled_at;
+      day_left = v_provider.day_left, refilled_at = v_provider.refilled_at
+  where p.id;
 end $$;
 
 -- Updates the mirror from response headers: {requests_limit, requests_left, tokens_limit, tokens_left (per minute), day_limit,
@@ -4927,7 +4932,8 @@ begin
         when p.limited_since is not null and p.limited_at > v_provider.refilled_at - interval '1 min' then p.limited_since
         else v_provider.refilled_at end,
       limited_at = case when v_retry_after is null then p.limited_at else v_provider.refilled_at end,
-      has_rate_headers = case when v_seen ?| '{tokens_limit,requests_limit,day_limit}' then true else p.has_rate_headers end;
+      has_rate_headers = case when v_seen ?| '{tokens_limit,requests_limit,day_limit}' then true else p.has_rate_headers end
+  where p.id;
   return case when (v_requests, v_tokens, v_day) is distinct from
       (v_provider.requests_per_minute, v_provider.tokens_per_minute, v_provider.requests_per_day)
     then format('The provider''s limits are now %s (before: %s).', autotag.name_limits(v_requests, v_tokens, v_day),
@@ -5006,7 +5012,8 @@ as $$
 begin
   update autotag.provider_limits
   set requests_left = requests_left + p_requests, day_left = day_left + p_requests,
-      tokens_left = greatest(tokens_left + p_tokens, least(tokens_left, -tokens_per_minute));
+      tokens_left = greatest(tokens_left + p_tokens, least(tokens_left, -tokens_per_minute))
+  where id;
 end $$;
 
 -- Pauses both lanes until the probe succeeds; all tasks stay queued. p_from: the error's origin. Locks the provider row.
@@ -5017,6 +5024,7 @@ as $$
   set account_error = left(p_error, 1000), account_error_from = p_from,
       account_error_at = coalesce(account_error_at, autotag.now()), proven_at = null,
       probe_at = autotag.now() + (select s.account_probe_interval from autotag.settings s)
+  where id
 $$;
 
 -- Ends the pause: for any reason (p_from null: a call has succeeded), or only if its error came from p_from. Locks the provider
@@ -5060,7 +5068,8 @@ begin
   p_fingerprint := autotag.printable(p_fingerprint, 100);
   if autotag.switch_provider(p_base_url, p_fingerprint) then
     update autotag.provider_limits
-    set proven_at = null, probe_at = null, account_error = null, account_error_from = null, account_error_at = null;
+    set proven_at = null, probe_at = null, account_error = null, account_error_from = null, account_error_at = null
+    where id;
   end if;
   insert into autotag.workers (id, host, version, listening, started_at, last_heartbeat_at, lease_until, resumed_at, base_url, fingerprint)
   select p_worker, coalesce(autotag.printable(p_host, 100), ''), autotag.printable(p_version, 50), coalesce(p_listening, false),
@@ -5856,7 +5865,7 @@ begin
   perform autotag.requeue_due(v_now, v_provider.virtual_time);
   perform autotag.join_queues(v_provider.virtual_time);
   if not v_provider.rerouted and autotag.reroute_upload(v_provider) then
-    update autotag.provider_limits set rerouted = true;
+    update autotag.provider_limits set rerouted = true where id;
     wait := 0;
     return;
   end if;
@@ -5934,7 +5943,8 @@ begin
       waiting_images = p_provider.waiting_images,
       waiting_at = p_provider.waiting_at,
       rerouted = false,
-      probe_at = p_provider.probe_at;
+      probe_at = p_provider.probe_at
+  where p.id;
   return p_provider;
 end $$;
 
@@ -6359,7 +6369,8 @@ begin
       probe_at = case when p.account_error is null or v_taken.ids = '{}' then p.probe_at
         else v_now + v_settings.account_probe_interval end,
       -- if this worker does not report, another one checks the model in 10 minutes
-      checked_at = case when look_up is null then p.checked_at else v_now - v_settings.model_check_interval + interval '10 min' end;
+      checked_at = case when look_up is null then p.checked_at else v_now - v_settings.model_check_interval + interval '10 min' end
+  where p.id;
   wait := case when v_taken.again then 0
     else autotag.real_seconds(autotag.next_batch_claim(v_provider, files <> '[]', v_now) - v_now) end;
 end $$;
@@ -6647,7 +6658,7 @@ begin
     when exists (select from autotag.webhooks w where w.openai_batch_id = p_openai_batch_id) then '-infinity'
     when p.next_poll_at < v_now then v_now + s.batch_poll_interval
     else least(p.next_poll_at, v_now + s.batch_poll_interval) end
-  from autotag.settings s;
+  from autotag.settings s where p.id;
   perform pg_notify('autotag', 'batch');
 end $$;
 
@@ -6743,7 +6754,8 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_error ->> 'code' = 'no_batch_api' and p_error ->> 'kind' = 'rate_limit' then
-    update autotag.provider_limits set has_batches = false, batches_refused = true, degraded_at = autotag.now();
+    update autotag.provider_limits set has_batches = false, batches_refused = true, degraded_at = autotag.now()
+      where id;
   elsif p_error ->> 'parameter' = 'expires_after' and p_batch.keep_files is not null then
     -- Azure requires at least 14 days; other providers support no expiry. One step, however many batches report the refusal.
     update autotag.provider_limits p
@@ -7123,7 +7135,8 @@ begin
   set checked_at = autotag.now(),
       -- A failed attempt outweighs this check: a provider may list batches and not be able to create one.
       has_batches = case when p.batches_refused then false
-        when jsonb_typeof(p_facts -> 'batches') = 'boolean' then (p_facts ->> 'batches')::boolean else p.has_batches end;
+        when jsonb_typeof(p_facts -> 'batches') = 'boolean' then (p_facts ->> 'batches')::boolean else p.has_batches end
+  where p.id;
   perform pg_notify('autotag', 'realtime');
   return (autotag.describe_shutdown()) ->> 'message';
 end $$;
@@ -7179,7 +7192,7 @@ begin
     select from autotag.batches b where b.openai_batch_id = p_openai_batch_id and b.state = 'submitted') then
     return 'unknown';
   end if;
-  update autotag.provider_limits set next_poll_at = '-infinity';
+  update autotag.provider_limits set next_poll_at = '-infinity' where id;
   perform pg_notify('autotag', 'batch');
   return 'accepted';
 end $$;
@@ -8146,7 +8159,8 @@ begin
       'delay', case
         -- longer than the probe interval, so that the next probe is another image
         when k.pauses then extract(epoch from p_settings.account_probe_interval) + 1
-        when k.delays then greatest((a.error ->> 'retry_after')::double precision, autotag.growing_delay(t.failures, p_settings)) end))
+        -- a host of images asks to wait, which the provider's limits know nothing of
+        when k.delays or a.error ->> 'origin' = 'host' then greatest((a.error ->> 'retry_after')::double precision, autotag.growing_delay(t.failures, p_settings)) end))
   into v_tries
   from unnest(p_answers) a
   join autotag.tasks t on t.id = a.task
@@ -8319,7 +8333,8 @@ begin
       select x.key, x.value from jsonb_each(v_new || p_provider.refusals) x
       where (x.value ->> 'at')::timestamptz >= p_provider.question_since
         and coalesce((x.value ->> 'at')::timestamptz > v_success, true)
-      order by x.value ->> 'at' desc limit 20) r), '{}');   -- the names are a worker's words
+      order by x.value ->> 'at' desc limit 20) r), '{}')   -- the names are a worker's words
+  where p.id;
 end $$;
 
 -- The prompt and answer tokens of answers to the present question, for learn(). p_asked_at: as in reclassify_errors().
@@ -10749,7 +10764,7 @@ begin
   -- Last, because these lock the provider row.
   perform autotag.repair_queues();
   perform autotag.retry_features(v_now - (select s.model_check_interval from autotag.settings s));
-  update autotag.clock set ticked_at = v_now;
+  update autotag.clock set ticked_at = v_now where id;
 end $$;
 
 -- Lets batches that wait for their workspace's window start, if it has room already (a raised limit, a cancelled upload): of each size
@@ -10837,7 +10852,7 @@ begin
   where w.queued = 0 and not exists (
     select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
   delete from autotag.workers w where w.lease_until < v_now - interval '2 days';   -- can_expire() lets them go after one
-  update autotag.clock set housekeeping_at = v_now;
+  update autotag.clock set housekeeping_at = v_now where id;
 end $$;
 
 -- The tasks of deleted jobs go with them.

@@ -28,7 +28,7 @@ begin
   -- Last, because these lock the provider row.
   perform autotag.repair_queues();
   perform autotag.retry_features(v_now - (select s.model_check_interval from autotag.settings s));
-  update autotag.clock set ticked_at = v_now;
+  update autotag.clock set ticked_at = v_now where id;
 end $$;
 
 -- Lets batches that wait for their workspace's window start, if it has room already (a raised limit, a cancelled upload): of each size
@@ -116,7 +116,7 @@ begin
   where w.queued = 0 and not exists (
     select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
   delete from autotag.workers w where w.lease_until < v_now - interval '2 days';   -- can_expire() lets them go after one
-  update autotag.clock set housekeeping_at = v_now;
+  update autotag.clock set housekeeping_at = v_now where id;
 end $$;
 
 -- The tasks of deleted jobs go with them.

@@ -1,7 +1,12 @@
-"""Every RPC, its errors and big arrays, through every client and for every type of keys: all of them get the same answers."""
+"""Every RPC, its errors and big arrays, through every client and for every type of keys: all of them get the same answers.
+
+With AUTOTAG_TEST_PROJECT=1 the services are those of `supabase start` (or of the variables of `supabase status -o env`)
+and not the local edge's.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -16,12 +21,14 @@ from callers import CALLERS, Answer, Call
 from conftest import BARE_TEMPLATE, ROOT, copied_database, quicken
 from key_types import KEYS, KeyedStack, install_keys
 from lab.postgres import LocalPostgres
-from lab.stack import Member, Stack, local_stack
+from lab.project import project_variables
+from lab.stack import Member, Stack, local_stack, supabase_stack
 from support import Library, connected, worker
 
 #: One database, one edge and one simulator for each type of keys: every test has a workspace of its own.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-KINDS = ("uuid", "bigint", "integer", "text")
+REAL = os.environ.get("AUTOTAG_TEST_PROJECT") == "1"
+KINDS = ("uuid",) if REAL else ("uuid", "bigint", "integer", "text")
 UNKNOWN = str(uuid.UUID(int=0))
 #: An id that no row has, and one that is none.
 NO_ROW = {"uuid": UNKNOWN, "bigint": 7, "integer": 7, "text": "no row"}
@@ -53,14 +60,23 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def keyed(kind: str, postgres: LocalPostgres) -> AsyncIterator[KeyedStack]:
+async def keyed(kind: str, request: pytest.FixtureRequest) -> AsyncIterator[KeyedStack]:
+    if REAL:
+        async with supabase_stack(project_variables()) as running:
+            yield _keyed(running, kind)
+        return
+    postgres: LocalPostgres = request.getfixturevalue("postgres")
     with copied_database(postgres, BARE_TEMPLATE) as database:
         install_keys(postgres, database, KEYS[kind])
         async with local_stack(postgres, database) as local:
-            values = {field.name: getattr(local, field.name) for field in fields(Stack)}
-            stack = KeyedStack(**{**values, "connect": connected}, keys=KEYS[kind])
-            quicken(stack)
-            yield stack
+            yield _keyed(local, kind)
+
+
+def _keyed(running: Stack, kind: str) -> KeyedStack:
+    values = {field.name: getattr(running, field.name) for field in fields(Stack)}
+    stack = KeyedStack(**{**values, "connect": connected}, keys=KEYS[kind])
+    quicken(stack)
+    return stack
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=CALLERS)

@@ -15,6 +15,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from autotag.config import DoctorSettings
+from autotag.doctor import broadcast, findings
 from autotag.doctor import examine as doctor
 from autotag.http.serve import serve
 from conftest import ROOT
@@ -39,8 +40,6 @@ def settings(stack: Stack, **changes: Any) -> DoctorSettings:
 
 
 async def examined(stack: Stack, **changes: Any) -> dict[str, doctor.Finding]:
-    # Of test broadcasts within 0.2 s the second one is ignored, and the doctor would wait for it until its timeout.
-    as_owner(stack, "update autotag.clock set probed_at = '-infinity'")
     return {finding.check: finding for finding in await doctor.examine(settings(stack, **changes))}
 
 
@@ -92,7 +91,8 @@ async def test_all_is_well(library: Library) -> None:
 async def test_damage_is_found_and_fixed(
     stack: Stack, damage: str, check: str, level: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "BROADCAST_TIMEOUT", 2.0)
+    monkeypatch.setattr(broadcast, "TIMEOUT", 2.0)
+    monkeypatch.setattr(findings, "PROBE_AGAIN_AFTER", 0.0)
     as_owner(stack, damage)
     found = (await examined(stack))[check]
     assert (found.level, says in found.message) == (level, True), found
@@ -117,7 +117,7 @@ async def test_no_worker_and_workers_that_poll_are_told(library: Library) -> Non
         ({"database_url": "postgresql://tagger:x@127.0.0.1:1/postgres"}, "connection", "error", "refused"),
         ({"supabase_secret_key": "wrong"}, "storage", "error", "Storage refused the key: Invalid Compact JWS."),
         ({"supabase_secret_key": "sb_publishable_x"}, "storage", "error", "Storage refused the key: it is not the secret"),
-        ({"supabase_secret_key": "wrong"}, "broadcast", "error", "Realtime cannot be reached"),
+        ({"supabase_secret_key": "wrong"}, "broadcast", "error", "Realtime refused the key (401)"),
         ({"supabase_url": "http://127.0.0.1:1"}, "storage", "error", "cannot be reached"),
         ({"supabase_url": "http://127.0.0.1:1"}, "broadcast", "error", "Realtime cannot be reached"),
         ({"supabase_url": None}, "storage", "warning", "not set"),
@@ -134,12 +134,61 @@ async def test_a_wrong_setting_is_found(
     stack: Stack, postgres: LocalPostgres, changes: dict[str, Any], check: str, level: str, says: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(doctor, "BROADCAST_TIMEOUT", 2.0)
+    monkeypatch.setattr(broadcast, "TIMEOUT", 2.0)
+    monkeypatch.setattr(findings, "PROBE_AGAIN_AFTER", 0.0)
     if "database_url" in changes:
         changes = {"database_url": changes["database_url"].format(port=postgres.port)}
     found = (await examined(stack, **changes))[check]
     assert (found.level, says in found.message) == (level, True), found
     assert level == "ok" or found.fix
+
+
+async def test_a_project_that_has_just_started_is_fine(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Realtime answers the first join of a tenant before it reads its messages, so the first probes are lost."""
+    monkeypatch.setattr(broadcast, "PROBE_INTERVAL", 0.25)
+    stack.manners.cold_start = 0.6
+    found = (await examined(stack))["broadcast"]
+    assert (found.level, "arrived after" in found.message) == ("ok", True), found
+    assert int(re.findall(r"after (\d+) ms", found.message)[0]) < 500, "it says what the probe took that arrived"
+    monkeypatch.setattr(broadcast, "TIMEOUT", 1.0)
+    stack.manners.cold_start = 60.0
+    stack.manners.forget()
+    found = (await examined(stack))["broadcast"]
+    assert (found.level, "No broadcast from the database arrived" in found.message) == ("error", True), found
+
+
+async def test_a_project_without_public_topics_is_fine(stack: Stack) -> None:
+    stack.manners.private_only = True
+    found = (await examined(stack))["broadcast"]
+    assert (found.level, "private topics only" in found.message) == ("ok", True), found
+
+
+async def test_an_outage_is_told_in_sentences(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway answers with a page of HTML."""
+    monkeypatch.setattr(findings, "PROBE_AGAIN_AFTER", 0.0)
+    stack.manners.down = True
+    found = await examined(stack)
+    for check in ("storage", "broadcast"):
+        assert (found[check].level, "(502)" in found[check].message) == ("error", True), found[check]
+        assert "key" not in found[check].message.lower() + (found[check].fix or "").lower()
+    assert not any("<" in finding.message for finding in found.values())
+
+
+async def test_one_failed_request_is_no_finding(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every probe that fails for the moment is made again."""
+    monkeypatch.setattr(findings, "PROBE_AGAIN_AFTER", 0.0)
+    stack.manners.failures = 1
+    assert (await examined(stack))["storage"].level == "ok"
+    assert stack.manners.failures == 0
+
+
+async def test_a_missing_file_is_not_blamed_on_the_key(library: Library) -> None:
+    assets = await library.upload(1)
+    library.enqueue(assets)
+    library.sql("delete from storage.objects")
+    found = (await examined(library.stack))["storage"]
+    assert (found.level, found.message.startswith("The key works")) == ("warning", True), found
+    assert "SUPABASE_SECRET_KEY" not in (found.fix or "")
 
 
 async def test_a_model_that_is_gone_is_told_with_its_successor(stack: Stack) -> None:
@@ -256,7 +305,8 @@ async def test_a_page_instead_of_storage_is_not_printed(stack: Stack, status: in
 
 async def test_a_broadcast_that_gets_lost_is_found(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """realtime.send never fails: only listening tells."""
-    monkeypatch.setattr(doctor, "BROADCAST_TIMEOUT", 2.0)
+    monkeypatch.setattr(broadcast, "TIMEOUT", 2.0)
+    monkeypatch.setattr(findings, "PROBE_AGAIN_AFTER", 0.0)
     as_owner(stack, "drop trigger notify_edge on realtime.messages")
     assert "did not arrive" in (await examined(stack))["broadcast"].message
 

@@ -1,53 +1,181 @@
-"""autotag can be taken out again, by the statements that the documentation gives; the host's tables stay."""
+"""autotag can be taken out again: nothing of the host's goes that nobody named, and a new installation works."""
 
 from __future__ import annotations
 
-import psycopg
+import json
+from pathlib import Path
 
+import psycopg
+import pytest
+
+from autotag.install.answers import HostError
+from autotag.install.host import Choices
 from autotag.install.migrations import apply_migrations
-from conftest import ROOT
+from autotag.install.survey import refuse_to_ask, survey
+from autotag.install.uninstall import InUse, make_plan, uninstall
+from cli_tools import supabase
+from forked import run_command
 from lab.postgres import LocalPostgres
 
+HOST = """
+    create table public.workspace_members (workspace_id uuid, user_id uuid);
+    create table public.assets (id uuid primary key default gen_random_uuid(), workspace_id uuid not null,
+      storage_bucket text, storage_path text, image_url text);
+    insert into public.assets (workspace_id, image_url) values (gen_random_uuid(), 'https://example.org/1');
+    create function public.tagging_summary() returns integer language sql as 'select 1'"""
+#: pg_cron lives in another database of the server.
+CRON = """
+    create schema cron;
+    create table cron.job (jobid bigserial, jobname text);
+    insert into cron.job (jobname) values ('autotag-tick'), ('autotag-housekeeping'), ('backup');
+    create function cron.unschedule(bigint) returns boolean language sql as
+      'delete from cron.job where jobid = $1 returning true'"""
+#: The host's own objects that use autotag, each as the command names it.
+USES = {
+    "view tagged_photos": "create view public.tagged_photos as select id, tagging_stage from public.assets",
+    "view limits": "create view public.limits as select workspace_id from public.workspace_rate_limits",
+    "policy mine on table photos": "create policy mine on public.photos using (autotag.is_member(workspace_id))",
+    "index by_stage": "create index by_stage on public.assets (tagging_stage)",
+    "column image of table albums": "create table public.albums (n integer, image autotag.asset_id)",
+    "default value for column c of table counters": "create table public.counters (c timestamptz default autotag.now())",
+    "trigger shown on table assets": "create trigger shown after update of tagging_stage on public.assets for each row"
+    " execute function public.nothing()",
+    "function upload()": "create function public.upload() returns void language plpgsql as"
+    " 'begin perform enqueue_tagging(array[]::uuid[]); end'",
+}
 
-def test_nothing_of_autotag_is_left_and_the_host_is_intact(postgres: LocalPostgres, bare: str) -> None:
+
+@pytest.fixture
+def url(postgres: LocalPostgres, bare: str) -> str:
+    """A project's database with autotag in automatic mode, and an upload."""
     url = postgres.url(database=bare)
-    guide = (ROOT / "docs" / "install.md").read_text()
-    statements = guide[guide.index("select autotag.set_automatic(false);\ndo $$") :].split("```")[0]
-    # pg_cron lives in another database here, and the roles are the whole server's.
-    unschedule = statements[statements.index("do $$") : statements.index("end $$;") + len("end $$;")]
-    statements = statements.replace(unschedule, "")
-    own = [unschedule] + [line for line in statements.split(";") if "cron." not in line and "role " not in line]
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute("""
-            create table public.workspace_members (workspace_id uuid, user_id uuid);
-            create table public.assets (id uuid primary key default gen_random_uuid(), workspace_id uuid not null,
-              storage_bucket text, storage_path text, image_url text);
-            insert into public.assets (workspace_id, image_url) values (gen_random_uuid(), 'https://example.org/1')""")
-        before = objects(connection)
-        apply_migrations(url)
+        connection.execute(HOST)
+    return url
+
+
+def install(url: str) -> None:
+    assert apply_migrations(url)
+    with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("select autotag.set_automatic(true)")
         connection.execute("select public.enqueue_tagging(array(select id from public.assets))")
-        assert objects(connection) - before
-        for statement in own:
-            connection.execute(statement.encode())
-        assert objects(connection) - before == {"column assets.tagging_result", "column assets.tags"}
-        assert before - objects(connection) == set()
-        row = connection.execute("select count(*) from public.assets").fetchone()
-        assert row == (1,)
-        assert apply_migrations(url), "a new installation"
-        connection.execute("select public.enqueue_tagging(array(select id from public.assets))")
 
 
-def objects(connection: psycopg.Connection[tuple[str, ...]]) -> set[str]:
+def objects(url: str) -> set[str]:
     """Everything outside the system's schemas that has a name."""
-    found = connection.execute("""
-        select 'schema ' || nspname from pg_namespace where nspname not like 'pg\\_%' and nspname <> 'supabase_migrations'
-        union all select 'function ' || oid::regprocedure from pg_proc where pronamespace = 'public'::regnamespace
-        union all select 'relation ' || oid::regclass from pg_class where relnamespace = 'public'::regnamespace
-        union all select 'column ' || c.relname || '.' || a.attname from pg_attribute a join pg_class c on c.oid = a.attrelid
-          where c.relnamespace = 'public'::regnamespace and c.relkind = 'r' and a.attnum > 0 and not a.attisdropped
-        union all select 'enum ' || typname from pg_type where typnamespace = 'public'::regnamespace and typtype = 'e'
-        union all select 'policy ' || policyname from pg_policies
-        union all select 'trigger ' || tgname from pg_trigger where not tgisinternal
-        union all select 'constraint ' || conname from pg_constraint where connamespace = 'public'::regnamespace""")
-    return {row[0] for row in found}
+    with psycopg.connect(url, autocommit=True) as connection:
+        found = connection.execute("""
+            select 'schema ' || nspname from pg_namespace where nspname not like 'pg\\_%' and nspname <> 'supabase_migrations'
+            union all select 'function ' || oid::regprocedure from pg_proc where pronamespace = 'public'::regnamespace
+            union all select 'relation ' || oid::regclass from pg_class where relnamespace = 'public'::regnamespace
+            union all select 'column ' || c.relname || '.' || a.attname from pg_attribute a join pg_class c on c.oid = a.attrelid
+              where c.relnamespace = 'public'::regnamespace and c.relkind = 'r' and a.attnum > 0 and not a.attisdropped
+            union all select 'policy ' || policyname from pg_policies
+            union all select 'trigger ' || tgname from pg_trigger where not tgisinternal
+            union all select 'constraint ' || conname from pg_constraint where connamespace = 'public'::regnamespace
+            union all select 'row ' || id::text from public.assets""")
+        return {row[0] for row in found}
+
+
+@pytest.mark.parametrize(("keep", "drop"), [(False, False), (True, False), (False, True)])
+def test_nothing_of_autotag_is_left_and_the_host_is_intact(url: str, keep: bool, drop: bool) -> None:
+    before = objects(url)
+    install(url)
+    plan = make_plan(url)
+    assert plan.yours == [], "autotag's own are not the host's"
+    assert plan.unfinished == 1
+    done = uninstall(url, keep_stages=keep, drop_results=drop)
+    stays = {"column assets.tags"} | (set() if drop else {"column assets.tagging_result"})
+    stays |= {f"column assets.tagging_{name}" for name in ("stage", "progress", "eta", "error") if keep}
+    assert objects(url) - before == stays
+    assert before - objects(url) == set()
+    assert {f"column {name}" for name in done.kept} | {"column assets.tags"} == stays
+    assert make_plan(url, keep_stages=keep).empty
+    install(url)
+
+
+def test_what_the_host_uses_is_shown_and_stops_it(url: str) -> None:
+    install(url)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("create table public.photos (workspace_id uuid)")
+        connection.execute(
+            "create function public.nothing() returns trigger language plpgsql as 'begin return null; end'"
+        )
+        for statement in USES.values():
+            connection.execute(statement.encode())
+    before = objects(url)
+    assert set(make_plan(url).yours) == set(USES)
+    for missing in USES:
+        with pytest.raises(InUse, match=missing.split("(")[0]):
+            uninstall(url, also=set(USES) - {missing})
+    assert objects(url) == before
+    kept_by_stages = {"view tagged_photos", "index by_stage", "trigger shown on table assets"}
+    assert set(make_plan(url, keep_stages=True).yours) == set(USES) - kept_by_stages
+    uninstall(url, also=set(USES))
+    left = objects(url)
+    assert {"function upload()", "relation albums", "relation counters", "relation photos", "column albums.n"} <= left
+    assert (
+        not {"relation tagged_photos", "relation limits", "policy mine", "relation by_stage", "column albums.image"}
+        & left
+    )
+
+
+def test_a_removal_by_hand_is_noticed_and_finished(url: str, tmp_path: Path) -> None:
+    """What supabase db push has applied stays in its history, so it would never apply it again."""
+    install(url)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("drop schema autotag cascade")
+    with pytest.raises(HostError, match="run autotag uninstall"):
+        apply_migrations(url)
+    with pytest.raises(HostError, match="run autotag uninstall"):
+        survey(url, Choices(), refuse_to_ask, may_ask=False)
+    uninstall(url)
+    install(url)
+
+
+async def test_the_cli_pushes_again_after_it(url: str, tmp_path: Path) -> None:
+    """init and the real Supabase CLI, before and after, with the files deleted as the command says."""
+    (tmp_path / "supabase").mkdir()
+    (tmp_path / "supabase" / "config.toml").write_text('project_id = "test"\n')
+    environment = {"DATABASE_URL": url}
+    for _ in range(2):
+        code, out, err = await run_command(
+            "init", str(tmp_path), "--yes", "--members-table", "public.workspace_members", "--file-rule", "any",
+            environment=environment,
+        )  # fmt: skip
+        assert (code, "supabase db push" in out) == (0, True), err
+        supabase("db", "push", f"--remote={url}", "--yes", "--workdir", str(tmp_path))
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("select autotag.schema_version()")
+        code, out, err = await run_command("uninstall", "--yes", environment=environment)
+        assert (code, "migration history" in out, "*_autotag_*.sql" in out) == (0, True, True), err
+        for file in (tmp_path / "supabase" / "migrations").glob("*_autotag_*.sql"):
+            file.unlink()
+
+
+async def test_the_command_shows_first_and_drops_only_when_told(url: str) -> None:
+    install(url)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(CRON)
+        connection.execute(USES["view tagged_photos"].encode())
+    environment, before = {"DATABASE_URL": url}, objects(url)
+    code, out, _ = await run_command("uninstall", "--dry-run", environment=environment)
+    assert code == 0
+    for line in ("function enqueue_tagging", "public.workspace_rate_limits", "members listen to their workspaces", "assets.tagging_stage",
+                 "autotag-tick", "20261128000003_autotag_0_1_0", "your tags, assets.tagging_result", "view tagged_photos", "1 image"):  # fmt: skip
+        assert line in out, out
+    code, out, err = await run_command("uninstall", "--yes", environment=environment)
+    assert (code, "--cascade" in err) == (1, True)
+    code, out, _ = await run_command("uninstall", "--json", environment=environment)
+    told = json.loads(out)
+    assert (code, told["dropped"], told["blocked_by"]) == (1, False, ["view tagged_photos"])
+    named = ("--cascade", "view tagged_photos")
+    code, _, err = await run_command("uninstall", *named, environment=environment)
+    assert (code, "--yes" in err) == (2, True), "nobody can be asked"
+    assert objects(url) == before
+    code, out, err = await run_command("uninstall", "--json", "--yes", *named, environment=environment)
+    assert (code, json.loads(out)["dropped"]) == (0, True), err
+    with psycopg.connect(url, autocommit=True) as connection:
+        assert connection.execute("select array_agg(jobname) from cron.job").fetchone() == (["backup"],)
+    code, out, _ = await run_command("uninstall", environment=environment)
+    assert (code, "nothing of autotag" in out) == (0, True)

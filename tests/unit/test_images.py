@@ -239,8 +239,8 @@ async def test_a_name_that_leads_into_a_private_network_is_refused(
 @pytest.mark.parametrize(
     ("response", "kind", "code"),
     [
-        (httpx.Response(404), "image", "file_missing"), (httpx.Response(403), "image", "file_missing"),
-        (httpx.Response(500), "transient", "fetch_failed"), (httpx.Response(429), "transient", "fetch_failed"),
+        (httpx.Response(404), "image", "file_missing"), (httpx.Response(403), "image", "host_refused"),
+        (httpx.Response(500), "transient", "fetch_failed"), (httpx.Response(429), "rate_limit", "host_busy"),
         (httpx.Response(200, content=b"x" * 100_001), "image", "file_too_large"),
         (httpx.Response(200, content=b""), "image", "empty_file"),
     ],

@@ -51,7 +51,8 @@ begin
   set checked_at = autotag.now(),
       -- A failed attempt outweighs this check: a provider may list batches and not be able to create one.
       has_batches = case when p.batches_refused then false
-        when jsonb_typeof(p_facts -> 'batches') = 'boolean' then (p_facts ->> 'batches')::boolean else p.has_batches end;
+        when jsonb_typeof(p_facts -> 'batches') = 'boolean' then (p_facts ->> 'batches')::boolean else p.has_batches end
+  where p.id;
   perform pg_notify('autotag', 'realtime');
   return (autotag.describe_shutdown()) ->> 'message';
 end $$;
@@ -107,7 +108,7 @@ begin
     select from autotag.batches b where b.openai_batch_id = p_openai_batch_id and b.state = 'submitted') then
     return 'unknown';
   end if;
-  update autotag.provider_limits set next_poll_at = '-infinity';
+  update autotag.provider_limits set next_poll_at = '-infinity' where id;
   perform pg_notify('autotag', 'batch');
   return 'accepted';
 end $$;

@@ -62,7 +62,8 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_error ->> 'code' = 'no_batch_api' and p_error ->> 'kind' = 'rate_limit' then
-    update autotag.provider_limits set has_batches = false, batches_refused = true, degraded_at = autotag.now();
+    update autotag.provider_limits set has_batches = false, batches_refused = true, degraded_at = autotag.now()
+      where id;
   elsif p_error ->> 'parameter' = 'expires_after' and p_batch.keep_files is not null then
     -- Azure requires at least 14 days; other providers support no expiry. One step, however many batches report the refusal.
     update autotag.provider_limits p

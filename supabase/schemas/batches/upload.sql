@@ -146,7 +146,7 @@ begin
     when exists (select from autotag.webhooks w where w.openai_batch_id = p_openai_batch_id) then '-infinity'
     when p.next_poll_at < v_now then v_now + s.batch_poll_interval
     else least(p.next_poll_at, v_now + s.batch_poll_interval) end
-  from autotag.settings s;
+  from autotag.settings s where p.id;
   perform pg_notify('autotag', 'batch');
 end $$;
 

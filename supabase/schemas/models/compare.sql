@@ -145,7 +145,8 @@ begin
   end if;
   update autotag.provider_limits
   set requests_left = v_provider.requests_left - 1, tokens_left = v_provider.tokens_left - v_reserved,
-      day_left = v_provider.day_left - 1, refilled_at = v_now;
+      day_left = v_provider.day_left - 1, refilled_at = v_now
+  where id;
   return jsonb_build_object('admitted', true, 'reserved', v_reserved, 'reserved_at', v_window.at, 'cap', v_cap);
 end $$;
 
@@ -209,7 +210,9 @@ begin
   end if;
   case v_error ->> 'kind'
     when 'rate_limit' then
-      return jsonb_build_object('next', 'again');  -- admit_comparison() returns when
+      -- admit_comparison() returns when, except for a host of images
+      return jsonb_build_object('next', 'again',
+        'wait', case when v_error ->> 'origin' = 'host' then (v_error ->> 'retry_after')::double precision end);
     when 'account' then
       return jsonb_build_object('next', 'stop', 'message', autotag.explain_account(v_error, p_question ->> 'model'));
     when 'transient' then

@@ -155,7 +155,8 @@ begin
   set question = p_provider.question, question_version = p_provider.question_version,
       question_since = p_provider.question_since, proven_at = p_provider.proven_at, probe_at = p_provider.probe_at,
       checked_at = p_provider.checked_at, tokens_per_image = p_provider.tokens_per_image,
-      output_tokens = p_provider.output_tokens, prompt_mean = p_provider.prompt_mean, output_mean = p_provider.output_mean;
+      output_tokens = p_provider.output_tokens, prompt_mean = p_provider.prompt_mean, output_mean = p_provider.output_mean
+  where p.id;
   return p_provider;
 end $$;
 

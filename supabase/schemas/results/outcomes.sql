@@ -109,7 +109,8 @@ begin
       'delay', case
         -- longer than the probe interval, so that the next probe is another image
         when k.pauses then extract(epoch from p_settings.account_probe_interval) + 1
-        when k.delays then greatest((a.error ->> 'retry_after')::double precision, autotag.growing_delay(t.failures, p_settings)) end))
+        -- a host of images asks to wait, which the provider's limits know nothing of
+        when k.delays or a.error ->> 'origin' = 'host' then greatest((a.error ->> 'retry_after')::double precision, autotag.growing_delay(t.failures, p_settings)) end))
   into v_tries
   from unnest(p_answers) a
   join autotag.tasks t on t.id = a.task
@@ -282,7 +283,8 @@ begin
       select x.key, x.value from jsonb_each(v_new || p_provider.refusals) x
       where (x.value ->> 'at')::timestamptz >= p_provider.question_since
         and coalesce((x.value ->> 'at')::timestamptz > v_success, true)
-      order by x.value ->> 'at' desc limit 20) r), '{}');   -- the names are a worker's words
+      order by x.value ->> 'at' desc limit 20) r), '{}')   -- the names are a worker's words
+  where p.id;
 end $$;
 
 -- The prompt and answer tokens of answers to the present question, for learn(). p_asked_at: as in reclassify_errors().

@@ -60,7 +60,7 @@ begin
   perform autotag.requeue_due(v_now, v_provider.virtual_time);
   perform autotag.join_queues(v_provider.virtual_time);
   if not v_provider.rerouted and autotag.reroute_upload(v_provider) then
-    update autotag.provider_limits set rerouted = true;
+    update autotag.provider_limits set rerouted = true where id;
     wait := 0;
     return;
   end if;
@@ -138,7 +138,8 @@ begin
       waiting_images = p_provider.waiting_images,
       waiting_at = p_provider.waiting_at,
       rerouted = false,
-      probe_at = p_provider.probe_at;
+      probe_at = p_provider.probe_at
+  where p.id;
   return p_provider;
 end $$;
 

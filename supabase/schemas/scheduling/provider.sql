@@ -210,7 +210,8 @@ begin
         when v_provider.tokens_left >= v_provider.tokens_per_minute * v_share
           - v_unsent::bigint * v_provider.tokens_per_image - v_extra
         then v_minutes * v_provider.tokens_per_minute else 0 end,
-      day_left = v_provider.day_left, refilled_at = v_provider.refilled_at;
+      day_left = v_provider.day_left, refilled_at = v_provider.refilled_at
+  where p.id;
 end $$;
 
 -- Updates the mirror from response headers: {requests_limit, requests_left, tokens_limit, tokens_left (per minute), day_limit,
@@ -253,7 +254,8 @@ begin
         when p.limited_since is not null and p.limited_at > v_provider.refilled_at - interval '1 min' then p.limited_since
         else v_provider.refilled_at end,
       limited_at = case when v_retry_after is null then p.limited_at else v_provider.refilled_at end,
-      has_rate_headers = case when v_seen ?| '{tokens_limit,requests_limit,day_limit}' then true else p.has_rate_headers end;
+      has_rate_headers = case when v_seen ?| '{tokens_limit,requests_limit,day_limit}' then true else p.has_rate_headers end
+  where p.id;
   return case when (v_requests, v_tokens, v_day) is distinct from
       (v_provider.requests_per_minute, v_provider.tokens_per_minute, v_provider.requests_per_day)
     then format('The provider''s limits are now %s (before: %s).', autotag.name_limits(v_requests, v_tokens, v_day),
@@ -332,7 +334,8 @@ as $$
 begin
   update autotag.provider_limits
   set requests_left = requests_left + p_requests, day_left = day_left + p_requests,
-      tokens_left = greatest(tokens_left + p_tokens, least(tokens_left, -tokens_per_minute));
+      tokens_left = greatest(tokens_left + p_tokens, least(tokens_left, -tokens_per_minute))
+  where id;
 end $$;
 
 -- Pauses both lanes until the probe succeeds; all tasks stay queued. p_from: the error's origin. Locks the provider row.
@@ -343,6 +346,7 @@ as $$
   set account_error = left(p_error, 1000), account_error_from = p_from,
       account_error_at = coalesce(account_error_at, autotag.now()), proven_at = null,
       probe_at = autotag.now() + (select s.account_probe_interval from autotag.settings s)
+  where id
 $$;
 
 -- Ends the pause: for any reason (p_from null: a call has succeeded), or only if its error came from p_from. Locks the provider

@@ -27,7 +27,8 @@ begin
   p_fingerprint := autotag.printable(p_fingerprint, 100);
   if autotag.switch_provider(p_base_url, p_fingerprint) then
     update autotag.provider_limits
-    set proven_at = null, probe_at = null, account_error = null, account_error_from = null, account_error_at = null;
+    set proven_at = null, probe_at = null, account_error = null, account_error_from = null, account_error_at = null
+    where id;
   end if;
   insert into autotag.workers (id, host, version, listening, started_at, last_heartbeat_at, lease_until, resumed_at, base_url, fingerprint)
   select p_worker, coalesce(autotag.printable(p_host, 100), ''), autotag.printable(p_version, 50), coalesce(p_listening, false),

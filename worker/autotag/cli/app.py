@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 import autotag
-from autotag.cli import compare, doctor, enqueue, init, migrate, profile, status, usage, vocabulary, watch, worker
+from autotag.cli import (
+    compare,
+    doctor,
+    enqueue,
+    init,
+    migrate,
+    profile,
+    status,
+    uninstall,
+    usage,
+    vocabulary,
+    watch,
+    worker,
+)  # fmt: skip
 from autotag.cli.console import tame_libraries
 
 app = typer.Typer(
@@ -20,7 +33,10 @@ app = typer.Typer(
 )
 #: Heading in the list of commands -> the commands, each with the end of its help page.
 COMMANDS: dict[str, list[tuple[Callable[..., None], str]]] = {
-    "Install": [(init.init, init.HELP_END), (migrate.migrate, migrate.HELP_END), (doctor.doctor, doctor.HELP_END)],
+    "Install": [
+        (init.init, init.HELP_END), (migrate.migrate, migrate.HELP_END), (doctor.doctor, doctor.HELP_END),
+        (uninstall.uninstall_command, uninstall.HELP_END),
+    ],
     "Run": [(worker.worker, worker.HELP_END)],
     "Operate": [
         (status.status, status.HELP_END), (enqueue.enqueue, enqueue.HELP_END), (usage.usage, usage.HELP_END),
@@ -30,7 +46,7 @@ COMMANDS: dict[str, list[tuple[Callable[..., None], str]]] = {
 }  # fmt: skip
 for heading, commands in COMMANDS.items():
     for command, help_end in commands:
-        app.command(rich_help_panel=heading, epilog=help_end)(command)
+        app.command(command.__name__.removesuffix("_command"), rich_help_panel=heading, epilog=help_end)(command)
 
 
 @app.callback(invoke_without_command=True)

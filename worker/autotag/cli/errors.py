@@ -28,7 +28,7 @@ LOCAL_DATABASE = "postgresql://postgres:postgres@127.0.0.1:54322/postgres"  # wh
 MAX_REASON = 300  # characters of a driver's message
 NO_SCHEMA = (
     "The database lacks autotag's schema, or has an older one than this command; apply the migrations (autotag migrate,"
-    " or supabase db push)."
+    " or supabase db push, with --remote for the linked project)."
 )
 
 
@@ -75,11 +75,12 @@ def explain_errors(role: str) -> Iterator[None]:
 
 
 @contextmanager
-def explain_install_errors(url: str) -> Iterator[None]:
-    """The same for the commands that install the schema, as the database's owner.
+def explain_install_errors(url: str, failed: str = "The migrations were not applied") -> Iterator[None]:
+    """The same for the commands that install the schema or drop it, as the database's owner.
 
     Args:
         url: the connection URL.
+        failed: what is true if Postgres refuses.
 
     Raises:
         typer.Exit: with the exit code of the error. The message has been printed.
@@ -90,7 +91,7 @@ def explain_install_errors(url: str) -> Iterator[None]:
         raise fail(str(error), WRONG_USAGE) from None
     except psycopg.errors.LockNotAvailable:
         raise fail(
-            "Another session locks the table of the images, so not all migrations were applied; run the command again.",
+            f"{failed}, or not all: another session locks the table of the images; run the command again.",
             FAILED,
         ) from None
     except psycopg.errors.InsufficientPrivilege as error:
@@ -100,13 +101,12 @@ def explain_install_errors(url: str) -> Iterator[None]:
         ) from None
     except psycopg.errors.InvalidSchemaName as error:
         raise fail(
-            f"The migrations were not applied ({error.diag.message_primary}); the database must be that of a Supabase"
-            " project.",
+            f"{failed} ({error.diag.message_primary}); the database must be that of a Supabase project.",
             FAILED,
         ) from None
     except psycopg.OperationalError as error:
         raise fail(unreachable(error, local=url == LOCAL_DATABASE), FAILED) from None
     except psycopg.Error as error:
-        raise fail(f"The migrations were not applied: {safe_message(error)}", FAILED) from None
+        raise fail(f"{failed}: {safe_message(error)}", FAILED) from None
     except OSError as error:
         raise fail(f"{error.filename or 'A file'} cannot be read or written ({error.strerror}).", FAILED) from None

@@ -16,6 +16,7 @@ from autotag.cli.questions import answerer, ask_spending_limit, on_terminal, say
 from autotag.install.changes import CHANGE
 from autotag.install.host import Choices, describe
 from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, project_folder, write_migrations
+from autotag.install.origin import push_command
 from autotag.install.preview import show_examples
 from autotag.install.survey import Survey, plan_spending_limit, survey
 from autotag.install.tag_index import offer_index
@@ -50,7 +51,8 @@ def init(
 
     Run it again at any time: it never overwrites a file. With other options it
     writes a migration that changes the adapter; what you do not name stays.
-    Afterwards run supabase db push, which applies the migrations.
+    Afterwards run supabase db push, which applies the migrations: to the local
+    stack, or with --remote to the linked project.
     """
     interactive = on_terminal() and not (yes or as_json)
     url = options.read_database_url(database_url)
@@ -74,7 +76,7 @@ def init(
             "tag_index": asdict(index),
         })  # fmt: skip
     else:
-        _show_files(files, found.facts.applied)
+        _show_files(files, found.facts.applied, push_command(url))
         say_index(index)
 
 
@@ -87,7 +89,7 @@ def _show_survey(found: Survey, host: Mapping[str, str], examples: Sequence[Mapp
         say_examples(examples, found.notes)
 
 
-def _show_files(files: Mapping[str, str], applied: Sequence[str] | Mapping[str, str]) -> None:
+def _show_files(files: Mapping[str, str], applied: Sequence[str] | Mapping[str, str], push: str) -> None:
     """Prints what happened to each file, and the next step."""
     for name, state in files.items():
         say(f"  {name}  {STATES[state]}")
@@ -96,6 +98,6 @@ def _show_files(files: Mapping[str, str], applied: Sequence[str] | Mapping[str, 
     if "written" in files.values():
         written = [name for name, state in files.items() if state == "written"]
         adapter = next((name for name in written if HOST_ADAPTER in name or CHANGE in name), written[0])
-        say(f"Next: read {adapter}, then run: supabase db push")
+        say(f"Next: read {adapter}, then run: {push}")
     else:
         say("Nothing to write: all migrations are there.")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import psycopg
 import typer
@@ -33,6 +34,10 @@ def watch(workspace: PrivateTopic = None, as_json: Json = False) -> None:
 
     Prints one line for each message: the time, the topic, the event and the
     payload. Without --workspace it follows the public topic, batch-updates.
+
+    It reconnects as often as it takes. Realtime keeps nothing: what is sent
+    meanwhile is lost, so it says when the connection was lost and is back
+    (with --json as the events "lost" and "back" without a topic).
     """
     settings = read_settings(DoctorSettings)
     if workspace:
@@ -48,8 +53,19 @@ def watch(workspace: PrivateTopic = None, as_json: Json = False) -> None:
             say(f"{datetime.now():%H:%M:%S}  {topic:<45}  {event:<14}  {describe_payload(payload)}")
         sys.stdout.flush()
 
+    def show_connection(what: Literal["lost", "back"], seconds: float) -> None:
+        if as_json:
+            say_json({"topic": None, "event": what, "payload": {"seconds": round(seconds, 1)}})
+        elif what == "lost":
+            say(f"{datetime.now():%H:%M:%S}  The connection to Realtime was lost; reconnecting …")
+        else:
+            say(f"{datetime.now():%H:%M:%S}  The connection is back after {seconds:.0f} s. Messages of that time are"
+                " lost; autotag status shows what has happened.")  # fmt: skip
+        sys.stdout.flush()
+
+    logging.getLogger("realtime").setLevel(logging.CRITICAL)  # it logs every try
     try:
-        asyncio.run(follow(settings.supabase_url, key, workspace, show_message))
+        asyncio.run(follow(settings.supabase_url, key, workspace, show_message, show_connection))
     except KeyboardInterrupt:
         return
     except CannotFollow as error:

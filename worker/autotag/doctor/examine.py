@@ -6,33 +6,26 @@ connection, notifications, a broadcast, Storage and the AI provider.
 
 from __future__ import annotations
 
-import asyncio
 import re
-import time
-import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 from urllib.parse import urlsplit
 
 import psycopg
-from realtime import AsyncRealtimeClient, BroadcastPayload, RealtimeSubscribeStates
 
 import autotag
 from autotag import db
 from autotag.config import DoctorSettings, webhook_problem
 from autotag.connection_string import how_to_reach
-from autotag.doctor import provider
-from autotag.doctor.findings import Finding, compare_clocks
+from autotag.doctor import broadcast, provider
+from autotag.doctor.findings import Finding, compare_clocks, try_twice
 from autotag.errors import TaggingError
 from autotag.images.files import Download, Space
 from autotag.images.storage import Storage
-from autotag.operate.follow import read_payload
 from autotag.redact import safe_message
 from autotag.texts import name_some
 
 CONNECT_TIMEOUT = 10  # seconds
-BROADCAST_TIMEOUT = 10.0  # seconds; the first join after a quiet period can take a second
-APPLY_MIGRATIONS = "supabase db push   (or: autotag migrate)"
+APPLY_MIGRATIONS = "autotag migrate   (or: supabase db push, with --remote for the linked project)"
 STORAGE_FIXES = {
     "storage_refused": "Set SUPABASE_SECRET_KEY to the project's secret key (Project Settings, API Keys).",
     "no_storage": "Set SUPABASE_URL to the project's URL (https://<ref>.supabase.co).",
@@ -71,7 +64,7 @@ async def examine(settings: DoctorSettings) -> list[Finding]:
         if diagnosis:
             findings += [Finding(**finding) for finding in diagnosis["findings"]]
             findings.append(compare_clocks("clock skew", "the database", diagnosis["now"]))
-            findings.append(await _broadcast(settings, database))
+            findings.append(await broadcast.check(settings, database))
             findings.append(await _storage(settings, diagnosis["sample"]))
             findings += _storage_hosts(settings, diagnosis["storage_hosts"])
         findings.append(await provider.check(settings, await _model(database, diagnosis)))
@@ -116,50 +109,6 @@ async def _model(database: db.Operator, diagnosis: db.Diagnosis | None) -> db.Mo
     return {**model, "name": diagnosis["model"], "proven": proven}
 
 
-async def _broadcast(settings: DoctorSettings, database: db.Operator) -> Finding:
-    """Sends a broadcast from the database, and waits for it as a Realtime client."""
-    check, key = "broadcast", settings.secret_key()
-    if not settings.supabase_url or not key:
-        return Finding(check, "warning", "Not tried: SUPABASE_URL and SUPABASE_SECRET_KEY are not set.", "Set both.")
-    client = AsyncRealtimeClient(f"{settings.supabase_url}/realtime/v1", key, auto_reconnect=False)
-    nonce, arrived, joined = str(uuid.uuid4()), asyncio.Event(), asyncio.Event()
-
-    def on_message(message: BroadcastPayload) -> None:
-        if read_payload(message).get("nonce") == nonce:
-            arrived.set()
-
-    def on_state(state: RealtimeSubscribeStates, error: Exception | None = None) -> None:
-        if state == RealtimeSubscribeStates.SUBSCRIBED:
-            joined.set()
-
-    try:
-        async with asyncio.timeout(BROADCAST_TIMEOUT):
-            await client.connect()
-            channel = client.channel("autotag-doctor").on_broadcast("probe", on_message)
-            await channel.subscribe(on_state)
-            await joined.wait()
-            started = time.monotonic()
-            await database.send_test_broadcast(nonce)
-            await arrived.wait()
-            took = time.monotonic() - started
-    except TimeoutError:
-        problem = "did not arrive" if joined.is_set() else "was not tried, because the channel could not be joined"
-        return Finding(
-            check, "error", f"A broadcast from the database {problem} within {BROADCAST_TIMEOUT:g} s.",
-            "Enable Realtime for the project and allow public channels (Realtime settings in the dashboard).",
-        )  # fmt: skip
-    except Exception as error:  # noqa: BLE001
-        # The client passes on every exception of its websocket library; each of them is the finding.
-        return Finding(
-            check, "error", f"Realtime cannot be reached: {type(error).__name__}.",
-            "Check SUPABASE_URL and SUPABASE_SECRET_KEY.",
-        )  # fmt: skip
-    finally:
-        with suppress(Exception):
-            await client.close()
-    return Finding(check, "ok", f"A broadcast from the database arrived after {took * 1000:.0f} ms.")
-
-
 async def _storage(settings: DoctorSettings, sample: db.StoredFile | None) -> Finding:
     """Whether the key reads Storage, and the newest image (``sample``, with ``bucket`` and ``path``) if it is there."""
     check, key = "storage", settings.secret_key()
@@ -168,15 +117,18 @@ async def _storage(settings: DoctorSettings, sample: db.StoredFile | None) -> Fi
             check, "warning", "Images in Storage cannot be read: SUPABASE_URL and SUPABASE_SECRET_KEY are not set.",
             "Set both (not needed when all images have URLs).",
         )  # fmt: skip
-    try:
+    url, buckets = settings.supabase_url, frozenset[str]()
+
+    async def probe() -> None:
+        nonlocal buckets
         most = settings.image_max_bytes
-        async with (
-            Storage(settings.supabase_url, key, timeout=CONNECT_TIMEOUT) as storage,
-            Download(Space(most), most) as download,
-        ):
+        async with Storage(url, key, timeout=CONNECT_TIMEOUT) as storage, Download(Space(most), most) as download:
             buckets = await storage.buckets()
             if sample:
                 await storage.read(sample["bucket"], sample["path"], download)
+
+    try:
+        await try_twice(probe)
     except TaggingError as error:
         if error.kind == "image" and sample:
             return _unreadable_sample(error, sample, buckets)

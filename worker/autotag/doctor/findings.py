@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
+
+from autotag.errors import TaggingError
 
 Level = Literal["ok", "warning", "error"]
 LEVELS: tuple[Level, ...] = ("ok", "warning", "error")
 
+PROBE_AGAIN_AFTER = 1.0  # seconds
 MAX_SKEW_OK = 5.0  # seconds
 MAX_SKEW_WARNING = 240.0  # seconds; a webhook whose time differs by more than 300 is refused
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,3 +59,18 @@ def compare_clocks(check: str, other: str, other_time: float) -> Finding:
     return Finding(
         check, level, f"This machine's clock is {abs(skew):.0f} s {direction} {other}'s.", "timedatectl set-ntp on"
     )
+
+
+async def try_twice(probe: Callable[[], Awaitable[T]]) -> T:
+    """What a probe returns, at the second try if the first one failed for the moment: one lost packet is no finding.
+
+    Raises:
+        TaggingError: both failed, or the error is not transient.
+    """
+    try:
+        return await probe()
+    except TaggingError as error:
+        if error.kind != "transient":
+            raise
+    await asyncio.sleep(PROBE_AGAIN_AFTER)
+    return await probe()

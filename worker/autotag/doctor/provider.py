@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from autotag.config import DoctorSettings
 from autotag.db import ModelStatus
-from autotag.doctor.findings import Finding, compare_clocks
+from autotag.doctor.findings import Finding, compare_clocks, try_twice
 from autotag.errors import TaggingError
 from autotag.openai.errors import NO_SUCH_ROUTE
 from autotag.openai.provider import Provider
@@ -36,8 +36,8 @@ async def check(settings: DoctorSettings, model_status: ModelStatus | None) -> F
     async with Provider(key, url, TIMEOUT) as provider:
         try:
             if model_status is None:
-                return _answered((await provider.list_models()).date, "The key is valid.")
-            return await _ask(provider, model_status, works)
+                return _answered((await try_twice(provider.list_models)).date, "The key is valid.")
+            return await try_twice(lambda: _ask(provider, model_status, works))
         except TaggingError as error:
             return _refused(error, url, works)
 

@@ -163,7 +163,7 @@ class Images:
             if self._storage is None:
                 raise TaggingError(
                     "account", "no_storage",
-                    "SUPABASE_URL and SUPABASE_SECRET_KEY are not set, so Storage cannot be read.",
+                    "SUPABASE_URL and SUPABASE_SECRET_KEY are not set, so Storage cannot be read.", origin="storage",
                 )  # fmt: skip
             return await self._storage.read(image.bucket, image.path, download)
         if image.url is not None:

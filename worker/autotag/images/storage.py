@@ -29,6 +29,7 @@ from urllib.parse import quote
 import httpx2
 import structlog
 
+from autotag.db.messages import Kind
 from autotag.errors import TaggingError, image_error
 from autotag.images.body import Response, read_up_to, receive
 from autotag.images.files import Download, ImageFile
@@ -131,7 +132,7 @@ class Storage:
             buckets = self._buckets
         if isinstance(buckets, TaggingError):
             # A new exception each time, because many images raise it concurrently.
-            raise TaggingError(buckets.kind, buckets.code, buckets.message, retry_after=buckets.retry_after)
+            raise _trouble(buckets.kind, buckets.code, buckets.message, retry_after=buckets.retry_after)
         return buckets
 
     async def _classify(self, bucket: str, reply: Reply) -> TaggingError:
@@ -143,7 +144,7 @@ class Storage:
         except TaggingError as error:
             return error
         if not buckets and self._role == SECRET:
-            return TaggingError("account", "storage_no_bucket", f"The project has no bucket at all. {CHECK_URL}")
+            return _trouble("account", "storage_no_bucket", f"The project has no bucket at all. {CHECK_URL}")
         if reply.code == "NoSuchBucket" and bucket not in buckets:
             self._warn_missing_bucket(bucket)
             return image_error(
@@ -200,7 +201,7 @@ class Storage:
                 "transient", "storage_error", "Storage answered with an error (414).", status=URL_TOO_LONG
             ) from None
         except HTTP_ERRORS:
-            raise TaggingError("transient", "storage_error", "Storage cannot be reached.") from None
+            raise _trouble("transient", "storage_error", "Storage cannot be reached.") from None
 
     def _warn_missing_bucket(self, bucket: str) -> None:
         if bucket not in self._warned_buckets and len(self._warned_buckets) < MAX_BUCKET_WARNINGS:
@@ -296,20 +297,21 @@ def _general_error(reply: Reply) -> TaggingError | None:
 
 
 def _refused(reason: str) -> TaggingError:
-    return TaggingError("account", "storage_refused", f"Storage refused the key: {reason}. {CHECK_KEY}")
+    return _trouble("account", "storage_refused", f"Storage refused the key: {reason}. {CHECK_KEY}")
 
 
 def _no_storage(reason: str) -> TaggingError:
-    return TaggingError("account", "no_storage", f"SUPABASE_URL does not lead to Storage ({reason}). {CHECK_URL}")
+    return _trouble("account", "no_storage", f"SUPABASE_URL does not lead to Storage ({reason}). {CHECK_URL}")
 
 
 def _unreachable(reply: Reply) -> TaggingError:
-    return TaggingError(
-        "transient",
-        "storage_error",
-        f"Storage answered with an error ({reply.status}).",
-        retry_after=reply.retry_after,
-    )
+    return _trouble("transient", "storage_error", f"Storage answered with an error ({reply.status}).",
+                    retry_after=reply.retry_after)  # fmt: skip
+
+
+def _trouble(kind: Kind, code: str, message: str, retry_after: float | None = None) -> TaggingError:
+    """An error of Storage itself, so that nobody takes it for one of the AI provider."""
+    return TaggingError(kind, code, message, retry_after=retry_after, origin="storage")
 
 
 def file_missing() -> TaggingError:

@@ -1,8 +1,15 @@
-"""Fetches images by URL: from allowed hosts with public addresses only, and with few redirects."""
+"""Fetches images by URL: from allowed hosts with public addresses only, and with few redirects.
+
+A retry downloads the whole image again. An ``If-None-Match`` would save nothing: a worker keeps no file between two
+tries, and the next try may be another worker's.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import random
+import time
+from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
 from types import TracebackType
 from urllib.parse import urljoin, urlsplit
@@ -10,19 +17,40 @@ from urllib.parse import urljoin, urlsplit
 import httpcore
 import httpx
 
+import autotag
 from autotag.errors import TaggingError, image_error
 from autotag.images.addresses import GuardedBackend, invalid_url
 from autotag.images.body import receive
 from autotag.images.files import Download, ImageFile
+from autotag.openai.headers import retry_after
 from autotag.texts import printable
 
 FETCH_TIMEOUT = 30.0  # seconds to connect, and max seconds between two reads
 MAX_FETCH_SECONDS = 120.0  # total time of one image; otherwise a host that sends slowly could occupy a slot endlessly
-REDIRECTS = 3
+REDIRECTS = 5
+#: Image CDNs choose the format by this header. It names cheap formats only: who names AVIF or JPEG XL gets them.
+ACCEPT = "image/jpeg,image/png,image/webp;q=0.9,image/gif;q=0.8,image/*;q=0.5,*/*;q=0.1"
+#: Hosts ask for an address in it, and some (Wikimedia) refuse clients without one.
+USER_AGENT = f"autotag/{autotag.__version__} (+https://pypi.org/project/supabase-autotag/)"
+REFUSED = (401, 402, 403, 407, 451)  # HTTP status of hosts that do not give an image to others (hot-linking, a login)
+BUSY_SECONDS = 30.0  # wait after a 429 that names none
+MAX_BUSY_SECONDS = 3600.0  # a host that refuses longer, without one image, is treated like any other error
+
+
+@dataclass
+class _Busy:
+    """A host that has asked to wait (times of ``time.monotonic()``)."""
+
+    since: float
+    until: float
 
 
 class Urls:
-    """Fetches images by their URLs."""
+    """Fetches images by their URLs.
+
+    A host that asks to wait (429, or 503 with ``Retry-After``) gets no request until then. Its images wait that long,
+    which counts as no failure of theirs, and other hosts go on.
+    """
 
     def __init__(self, hosts: frozenset[str], transport: httpx.AsyncBaseTransport | None = None) -> None:
         """
@@ -31,6 +59,7 @@ class Urls:
             transport: replaces the network, in tests.
         """
         self._hosts = hosts
+        self._busy: dict[str, _Busy] = {}  # by allowed host
         if transport is None:
             transport = httpx.AsyncHTTPTransport()
             transport._pool = httpcore.AsyncConnectionPool(
@@ -38,7 +67,7 @@ class Urls:
             )
         self._http = httpx.AsyncClient(
             transport=transport, timeout=FETCH_TIMEOUT, follow_redirects=False, trust_env=False,
-            headers={"Accept-Encoding": "identity"},
+            headers={"Accept": ACCEPT, "Accept-Encoding": "identity", "User-Agent": USER_AGENT},
         )  # fmt: skip
         # No cookies: a host could use them to link the images of different workspaces.
         self._http.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
@@ -55,7 +84,8 @@ class Urls:
         """Fetches an image file.
 
         Raises:
-            TaggingError: ``image`` if the address is refused or has no image; otherwise ``transient``.
+            TaggingError: ``image`` if the address is refused or has no image; ``rate_limit`` if its host asks to wait;
+                otherwise ``transient``.
         """
         try:
             async with asyncio.timeout(MAX_FETCH_SECONDS):
@@ -65,13 +95,16 @@ class Urls:
 
     async def _follow(self, url: str, download: Download) -> ImageFile:
         for _ in range(REDIRECTS + 1):
-            self._check(url)
+            host = self._check(url)
+            if busy := self._busy_error(host):
+                raise busy
             try:
                 async with self._http.stream("GET", url) as response:
                     if response.is_redirect and "location" in response.headers:
                         url = urljoin(url, response.headers["location"])
                         continue
-                    return await self._read(response, download)
+                    self._check_status(host, response)
+                    return await receive(response, download)
             except (httpx.InvalidURL, ValueError):  # from parsing a URL or a redirect; includes UnicodeError (IDNA)
                 raise invalid_url() from None
             except httpx.HTTPError as error:
@@ -80,8 +113,8 @@ class Urls:
                 raise TaggingError("transient", "fetch_failed", "The image's host did not answer.") from None
         raise image_error("fetch_failed", "The image's address redirects too often.")
 
-    def _check(self, url: str) -> None:
-        """Checks that this is an https URL of an allowed host.
+    def _check(self, url: str) -> str:
+        """Checks that this is an https URL of an allowed host, and returns the host.
 
         Raises:
             TaggingError: ``url_refused``.
@@ -97,11 +130,44 @@ class Urls:
             raise invalid_url()
         if host not in self._hosts:
             raise image_error("url_refused", f"Images from the host {printable(host, 100)} are not allowed here.")
+        return host
 
-    async def _read(self, response: httpx.Response, download: Download) -> ImageFile:
-        status = response.status_code
-        if status in (408, 429) or status >= 500:
+    def _check_status(self, host: str, response: httpx.Response) -> None:
+        """Checks that a response has an image, and notes whether its host asks to wait.
+
+        Raises:
+            TaggingError: it has none.
+        """
+        status, wait = response.status_code, retry_after(response.headers)
+        if status == 429 or (status == 503 and wait):
+            self._note_busy(host, wait or BUSY_SECONDS)
+            if busy := self._busy_error(host):
+                raise busy
+        if status in (408, 425, 429) or status >= 500:
             raise TaggingError("transient", "fetch_failed", f"The image's host answered with an error ({status}).")
+        self._busy.pop(host, None)
+        if status in REFUSED:
+            raise image_error(
+                "host_refused", f"The host {host} does not give this image to other sites ({status}); upload the file."
+            )
         if status != 200:
             raise image_error("file_missing", f"The image's address answered with status {status}.")
-        return await receive(response, download)
+
+    def _note_busy(self, host: str, wait: float) -> None:
+        now = time.monotonic()
+        busy = self._busy.get(host)
+        if busy is None or now - busy.until > MAX_BUSY_SECONDS:  # the first refusal, or the first for long
+            busy = self._busy[host] = _Busy(now, now)
+        busy.until = now if now - busy.since > MAX_BUSY_SECONDS else max(busy.until, now + wait)
+
+    def _busy_error(self, host: str) -> TaggingError | None:
+        """The error of an image while its host wants no request; None: it may be asked."""
+        busy = self._busy.get(host)
+        wait = busy.until - time.monotonic() if busy else 0.0
+        if wait <= 0:
+            return None
+        # The images come back one after the other: all at once, they would be refused again.
+        return TaggingError(
+            "rate_limit", "host_busy", f"The host {host} asks to wait before more images are fetched.",
+            retry_after=wait * random.uniform(1, 2), origin="host",
+        )  # fmt: skip

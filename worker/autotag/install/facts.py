@@ -8,6 +8,7 @@ from typing import Any
 import psycopg
 from psycopg import Connection
 
+from autotag.install.answers import HostError
 from autotag.install.details import (
     NOT_THE_PROJECTS,
     Gin,
@@ -207,7 +208,11 @@ def _column(connection: Connection[tuple[str, ...]], table: str, statement: str)
 
 
 def applied_migrations(connection: Connection[tuple[str, ...]]) -> dict[str, str]:
-    """autotag's migrations in a database, applied by any tool: name without ``autotag_`` -> version."""
+    """autotag's migrations in a database, applied by any tool: name without ``autotag_`` -> version.
+
+    Raises:
+        HostError: the history has them, but somebody has dropped the schema. The Supabase CLI would skip them for ever.
+    """
     recorded = _column(
         connection, "supabase_migrations.schema_migrations",
         "select version || '_' || coalesce(name, '') from supabase_migrations.schema_migrations order by version",
@@ -217,6 +222,12 @@ def applied_migrations(connection: Connection[tuple[str, ...]]) -> dict[str, str
         version, _, name = entry.partition("_")
         if name.startswith("autotag_"):
             found[name.removeprefix("autotag_")] = version
+    row = connection.execute("select to_regnamespace('autotag') is null").fetchone()
+    if row and row[0] and set(found) - {"host_baseline"}:
+        raise HostError(
+            "The migration history says that autotag is installed, but the schema autotag is gone; run autotag"
+            " uninstall, which removes these entries and what else is left, and then this command again."
+        )
     return found
 
 

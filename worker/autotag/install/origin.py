@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -36,9 +37,27 @@ def storage_hosts(database_url: str, project_url: str | None, folder: Path | Non
     if name.endswith(".pooler.supabase.com"):
         refs.append(user.rpartition(".")[2])
     hosts += [f"{ref}.supabase.co" for ref in refs if REF.fullmatch(ref)]
-    if name in ("127.0.0.1", "localhost") and str(server.get("port")) == LOCAL_PORT:
+    if _is_local(server):
         hosts += LOCAL_HOSTS
     return tuple(dict.fromkeys(hosts))
+
+
+def push_command(database_url: str) -> str:
+    """The command of the Supabase CLI that applies the migrations to a database: without --remote, to the local stack.
+
+    Args:
+        database_url: connection URL of the database's owner.
+    """
+    server = conninfo_to_dict(database_url)
+    if _is_local(server):
+        return "supabase db push"
+    hosted = str(server.get("host") or "").endswith((".supabase.co", ".pooler.supabase.com"))
+    return "supabase db push --remote" if hosted else 'supabase db push --remote="$DATABASE_URL"'
+
+
+def _is_local(server: Mapping[str, object]) -> bool:
+    """Whether this is the database of ``supabase start``."""
+    return server.get("host") in ("127.0.0.1", "localhost") and str(server.get("port")) == LOCAL_PORT
 
 
 def _host_of(url: str) -> str:

@@ -1,0 +1,263 @@
+"""Takes autotag out of a database: finds what is autotag's, what of the host's uses it, and drops the first.
+
+Tags stay. Nothing of the host's is dropped unless the caller names it. Everything happens in one transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+STAGE_COLUMNS = ("tagging_stage", "tagging_progress", "tagging_eta", "tagging_error")
+STAGE_CHECKS = ("assets_tagging_stage_check", "assets_tagging_progress_check")
+RESULT_COLUMN = "tagging_result"
+LOCK_TIMEOUT = "2s"  # for the table of images, so that no session queues behind this one for long
+#: The functions that autotag has in public. One of the host's with the same name does not call autotag.
+RPCS = (
+    "enqueue_tagging", "cancel_tagging", "retry_tagging", "tagging_job", "tagging_jobs", "tagging_strategy",
+    "check_rate_limit", "peek_rate_limit", "tagging_usage", "tagging_profile", "set_tagging_profile",
+    "tagging_vocabulary",
+    "set_tagging_vocabulary", "edit_tagging_vocabulary", "openai_webhook",
+)  # fmt: skip
+#: The views and types that autotag has in public (supabase/schemas/api_types.sql, tables/limits.sql).
+VIEWS = (
+    "workspace_rate_limits", "tagging_stage_counts", "tagging_batch_result", "tagging_vocabulary_tag",
+    "tagging_job_result", "tagging_upload_result", "tagging_cancel_result", "tagging_strategy_result",
+    "tagging_limit_result", "tagging_usage_result", "tagging_profile_result", "tagging_vocabulary_result",
+    "tagging_vocabulary_change", "tagging_webhook_result",
+)  # fmt: skip
+TYPES = ("tagging_stage", "tagging_strategy_name", "tagging_request_type", "tagging_job_status")
+_FUNCTIONS = """
+    select p.oid::regprocedure::text, 'function ' || p.oid::regprocedure from pg_proc p
+    where p.pronamespace = 'public'::regnamespace and p.proname = any (%s)
+      and coalesce(pg_get_function_sqlbody(p.oid), p.prosrc) like '%%autotag.%%' order by 1"""
+_POLICIES = """
+    select format('%I on %I.%I', policyname, schemaname, tablename),
+      format('policy "%s" on %s.%s', policyname, schemaname, tablename)
+    from pg_policies where policyname like 'autotag: %' order by 1"""
+_TABLES = """
+    select a.attrelid::regclass::text from pg_attribute a join pg_class c on c.oid = a.attrelid
+    where c.relkind in ('r', 'p') and not c.relispartition and not a.attisdropped and a.attname = any (%s)
+      and c.relnamespace::regnamespace::text not in ('autotag', 'pg_catalog', 'information_schema')
+    group by a.attrelid having count(*) = cardinality(%s::text[]) order by 1"""
+_HISTORY = """
+    select version, version || '_' || name from supabase_migrations.schema_migrations
+    where name like 'autotag\\_%' and name <> 'autotag_host_baseline' order by 1"""
+_JOBS = "select jobid, jobname::text from cron.job where jobname like 'autotag-%' order by 2"
+_HAS_RELATION, _HAS_TYPE = "select to_regclass(%s) is not null", "select to_regtype(%s) is not null"
+_HAS_COLUMN = (
+    "select exists (select from pg_attribute where attrelid = %s::regclass and attname = %s and not attisdropped)"
+)
+#: Every object that Postgres would drop with autotag's. A rule of a view stands for its view.
+_DEPENDENTS = """
+    with recursive own (class, id, part) as (
+      select 'pg_namespace'::regclass::oid, n.oid, 0 from pg_namespace n where n.nspname = 'autotag'
+      union select 'pg_proc'::regclass::oid, f::regprocedure::oid, 0 from unnest(%(functions)s::text[]) f
+      union select 'pg_class'::regclass::oid, to_regclass('public.' || v)::oid, 0 from unnest(%(views)s::text[]) v
+      union select 'pg_type'::regclass::oid, to_regtype('public.' || t)::oid, 0 from unnest(%(types)s::text[]) t
+      union select 'pg_class'::regclass::oid, a.attrelid, a.attnum::integer from pg_attribute a
+        where a.attrelid = any (%(tables)s::text[]::regclass[]) and a.attname = any (%(columns)s)
+          and not a.attisdropped),
+    found (class, id, part) as (
+      select class, id, part from own where id is not null
+      union
+      select case when r.ev_class is not null then 'pg_class'::regclass::oid else d.classid end,
+        coalesce(r.ev_class, d.objid), case when r.ev_class is not null then 0 else d.objsubid end
+      from found f
+      join pg_depend d on d.refclassid = f.class and d.refobjid = f.id and (f.part = 0 or d.refobjsubid = f.part)
+        and d.deptype in ('n', 'a', 'i', 'P', 'S')
+      left join pg_rewrite r on d.classid = 'pg_rewrite'::regclass and r.oid = d.objid)
+    select distinct pg_describe_object(f.class, f.id, f.part) as what
+    from found f
+    left join pg_trigger g on f.class = 'pg_trigger'::regclass and g.oid = f.id
+    left join pg_policy p on f.class = 'pg_policy'::regclass and p.oid = f.id
+    left join pg_constraint c on f.class = 'pg_constraint'::regclass and c.oid = f.id
+    cross join lateral pg_identify_object(f.class, f.id, f.part) o
+    where (f.class, f.id, f.part) not in (select class, id, part from own where id is not null)
+      and coalesce(o.schema, '') not in ('autotag', 'pg_toast') and o.type not in ('toast table', 'default acl')
+      and coalesce(g.tgname not like 'autotag\\_%%' and not g.tgisinternal, true)
+      and coalesce(p.polname not like 'autotag: %%'
+        and p.polrelid not in (select x.oid from pg_class x where x.relnamespace = to_regnamespace('autotag')), true)
+      and coalesce(c.conname <> all (%(checks)s::text[])
+        and coalesce((select x.relnamespace from pg_class x where x.oid = c.conrelid), 0) <> to_regnamespace('autotag')
+        and coalesce((select x.typnamespace from pg_type x where x.oid = c.contypid), 0) <> to_regnamespace('autotag'),
+        true)
+      and coalesce((select x.typtype = 'd' from pg_type x where f.class = 'pg_type'::regclass and x.oid = f.id), true)
+      and not (f.class in ('pg_attrdef'::regclass, 'pg_rewrite'::regclass, 'pg_trigger'::regclass)
+        and o.identity ~ '(^| )(on|for) autotag[.]')
+    order by 1"""
+#: Functions and jobs of the host whose text names autotag: Postgres does not know that they use it.
+_MENTIONS = """
+    select 'function ' || p.oid::regprocedure from pg_proc p join pg_namespace n on n.oid = p.pronamespace
+    where n.nspname <> 'autotag' and n.nspname not like 'pg\\_%%' and n.nspname <> 'information_schema'
+      and p.oid::regprocedure::text <> all (%(functions)s::text[])
+      and p.prosrc ~ ('\\mautotag\\.|\\m(' || array_to_string(%(names)s::text[], '|') || ')\\s*\\(')
+      and not exists (
+        select from pg_depend d where d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.deptype = 'e')
+    order by 1"""
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is autotag's in a database, and what uses it.
+
+    Attributes:
+        schema: whether the schema autotag is there.
+        objects: autotag's objects outside its schema.
+        columns: "table.column" of the columns to drop.
+        kept: "table.column" of those that stay.
+        jobs: the names of pg_cron's jobs.
+        migrations: rows of the migration history.
+        yours: objects of the host that Postgres would drop with autotag's, and functions that call it.
+        unfinished: images that are being tagged.
+    """
+
+    schema: bool
+    objects: list[str]
+    columns: list[str]
+    kept: list[str]
+    jobs: list[str]
+    migrations: list[str]
+    yours: list[str]
+    unfinished: int
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to drop."""
+        return not (self.schema or self.objects or self.columns or self.jobs or self.migrations)
+
+
+class InUse(Exception):
+    """Objects of the host use autotag, and the caller has not named them. The message lists them."""
+
+
+def make_plan(url: str, *, keep_stages: bool = False, drop_results: bool = False) -> Plan:
+    """What `uninstall` would drop. Changes nothing.
+
+    Args:
+        url: connection URL of the database's owner.
+        keep_stages: the columns with the stage of an image stay.
+        drop_results: the column ``tagging_result`` goes.
+
+    Raises:
+        psycopg.Error: the database cannot be read.
+    """
+    with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
+        return _plan(connection, keep_stages=keep_stages, drop_results=drop_results)
+
+
+def uninstall(url: str, *, keep_stages: bool = False, drop_results: bool = False, also: Collection[str] = ()) -> Plan:
+    """Drops what is autotag's, in one transaction, and returns what that was.
+
+    Args:
+        url: connection URL of the database's owner.
+        keep_stages: the columns with the stage of an image stay.
+        drop_results: the column ``tagging_result`` goes.
+        also: the host's objects (as `Plan.yours` names them) that may be dropped or may stop working.
+
+    Raises:
+        InUse: the host uses something that would go, and ``also`` does not name it.
+        psycopg.errors.LockNotAvailable: another session holds the table of images.
+        psycopg.Error: nothing was dropped.
+    """
+    with psycopg.connect(url, connect_timeout=10) as connection:  # commits at the end
+        connection.execute(sql.SQL("set local lock_timeout = {}").format(LOCK_TIMEOUT))
+        plan = _plan(connection, keep_stages=keep_stages, drop_results=drop_results)
+        unnamed = [name for name in plan.yours if name not in also]
+        if unnamed:
+            raise InUse(", ".join(unnamed))
+        _drop(connection, plan)
+    return plan
+
+
+def _plan(connection: Connection, *, keep_stages: bool, drop_results: bool) -> Plan:
+    schema = _exists(connection, "select to_regnamespace('autotag') is not null")
+    functions = connection.execute(_FUNCTIONS, (list(RPCS),)).fetchall()
+    policies = connection.execute(_POLICIES).fetchall()
+    tables = _tables(connection)
+    gone = (() if keep_stages else STAGE_COLUMNS) + ((RESULT_COLUMN,) if drop_results else ())
+    there = [
+        (table, column)
+        for table in tables
+        for column in (*STAGE_COLUMNS, RESULT_COLUMN)
+        if _exists(connection, _HAS_COLUMN, (table, column))
+    ]
+    views = [name for name in VIEWS if schema and _exists(connection, _HAS_RELATION, (f"public.{name}",))]
+    types = [name for name in TYPES if schema and _exists(connection, _HAS_TYPE, (f"public.{name}",))]
+    names = [row[0] for row in functions]
+    used = connection.execute(
+        _DEPENDENTS,
+        {"functions": names, "views": views, "types": types, "tables": tables, "columns": list(gone),
+         "checks": list(STAGE_CHECKS)},
+    ).fetchall()  # fmt: skip
+    own = {label for _, label in functions} | {f"view {at}{name}" for name in VIEWS for at in ("", "public.")}
+    yours = [row[0] for row in used if row[0] not in own]
+    mentions = connection.execute(_MENTIONS, {"functions": names, "names": list(RPCS)}).fetchall()
+    yours += [row[0] for row in mentions if row[0] not in yours]
+    waiting = schema and _exists(connection, "select to_regclass('autotag.tasks') is not null")
+    count = "select count(*) from autotag.tasks where finished_at is null"
+    return Plan(
+        schema=schema,
+        objects=[label for _, label in functions] + [label for _, label in policies]
+        + [f"view public.{name}" for name in views] + [f"type public.{name}" for name in types],
+        columns=[f"{table}.{column}" for table, column in there if column in gone],
+        kept=[f"{table}.{column}" for table, column in there if column not in gone],
+        jobs=_names(connection, "cron.job", _JOBS),
+        migrations=_names(connection, "supabase_migrations.schema_migrations", _HISTORY),
+        yours=yours,
+        unfinished=int(_one(connection, count)) if waiting else 0,
+    )  # fmt: skip
+
+
+def _drop(connection: Connection, plan: Plan) -> None:
+    """Drops what a plan names. What uses it goes, too; the caller has checked that."""
+    if plan.jobs:
+        connection.execute("select cron.unschedule(jobid) from cron.job where jobname = any (%s)", (plan.jobs,))
+    for identity, _ in connection.execute(_POLICIES).fetchall():
+        connection.execute(f"drop policy {identity}".encode())
+    for identity, _ in connection.execute(_FUNCTIONS, (list(RPCS),)).fetchall():
+        connection.execute(f"drop function {identity} cascade".encode())
+    if plan.schema:
+        for view in VIEWS:
+            connection.execute(f"drop view if exists public.{view} cascade".encode())
+        connection.execute("drop schema autotag cascade")
+        for kind in TYPES:
+            connection.execute(f"drop type if exists public.{kind} cascade".encode())
+    for table in _tables(connection):
+        for check in STAGE_CHECKS:
+            connection.execute(f"alter table {table} drop constraint if exists {check}".encode())
+    for column in plan.columns:
+        table, _, name = column.rpartition(".")
+        connection.execute(f"alter table {table} drop column {name} cascade".encode())
+    if plan.migrations:
+        connection.execute(
+            "delete from supabase_migrations.schema_migrations where version || '_' || name = any (%s)",
+            (plan.migrations,),
+        )
+
+
+def _tables(connection: Connection) -> list[str]:
+    """The tables with autotag's stage columns: the table of images, also where the schema is gone already."""
+    return [row[0] for row in connection.execute(_TABLES, (list(STAGE_COLUMNS), list(STAGE_COLUMNS))).fetchall()]
+
+
+def _names(connection: Connection, table: str, statement: str) -> list[str]:
+    """The second column of a statement's rows; none if its table is missing."""
+    if not _exists(connection, _HAS_RELATION, (table,)):
+        return []
+    return [row[1] for row in connection.execute(statement.encode()).fetchall()]
+
+
+def _exists(connection: Connection, statement: str, values: Sequence[Any] = ()) -> bool:
+    return bool(_one(connection, statement, values))
+
+
+def _one(connection: Connection, statement: str, values: Sequence[Any] = ()) -> Any:
+    row = connection.execute(statement.encode(), values or None).fetchone()
+    return row and row[0]
