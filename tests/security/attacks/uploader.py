@@ -22,7 +22,7 @@ from lab.openai_sim.faults import Fault
 from lab.pictures import Drawing, draw
 from support import store_file
 
-BYTES_MOST, MEMORY = 2_000_000, 300  # bytes of a file and megabytes, of the worker that meets these
+BYTES_MOST, MEMORY = 2_000_000, 360  # bytes of a file and megabytes, of the worker that meets these
 FOUND = r"completed"
 NO_IMAGE = r"empty_file|not_an_image|unreadable_image|damaged_image|unsupported_format"
 LARGE = r"image_too_large|file_too_large"
