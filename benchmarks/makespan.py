@@ -24,7 +24,7 @@ from rich.table import Table
 
 from autotag.db import Question
 from autotag.http.serve import serve
-from autotag.images.prepare import data_url, prepare
+from autotag.images.prepare import data_url, prepare_bytes
 from autotag.openai.prompt import request_body
 from benchmarks import bound, peers
 from benchmarks.bound import Upload
@@ -316,7 +316,7 @@ async def _peer(peer: str, name: str, mix: Sequence[Upload], drawings: Sequence[
     jobs = [
         peers.Job(
             upload.at,
-            [request_body(question, data_url(prepare(d.data, 512, 10**8)), 400) for d in share],
+            [request_body(question, data_url(prepare_bytes(d.data, 512, 10**8)), 400) for d in share],
             int(bound.Limits().tokens_per_call),
         )
         for upload, share in zip(mix, shares, strict=True)

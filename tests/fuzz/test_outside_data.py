@@ -16,7 +16,7 @@ from PIL import Image
 
 from autotag.errors import TaggingError
 from autotag.http.webhook import make_app
-from autotag.images.prepare import prepare
+from autotag.images.prepare import prepare_bytes
 from autotag.openai.answers import CAPTION_LENGTH, MAX_ANSWER, TAG_LENGTH, read_completion, read_usage
 from autotag.openai.classify import classify_status
 from autotag.openai.headers import MAX_RETRY_AFTER, read_limits
@@ -184,7 +184,7 @@ def test_an_image_file_becomes_a_small_jpeg_or_a_sentence(
         if place < len(damaged):
             damaged[place] = value
     try:
-        jpeg = prepare(bytes(damaged[:cut]), 512, 1_000_000)
+        jpeg = prepare_bytes(bytes(damaged[:cut]), 512, 1_000_000)
     except TaggingError as error:
         check_error(error, "image")
         return

@@ -43,7 +43,7 @@ def encoded(image: Pillow.Image, kind: str, **options: object) -> bytes:
 
 def seen(data: bytes, side: int = 512) -> tuple[str, ...]:
     """What the simulator sees of a prepared file; its size is checked."""
-    jpeg = images.prepare(data, side, PIXELS)
+    jpeg = images.prepare_bytes(data, side, PIXELS)
     with Pillow.open(io.BytesIO(jpeg)) as image:
         assert image.format == "JPEG"
         assert max(image.size) <= side
@@ -102,7 +102,7 @@ def test_metadata_does_not_leave_the_project() -> None:
     exif[0x010F] = "SecretCamera"
     data = encoded(quarters(), "JPEG", exif=exif, comment=b"SecretComment")
     assert b"Secret" in data
-    assert b"Secret" not in images.prepare(data, 512, PIXELS)
+    assert b"Secret" not in images.prepare_bytes(data, 512, PIXELS)
 
 
 def test_an_animation_counts_by_its_first_frame() -> None:
@@ -112,7 +112,7 @@ def test_an_animation_counts_by_its_first_frame() -> None:
 
 
 def test_a_small_image_is_not_blown_up() -> None:
-    with Pillow.open(io.BytesIO(images.prepare(encoded(quarters(size=(40, 30)), "PNG"), 512, PIXELS))) as image:
+    with Pillow.open(io.BytesIO(images.prepare_bytes(encoded(quarters(size=(40, 30)), "PNG"), 512, PIXELS))) as image:
         assert image.size == (40, 30)
 
 
@@ -156,7 +156,7 @@ JPEG = encoded(quarters(), "JPEG")
 )  # fmt: skip
 def test_what_is_no_good_fails_with_a_code_and_a_sentence(data: bytes, code: str, sentence: str) -> None:
     with pytest.raises(TaggingError) as caught:
-        images.prepare(data, 512, PIXELS)
+        images.prepare_bytes(data, 512, PIXELS)
     assert (caught.value.kind, caught.value.code, caught.value.message) == ("image", code, sentence)
 
 
@@ -278,9 +278,9 @@ async def test_a_path_cannot_leave_its_bucket(path: str) -> None:
 def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each scan is a hundred bytes and goes over all pixels, and no thread can be stopped."""
     progressive = encoded(quarters(), "JPEG", progressive=True)
-    assert images.prepare(progressive + b"\xff\xda\x00\x02" * 500, 512, PIXELS), "what follows its end does not count"
+    assert images.prepare_bytes(progressive + b"\xff\xda\x00\x02" * 500, 512, PIXELS), "what follows its end does not count"
     monkeypatch.setattr(images, "MAX_SCANS", 5)
     with pytest.raises(TaggingError) as caught:
-        images.prepare(progressive, 512, PIXELS)
+        images.prepare_bytes(progressive, 512, PIXELS)
     assert caught.value.code == "unsupported_format"
-    assert images.prepare(encoded(quarters(), "JPEG"), 512, PIXELS)
+    assert images.prepare_bytes(encoded(quarters(), "JPEG"), 512, PIXELS)

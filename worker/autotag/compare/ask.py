@@ -20,7 +20,7 @@ from autotag.db.messages import Limits, ObservedLimits, TagResult
 from autotag.db.operator_messages import Admission, ComparedImage, ComparisonReport, ModelQuestion
 from autotag.errors import TaggingError
 from autotag.images.load import Images
-from autotag.images.prepare import MAX_SIDE, data_url, prepare
+from autotag.images.prepare import MAX_SIDE, data_url, prepare_bytes
 from autotag.openai.answers import normalise_tags, read_completion, read_usage
 from autotag.openai.prompt import request_body
 from autotag.openai.provider import Provider
@@ -168,7 +168,7 @@ class Comparison:
     async def _load(self, outcome: Outcome) -> bytes:
         jpeg = await self._images.load(outcome.sample.image, MAX_SIDE[self.question["image_detail"]])
         if self._thumbnails:
-            outcome.thumbnail = await asyncio.to_thread(prepare, jpeg, THUMBNAIL, MAX_PIXELS)
+            outcome.thumbnail = await asyncio.to_thread(prepare_bytes, jpeg, THUMBNAIL, MAX_PIXELS)
         return jpeg
 
     async def _admit(self, question: ModelQuestion, cap: int | None) -> Admission | None:

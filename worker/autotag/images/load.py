@@ -12,7 +12,7 @@ import httpx
 
 from autotag.db import Image
 from autotag.errors import TaggingError, image_error
-from autotag.images.prepare import prepare
+from autotag.images.prepare import prepare_bytes
 from autotag.images.storage import Storage, file_missing
 from autotag.images.urls import Urls
 from autotag.turns import Turns
@@ -88,7 +88,7 @@ class Images:
             else:
                 raise image_error("asset_missing", "The image was deleted.")
             async with self._threads.place(image.workspace):
-                return await asyncio.to_thread(prepare, data, max_side, self._max_pixels)
+                return await asyncio.to_thread(prepare_bytes, data, max_side, self._max_pixels)
 
     async def _from_storage(self, bucket: str, path: str) -> bytes:
         if self._storage is None:

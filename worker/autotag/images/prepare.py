@@ -9,6 +9,9 @@ from __future__ import annotations
 import base64
 import io
 import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pillow_heif
 from PIL import Image as Pillow
@@ -30,7 +33,65 @@ pillow_heif.register_heif_opener()
 Pillow.MAX_IMAGE_PIXELS = None  # prepare() checks its own limit before it decodes
 
 
-def prepare(data: bytes, max_side: int, max_pixels: int) -> bytes:
+@dataclass(frozen=True)
+class Measured:
+    """What a file's headers say.
+
+    Attributes:
+        kind: the kind of file, for people: ``JPEG``, ``PNG``, ``HEIC``, …
+        width: of the picture, in pixels, as it is stored.
+        height: of the picture, in pixels.
+        cost: upper bound of the bytes that `prepare` allocates at its peak, in addition to the idle process.
+    """
+
+    kind: str
+    width: int
+    height: int
+    cost: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is sent to the model.
+
+    Attributes:
+        jpeg: the picture: upright, without metadata.
+        notes: what a person should know about the file (docs/images.md); empty for ordinary files.
+    """
+
+    jpeg: bytes
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def measure(path: Path, side: int) -> Measured:
+    """Reads the headers of a file, without decoding it.
+
+    Raises:
+        TaggingError: ``image``: the file is empty, not an image, damaged or of an unsupported kind.
+    """
+    data = path.read_bytes()
+    if not data:
+        raise image_error("empty_file", "The file is empty.")
+    try:
+        image = Pillow.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise image_error("not_an_image", "The file is not an image.") from None
+    except Exception:  # noqa: BLE001
+        raise image_error("damaged_image", "The image file is damaged or incomplete.") from None
+    width, height = image.size
+    return Measured(image.format or "", width, height, 16_000_000 + len(data) + width * height * 8)
+
+
+def prepare(path: Path, side: int, max_cost: int) -> Prepared:
+    """Converts a file to the JPEG that is sent, with sides of at most ``side`` pixels.
+
+    Raises:
+        TaggingError: ``image``: as `measure`, or ``image_too_large`` if no way to decode it fits ``max_cost``.
+    """
+    return Prepared(prepare_bytes(path.read_bytes(), side, max_cost // 8))
+
+
+def prepare_bytes(data: bytes, max_side: int, max_pixels: int) -> bytes:
     """Converts an image file to a JPEG with sides of at most ``max_side`` pixels.
 
     Raises:
