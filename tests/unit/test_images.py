@@ -278,7 +278,9 @@ async def test_a_path_cannot_leave_its_bucket(path: str) -> None:
 def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each scan is a hundred bytes and goes over all pixels, and no thread can be stopped."""
     progressive = encoded(quarters(), "JPEG", progressive=True)
-    assert images.prepare_bytes(progressive + b"\xff\xda\x00\x02" * 500, 512, PIXELS), "what follows its end does not count"
+    assert images.prepare_bytes(progressive + b"\xff\xda\x00\x02" * 500, 512, PIXELS), (
+        "what follows its end does not count"
+    )
     monkeypatch.setattr(images, "MAX_SCANS", 5)
     with pytest.raises(TaggingError) as caught:
         images.prepare_bytes(progressive, 512, PIXELS)

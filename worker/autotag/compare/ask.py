@@ -30,7 +30,7 @@ CONCURRENT_CALLS = 8
 MIN_WAIT = 0.05  # seconds between two requests for admission
 THUMBNAIL = 480  # pixels of a picture's longer side on the page
 MAX_STORED_TAGS = 1000  # of one image
-MAX_PIXELS = MAX_SIDE["high"] ** 2  # of a prepared picture
+THUMBNAIL_COST = 200_000_000  # bytes: more than any prepared picture takes
 
 #: Gets the number of images that are done, and what the next one waits for (None: nothing).
 OnProgress = Callable[[int, str | None], None]
@@ -168,7 +168,7 @@ class Comparison:
     async def _load(self, outcome: Outcome) -> bytes:
         jpeg = await self._images.load(outcome.sample.image, MAX_SIDE[self.question["image_detail"]])
         if self._thumbnails:
-            outcome.thumbnail = await asyncio.to_thread(prepare_bytes, jpeg, THUMBNAIL, MAX_PIXELS)
+            outcome.thumbnail = (await asyncio.to_thread(prepare_bytes, jpeg, THUMBNAIL, THUMBNAIL_COST)).jpeg
         return jpeg
 
     async def _admit(self, question: ModelQuestion, cap: int | None) -> Admission | None:

@@ -88,7 +88,7 @@ class Images:
             else:
                 raise image_error("asset_missing", "The image was deleted.")
             async with self._threads.place(image.workspace):
-                return await asyncio.to_thread(prepare_bytes, data, max_side, self._max_pixels)
+                return (await asyncio.to_thread(prepare_bytes, data, max_side, 4 * self._max_pixels)).jpeg
 
     async def _from_storage(self, bucket: str, path: str) -> bytes:
         if self._storage is None:
