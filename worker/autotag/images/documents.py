@@ -1,7 +1,7 @@
 """The first page of a PDF (PDFium), and SVG drawings (librsvg, by libvips).
 
-Neither runs scripts nor reads anything but the file: this PDFium has no JavaScript, and librsvg has no address relative to
-which it could open another file.
+Neither runs scripts nor reads anything but the file: this PDFium has no JavaScript, and librsvg gets no address relative
+to which it could open another file.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from autotag.images.shape import fit
 #: Max scans of a progressive JPEG. Encoders write about ten. A scan needs only a hundred bytes in the file, but its
 #: decoding visits every pixel.
 MAX_SCANS = 100
-#: The decoder scales to at least this multiple of the wanted size; the rest is done by Lanczos, so that text stays sharp.
+#: The decoder scales to at least this multiple of the wanted size. Lanczos does the rest, so that text stays sharp.
 DRAFT = 1.5
 END = b"\xff\xd9"
 #: A colour that no decoder leaves behind: rows that still have it were not decoded.
@@ -152,9 +152,8 @@ def _segment(found: Header, marker: int, body: bytes, whole: bytes) -> None:
         found.kept.insert(0, b"\xff\xe0\x00\x10JFIF\0\1\1\0\0\1\0\1\0\0")
     elif marker == 0xE1 and body[:6] == b"Exif\0\0" and found.orientation == 1:
         found.orientation = exif.orientation(body)
-    elif marker == 0xE2 and body[:12] == b"ICC_PROFILE\0" and len(body) > 14:
-        if sum(map(len, found.icc.values())) < MAX_ICC:
-            found.icc[body[12]], found.icc_parts = body[14:], body[13]
+    elif marker == 0xE2 and body[:12] == b"ICC_PROFILE\0" and sum(map(len, found.icc.values())) < MAX_ICC:
+        found.icc[body[12]], found.icc_parts = body[14:], body[13]
 
 
 def _count_scans(found: Header, data: bytes) -> None:
@@ -190,8 +189,8 @@ def _read_late_height(found: Header, data: bytes) -> None:
 
 
 def _decode(data: bytes, header: Header, width: int, height: int) -> Decoded:
-    view = memoryview(data)[header.start :]
     whole = data.rfind(END, header.start) >= 0
+    view = memoryview(data)[header.start : None if whole else _last_segment(data, header)]
     clean = b"".join((b"\xff\xd8", *header.kept, view, b"" if whole else END))
     draft = (int(width * DRAFT), int(height * DRAFT))
     notes = {}
@@ -211,6 +210,16 @@ def _decode(data: bytes, header: Header, width: int, height: int) -> Decoded:
     return Decoded(picture, header.profile, notes)
 
 
+def _last_segment(data: bytes, header: Header) -> int:
+    """Where a segment between two scans begins that is cut off by the end of the file; the end if there is none."""
+    at = header.start
+    while header.coefficients and (match := _MARKER.search(data, at)):
+        at = match.end() + max(2, int.from_bytes(data[match.end() : match.end() + 2]))
+        if at > len(data) or match.end() + 2 > len(data):
+            return match.start()
+    return len(data)
+
+
 def _opened(clean: bytes, header: Header) -> ImageFile.ImageFile:
     try:
         image = JpegImagePlugin.JpegImageFile(io.BytesIO(clean))
@@ -224,8 +233,8 @@ def _opened(clean: bytes, header: Header) -> ImageFile.ImageFile:
 def _rows(header: Header, clean: bytes) -> int:
     """How many rows of a file without its end there are.
 
-    The decoder stops in the middle of a unit of rows, and may hold back the one before. So all rows count as there if only
-    these are missing. A progressive file has all its rows from the first complete scan of all its colours on.
+    The decoder stops in the middle of a unit of rows, and may hold back the one before. So all rows count as there if
+    only these are missing. A progressive file has all its rows from the first complete scan of all its colours on.
     """
     if header.coefficients:
         last = clean.rfind(b"\xff\xda", 0, -2)
@@ -240,7 +249,7 @@ def _rows(header: Header, clean: bytes) -> int:
 def _is_short(clean: bytes) -> bool:
     """Whether a part of the last rows is missing, and not just the end marker."""
     try:
-        vips.load("jpeg", clean, fail_on="warning", shrink=8).pixels()
+        vips.load("jpeg", clean, fail_on="warning").pixels()
     except vips.VipsError:
         return True
     return False

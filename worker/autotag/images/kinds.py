@@ -27,7 +27,8 @@ BRANDS = {
 NAMED: tuple[tuple[int, bytes, str], ...] = (
     (0, b"8BPS", "a Photoshop file (PSD)"), (0, b"\xff\x0a", "a JPEG XL image"),
     (0, b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL image"), (0, b"II\xbc", "a JPEG XR image"),
-    (0, b"gimp xcf", "a GIMP file (XCF)"), (0, b"DDS ", "a texture (DDS)"), (0, b"\x76\x2f\x31\x01", "an OpenEXR image"),
+    (0, b"gimp xcf", "a GIMP file (XCF)"), (0, b"DDS ", "a texture (DDS)"),
+    (0, b"\x76\x2f\x31\x01", "an OpenEXR image"),
     (0, b"#?RADIANCE", "a Radiance image (HDR)"), (0, b"#?RGBE", "a Radiance image (HDR)"),
     (0, b"qoif", "a QOI image"), (0, b"FLIF", "a FLIF image"), (0, b"BPG\xfb", "a BPG image"),
     (0, b"AT&TFORM", "a DjVu document"), (0, b"icns", "a macOS icon (ICNS)"), (128, b"DICM", "a medical image (DICOM)"),
@@ -40,7 +41,8 @@ NAMED: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\xc5\xd0\xd3\xc6", "an EPS drawing"), (0, b"\x06\x06\xed\xf5", "an InDesign document"),
     (0, b"\0\xffKA", "an Affinity document"), (8, b"CDR", "a CorelDRAW drawing"), (0, b"AC10", "a CAD drawing (DWG)"),
     (0, b"BLENDER", "a 3D model (Blender)"), (0, b"glTF", "a 3D model (glTF)"), (0, b"Kaydara FBX", "a 3D model (FBX)"),
-    (0, b"solid ", "a 3D model (STL)"), (0, b"ply\n", "a 3D model (PLY)"), (0, b"MM\0\x06\x15", "a QuarkXPress document"),
+    (0, b"solid ", "a 3D model (STL)"), (0, b"ply\n", "a 3D model (PLY)"),
+    (0, b"MM\0\x06\x15", "a QuarkXPress document"),
     (0, b"\x1aE\xdf\xa3", "a video (Matroska or WebM)"), (8, b"AVI ", "a video (AVI)"), (0, b"FLV\1", "a video (FLV)"),
     (0, b"\0\0\1\xba", "a video (MPEG)"), (0, b"\0\0\1\xb3", "a video (MPEG)"),
     (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "a video or sound (Windows Media)"), (0, b".RMF", "a video (RealMedia)"),
@@ -54,7 +56,8 @@ NAMED: tuple[tuple[int, bytes, str], ...] = (
     (8, b"ACON", "an animated cursor (ANI)"), (0, b"CWS", "a Flash animation"), (0, b"FWS", "a Flash animation"),
     (0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Office document"), (0, b"{\\rtf", "a text document (RTF)"),
     (0, b"Rar!\x1a\x07", "an archive (RAR)"), (0, b"7z\xbc\xaf\x27\x1c", "an archive (7-Zip)"),
-    (0, b"\xfd7zXZ\0", "an archive (XZ)"), (0, b"BZh", "an archive (BZip2)"), (0, b"\x28\xb5\x2f\xfd", "an archive (Zstandard)"),
+    (0, b"\xfd7zXZ\0", "an archive (XZ)"), (0, b"BZh", "an archive (BZip2)"),
+    (0, b"\x28\xb5\x2f\xfd", "an archive (Zstandard)"),
     (257, b"ustar", "an archive (TAR)"), (0, b"MSCF", "an archive (CAB)"), (0, b"!<arch>", "an archive (AR)"),
     (0, b"xar!", "an archive (XAR)"), (0, b"OTTO", "a font (OpenType)"), (0, b"\0\1\0\0\0", "a font (TrueType)"),
     (0, b"true\0", "a font (TrueType)"), (0, b"ttcf", "a font (TrueType)"), (0, b"wOFF", "a font (WOFF)"),
@@ -71,7 +74,8 @@ ZIPPED = (
     (b"word/", "a Word document"), (b"xl/", "an Excel document"), (b"ppt/", "a PowerPoint document"),
     (b"application/epub", "an e-book (EPUB)"), (b"application/x-krita", "a Krita drawing"),
     (b"application/vnd.oasis", "an OpenDocument file"), (b"image/openraster", "an OpenRaster drawing"),
-    (b"Document.archive", "a Procreate drawing"), (b"AndroidManifest.xml", "an Android app"), (b".usdc", "a 3D model (USDZ)"),
+    (b"Document.archive", "a Procreate drawing"), (b"AndroidManifest.xml", "an Android app"),
+    (b".usdc", "a 3D model (USDZ)"),
     (b"pages/", "a Sketch drawing"), (b"META-INF/", "a Java archive"), (b"Index/Document.iwa", "an iWork document"),
 )  # fmt: skip
 VIDEO_BRANDS = {b"qt  ": "QuickTime", b"M4V": "M4V", b"3g": "3GP", b"f4v": "F4V", b"mjp2": "Motion JPEG 2000"}
@@ -82,8 +86,7 @@ HEAD = 4096  # bytes that are looked at
 
 
 def kind_of(data: bytes) -> str:
-    """The kind of a file that can be tagged: JPEG, PNG, GIF, BMP, TIFF, ICO, JPEG 2000, WebP, HEIC, HEIF, AVIF, RAW, PDF
-    or SVG.
+    """The kind of a file that can be tagged: JPEG, PNG, WebP, HEIC, PDF, … (`READ` and more).
 
     Raises:
         TaggingError: ``empty_file``, ``unsupported_format`` (with the kind's name) or ``not_an_image``.

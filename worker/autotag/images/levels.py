@@ -115,7 +115,7 @@ def _sample(image: vips.Image) -> tuple[list[float], int]:
 
 
 def _empty(values: Sequence[float], kind: str) -> float | None:
-    """A number that stands for no data though nothing says so: at one end, far away from all others, and more than once."""
+    """A number that stands for no data though nothing says so: at one end, far away from all others."""
     numbers = sorted({value for value in values if math.isfinite(value) and abs(value) < LARGE})
     if len(numbers) < 4:
         return None
@@ -136,8 +136,8 @@ def _range(values: Sequence[float], kind: str, empty: float | None) -> tuple[flo
     if kind == "ushort" and high >= ORDINARY * 65535:
         return 0.0, 65535.0
     if kind in ("float", "double") and numbers[0] >= 0:
-        for full in (1.0, 255.0):
-            if ORDINARY * full <= high and numbers[-1] <= full:
+        for full, least in ((1.0, ORDINARY), (255.0, 200.0)):
+            if least <= high and numbers[-1] <= full:
                 return 0.0, full
     if low == high:
         low, high = numbers[0], numbers[-1]

@@ -135,7 +135,7 @@ def _next_chunk(data: bytes, at: int) -> int:
 
 
 def _describe(found: Chunks, kind: bytes, body: memoryview) -> None:
-    """What is used of the chunks that describe the picture: colour profile, gamma and orientation, if they make sense."""
+    """What describes the picture and is used, if it makes sense: colour profile, gamma and orientation."""
     if kind == b"iCCP" and found.icc is None:
         name, _, packed = bytes(body[:MAX_ICC]).partition(b"\0")
         if len(name) < 80:

@@ -36,7 +36,8 @@ Pillow.MAX_IMAGE_PIXELS = None  # limits are on memory: `Measured.cost`
 OPENERS: dict[str, Callable[[bytes, int], Opened]] = {
     "JPEG": open_jpeg, "PNG": open_png, "GIF": open_gif, "BMP": open_bmp, "AVIF": open_avif,
     "TIFF": open_tiff, "RAW": open_raw, "WebP": open_webp,
-    "HEIC": open_heif, "HEIF": open_heif, "ICO": open_icon, "JPEG 2000": open_jpeg2000, "PDF": open_pdf, "SVG": open_svg,
+    "HEIC": open_heif, "HEIF": open_heif, "ICO": open_icon, "JPEG 2000": open_jpeg2000,
+    "PDF": open_pdf, "SVG": open_svg,
 }  # fmt: skip
 
 
@@ -97,8 +98,8 @@ def prepare_bytes(data: bytes, side: int, max_cost: int) -> Prepared:
     if opened.cost > max_cost:
         raise image_error(
             "image_too_large",
-            f"The image has {opened.width} × {opened.height} pixels, and decoding this kind of file ({opened.kind}) takes"
-            f" {opened.cost / 1e6:.0f} MB of memory; {max_cost / 1e6:.0f} MB are available. Upload a smaller version.",
+            f"The image has {opened.width} × {opened.height} pixels. Decoding this file ({opened.kind}) takes"
+            f" {opened.cost / 1e6:.0f} MB of memory, and {max_cost / 1e6:.0f} MB are available. Upload a smaller version.",
         )
     turned = opened.orientation >= 5
     shape = fit(*((opened.height, opened.width) if turned else (opened.width, opened.height)), side)
