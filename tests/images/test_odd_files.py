@@ -22,7 +22,17 @@ from autotag.errors import TaggingError
 from autotag.images.prepare import measure, prepare
 from images.judging import judge
 from images.odd_files import (
-    COLOURS, adam7, chunk, jpeg_with, png_with, quarters, ramp, riff_with, saved, segment, tiff_of,
+    COLOURS,
+    adam7,
+    chunk,
+    jpeg_with,
+    png_with,
+    quarters,
+    ramp,
+    riff_with,
+    saved,
+    segment,
+    tiff_of,
 )  # fmt: skip
 
 SHOWN = {"quarters": COLOURS}

@@ -1,7 +1,7 @@
 """The first page of a PDF (PDFium), and SVG drawings (librsvg, by libvips).
 
-Neither runs scripts nor reads anything but the file: this PDFium has no JavaScript, and librsvg gets no address relative
-to which it could open another file.
+Neither runs scripts nor reads anything but the file: this PDFium has no JavaScript, and librsvg gets no address from
+which it could open another file.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def open_pdf(data: bytes, side: int) -> Opened:
         if not pages:
             raise damaged()
         page = document[0]
-        size = _nominal(*page.get_size(), side)
+        across, down = page.get_size()
+        size = _nominal(across, down, side)
         pictures = 0
         for number, found in enumerate(page.get_objects(filter=[raw.FPDF_PAGEOBJ_IMAGE], max_depth=5)):
             width, height = found.get_px_size()
@@ -91,7 +92,8 @@ def open_svg(data: bytes, side: int) -> Opened:
     except vips.VipsError:
         raise damaged() from None
     cost = FIXED_COST + SVG_COST + 20 * len(data) + sum(map(_pixels, _EMBEDDED.findall(data))) * 12
-    return Opened("SVG", *_nominal(*natural, side), cost, partial(_draw, data, natural))
+    size = _nominal(image.width, image.height, side)
+    return Opened("SVG", *size, cost, partial(_draw, data, natural))
 
 
 def _pixels(encoded: bytes) -> int:

@@ -105,7 +105,8 @@ def directory(data: bytes, at: int, big: bool, order: str) -> Directory | None:
         return None
     if not 0 < count <= MAX_ENTRIES:
         return None
-    entries, raw = {}, {}
+    entries: dict[int, Entry] = {}
+    raw: dict[int, bytes] = {}
     start = at + head
     for position in range(start, start + count * size, size):
         if position + size > len(data):

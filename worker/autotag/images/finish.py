@@ -71,7 +71,7 @@ def scaled(image: Pillow.Image, size: tuple[int, int]) -> Pillow.Image:
 def to_srgb(image: Pillow.Image, icc: bytes | None) -> Pillow.Image:
     """The picture in sRGB: L, LA, RGB or RGBA. A profile that makes no sense is ignored, as browsers do."""
     if image.mode == "LAB":
-        return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), _srgb(), outputMode="RGB")
+        return ImageCms.profileToProfile(image, _lab(), _srgb(), outputMode="RGB") or image
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
     colours = image.convert({"LA": "L", "RGBA": "RGB"}.get(image.mode, image.mode)) if alpha else image
     converted = _by_profile(colours, icc) if icc and len(icc) <= MAX_ICC else None
@@ -98,6 +98,11 @@ def _by_profile(image: Pillow.Image, icc: bytes) -> Pillow.Image | None:
 @cache
 def _srgb() -> ImageCms.ImageCmsProfile:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+
+
+@cache
+def _lab() -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
 
 
 def flattened(image: Pillow.Image) -> Pillow.Image:

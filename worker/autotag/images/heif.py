@@ -6,6 +6,7 @@ import io
 from functools import partial
 
 from PIL import Image as Pillow
+from PIL import ImageFile
 from pillow_heif import options
 from pillow_heif.as_plugin import HeifImageFile
 
@@ -27,7 +28,7 @@ def open_heif(data: bytes, side: int) -> Opened:
         TaggingError: it is damaged.
     """
     try:
-        image = HeifImageFile(io.BytesIO(data))
+        image = _image(data)
     except SyntaxError:
         if b"meta" not in data[:64] and b"moov" in data:
             raise unsupported("a HEIC sequence without a still picture") from None
@@ -44,20 +45,24 @@ def open_heif(data: bytes, side: int) -> Opened:
 
 
 def _decode(data: bytes, width: int, height: int) -> Decoded:
-    image = HeifImageFile(io.BytesIO(data))
+    image = _image(data)
     image.draft("RGB", (int(width * DRAFT), int(height * DRAFT)))
     return _loaded(image)
 
 
 def _thumbnail(data: bytes, small: int, width: int, height: int) -> Decoded:
     """A thumbnail that is smaller than wanted: better than nothing, where memory is short."""
-    image = HeifImageFile(io.BytesIO(data))
+    image = _image(data)
     image.draft("RGB", (min(small // 2, width), min(small // 2, height)))
     decoded = _loaded(image)
     return Decoded(decoded.image, decoded.icc, {"thumbnail": [*decoded.image.size]})
 
 
-def _loaded(image: HeifImageFile) -> Decoded:
+def _image(data: bytes) -> ImageFile.ImageFile:
+    return HeifImageFile(io.BytesIO(data))  # type: ignore[no-untyped-call]
+
+
+def _loaded(image: ImageFile.ImageFile) -> Decoded:
     icc = image.info.get("icc_profile")
     image.load()
     picture: Pillow.Image = plain(image)

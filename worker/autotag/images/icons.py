@@ -26,6 +26,7 @@ def open_icon(data: bytes, side: int) -> Opened:
     if body.startswith(b"\x89PNG"):
         opened = open_png(body, side)
         return Opened("ICO", opened.width, opened.height, opened.cost + len(data), opened.decode, opened.orientation)
-    bits = body[14:16] if len(body) > 16 else b"\x20\0"
-    alone = b"\0\0\1\0\1\0" + entry[:4] + b"\1\0" + bits + len(body).to_bytes(4, "little") + b"\x16\0\0\0" + body
+    depth = body[14:16] if len(body) > 16 else b"\x20\0"
+    size_and_start = len(body).to_bytes(4, "little") + (22).to_bytes(4, "little")
+    alone = b"\0\0\1\0\1\0" + entry[:4] + b"\1\0" + depth + size_and_start + body
     return open_frames("ICO", alone, side, IcoImagePlugin.IcoImageFile)

@@ -99,7 +99,7 @@ def prepare_bytes(data: bytes, side: int, max_cost: int) -> Prepared:
         raise image_error(
             "image_too_large",
             f"The image has {opened.width} × {opened.height} pixels. Decoding this file ({opened.kind}) takes"
-            f" {opened.cost / 1e6:.0f} MB of memory, and {max_cost / 1e6:.0f} MB are available. Upload a smaller version.",
+            f" {opened.cost / 1e6:.0f} MB of memory; {max_cost / 1e6:.0f} MB are available. Upload a smaller version.",
         )
     turned = opened.orientation >= 5
     shape = fit(*((opened.height, opened.width) if turned else (opened.width, opened.height)), side)

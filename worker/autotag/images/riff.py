@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from functools import partial
 
 from PIL import Image as Pillow
@@ -44,7 +45,7 @@ def open_webp(data: bytes, side: int) -> Opened:
         raise damaged()
     animated = any(kind == b"ANMF" for kind, _ in chunks)
     clean = _written(chunks, header)
-    with WebPImagePlugin.WebPImageFile(_stream(clean)) as image:
+    with WebPImagePlugin.WebPImageFile(io.BytesIO(clean)) as image:
         width, height = image.size
     notes = {"truncated": round(there, 4)} if there < 1 else {}
     if animated:
@@ -53,12 +54,6 @@ def open_webp(data: bytes, side: int) -> Opened:
     lossless = any(kind in (b"VP8L", b"ALPH") for kind, _ in chunks)
     cost = FIXED_COST + 3 * len(data) + (width * height * 5 if lossless else width * 4 * 300)
     return Opened("WebP", width, height, cost, partial(_decode, clean, icc, notes, (width, height)), orientation)
-
-
-def _stream(data: bytes):  # type: ignore[no-untyped-def]
-    import io
-
-    return io.BytesIO(data)
 
 
 def _written(chunks: list[tuple[bytes, bytes]], header: bytes) -> bytes:

@@ -136,12 +136,8 @@ def _cleaned(data: bytes, page: Directory) -> bytes:
     """The file with a single directory, at its end, that has only the needed tags."""
     raw = {tag: page.raw[tag] for tag in sorted(page.raw) if tag in NEEDED}
     if _is_double(page):  # libvips reads no numbers of 64 bits: each becomes two of 32
-        for tag, value in ((BITS, 32), (SAMPLES, 2), (FORMAT, 1)):
-            count, pad = (">Q", 8) if page.big else (">I", 4)
-            one = struct.pack(page.order + count[1], 1)
-            raw[tag] = (
-                struct.pack(page.order + "HH", tag, 3) + one + struct.pack(page.order + "H", value).ljust(pad, b"\0")
-            )
+        form = page.order + ("HHQH6x" if page.big else "HHIH2x")
+        raw |= {tag: struct.pack(form, tag, 3, 1, value) for tag, value in ((BITS, 32), (SAMPLES, 2), (FORMAT, 1))}
     entries = list(dict(sorted(raw.items())).values())
     code = "Q" if page.big else "H"
     end = struct.pack(page.order + ("Q" if page.big else "I"), 0)
