@@ -45,20 +45,20 @@ def heic(width: int, height: int) -> bytes:
 
 
 FILES: dict[str, Callable[[], bytes]] = {
-    "JPEG of 200 megapixels": lambda: saved("JPEG", drawn(16_000, 12_500), quality=60),
-    "progressive JPEG of 24 megapixels": lambda: saved("JPEG", drawn(6000, 4000), progressive=True),
-    "PNG of 100 megapixels": lambda: saved("PNG", drawn(10_000, 10_000), compress_level=1),
-    "PNG with transparency": lambda: saved("PNG", drawn(3000, 2000).convert("RGBA"), compress_level=1),
-    "interlaced PNG": lambda: adam7(drawn(900, 600)),
-    "TIFF of 48 megapixels": lambda: saved("TIFF", drawn(8000, 6000), compression="packbits"),
-    "WebP of 24 megapixels": lambda: saved("WEBP", drawn(6000, 4000), method=0),
-    "lossless WebP": lambda: saved("WEBP", drawn(3000, 2000), method=0, quality=0, lossless=True),
-    "GIF": lambda: saved("GIF", drawn(3000, 2000)),
-    "BMP": lambda: saved("BMP", drawn(3000, 2000)),
-    "AVIF": lambda: saved("AVIF", drawn(3000, 2000), speed=10),
-    "HEIC of 6 megapixels": lambda: heic(3000, 2000),
-    "JPEG 2000": lambda: saved("JPEG2000", drawn(3000, 2000)),
-    "PDF": lambda: saved("PDF", drawn(3000, 2000)),
+    "JPEG of 200 megapixels": lambda: saved("JPEG", Pillow.new("L", (16_000, 12_500), 99), quality=60),
+    "progressive JPEG": lambda: saved("JPEG", drawn(3000, 2000), progressive=True),
+    "PNG of 100 megapixels": lambda: saved("PNG", Pillow.new("L", (10_000, 10_000), 99), compress_level=1),
+    "PNG with transparency": lambda: saved("PNG", drawn(2000, 1500).convert("RGBA"), compress_level=1),
+    "interlaced PNG": lambda: adam7(drawn(300, 200)),
+    "TIFF": lambda: saved("TIFF", drawn(3000, 2000), compression="tiff_adobe_deflate"),
+    "WebP": lambda: saved("WEBP", drawn(1500, 1000), method=0),
+    "lossless WebP": lambda: saved("WEBP", drawn(1500, 1000), method=0, quality=0, lossless=True),
+    "GIF": lambda: saved("GIF", drawn(1500, 1000)),
+    "BMP": lambda: saved("BMP", drawn(2000, 1500)),
+    "AVIF": lambda: saved("AVIF", drawn(1500, 1000), speed=10),
+    "HEIC": lambda: heic(1000, 700),
+    "JPEG 2000": lambda: saved("JPEG2000", drawn(1500, 1000)),
+    "PDF": lambda: saved("PDF", drawn(2000, 1500)),
 }
 
 

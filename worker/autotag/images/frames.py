@@ -42,10 +42,6 @@ def open_frames(kind: str, data: bytes, side: int, opener: Opener) -> Opened:
     return Opened(kind, image.width, image.height, cost, partial(_decode, data, opener, animated))
 
 
-def open_gif(data: bytes, side: int) -> Opened:
-    return open_frames("GIF", data, side, GifImagePlugin.GifImageFile)
-
-
 def open_bmp(data: bytes, side: int) -> Opened:
     return open_frames("BMP", data, side, BmpImagePlugin.BmpImageFile)
 
