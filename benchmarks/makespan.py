@@ -317,7 +317,7 @@ async def _peer(peer: str, name: str, mix: Sequence[Upload], drawings: Sequence[
     jobs = [
         peers.Job(
             upload.at,
-            [request_body(question, data_url(prepare_bytes(d.data, 512, 10**8)), 400) for d in share],
+            [request_body(question, data_url(prepare_bytes(d.data, 512, 10**9).jpeg), 400) for d in share],
             int(bound.Limits().tokens_per_call),
         )
         for upload, share in zip(mix, shares, strict=True)

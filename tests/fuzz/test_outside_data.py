@@ -184,7 +184,7 @@ def test_an_image_file_becomes_a_small_jpeg_or_a_sentence(
         if place < len(damaged):
             damaged[place] = value
     try:
-        jpeg = prepare_bytes(bytes(damaged[:cut]), 512, 10_000_000)
+        jpeg = prepare_bytes(bytes(damaged[:cut]), 512, 100_000_000).jpeg
     except TaggingError as error:
         check_error(error, "image")
         return

@@ -159,7 +159,7 @@ async def test_a_child_that_uses_more_memory_than_its_image_costs_is_killed(
         child.max_cost = 10**9  # what the worker asks for is more than the process may use
         async with file_of(flat_png(6000, 4000)) as file:
             with pytest.raises(ChildDied):
-                await child.decode(file, 512, cpu=10, wall=60)
+                await child.decode(file, 512, 10**9, cpu=10, wall=60)
         await child.close()
     assert logs == []
 

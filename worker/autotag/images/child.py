@@ -138,7 +138,7 @@ def _answer(descriptor: int, request: dict[str, Any]) -> tuple[dict[str, Any], b
 
     try:
         path, side, max_cost = Path(f"/dev/fd/{descriptor}"), int(request["side"]), int(request["max_cost"])
-        measured = measure(path, side)
+        measured = measure(path, side, int(request["most"]))
         about = {"width": measured.width, "height": measured.height, "cost": measured.cost}
         if measured.cost > max_cost:
             return about, b""

@@ -225,12 +225,13 @@ class Child:
         self._line.close()
         await NURSERY.reap(self.pid, self._parent)
 
-    async def decode(self, file: ImageFile, side: int, *, cpu: float, wall: float) -> Decoded | Costly:
+    async def decode(self, file: ImageFile, side: int, most: int, *, cpu: float, wall: float) -> Decoded | Costly:
         """Prepares an image.
 
         Args:
             file: the image's file.
             side: max pixels of its longer side.
+            most: bytes that the worker has for any image: of several ways to decode it, the best that fits is taken.
             cpu: seconds of processor time that it may take.
             wall: seconds that it may take.
 
@@ -241,7 +242,9 @@ class Child:
         self.images += 1
         watch = asyncio.create_task(self._watch(cpu, wall))
         try:
-            text, image = await self._ask({"side": side, "max_cost": self.max_cost}, file.descriptor, side)
+            text, image = await self._ask(
+                {"side": side, "max_cost": self.max_cost, "most": most}, file.descriptor, side
+            )
         except (OSError, EOFError, ValueError) as error:
             raise ChildDied(self._killed or f"it ended: {type(error).__name__}") from None
         finally:

@@ -110,7 +110,7 @@ class Decoder:
         async with self._places.place(tenant):
             child = await self._child()
             try:
-                decoded = await child.decode(file, side, cpu=COMMON_CPU, wall=COMMON_WALL)
+                decoded = await child.decode(file, side, self._budget.heavy, cpu=COMMON_CPU, wall=COMMON_WALL)
             except ChildDied as died:
                 log.warning("image_child_ended", workspace=tenant, reason=died.reason, tries=1)
                 await child.close()
@@ -180,7 +180,7 @@ class Decoder:
     async def _in_new_child(self, file: ImageFile, side: int, cost: int) -> Decoded:
         child = await Child.start(cost)
         try:
-            decoded = await child.decode(file, side, cpu=HEAVY_CPU, wall=HEAVY_WALL)
+            decoded = await child.decode(file, side, self._budget.heavy, cpu=HEAVY_CPU, wall=HEAVY_WALL)
         finally:
             await child.close()
         if isinstance(decoded, Costly):

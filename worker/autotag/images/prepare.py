@@ -1,40 +1,53 @@
 """Prepares an image file for the model.
 
-With detail ``low``, the model sees at most 512 pixels of an image's longer side, so the worker scales it down. The
-result is a new JPEG: upright, without metadata, first frame only.
+The result is a new JPEG: upright, in sRGB, without metadata, in the size that the model sees. The files are nobody's to
+trust: this runs in a process that can be killed. docs/images.md describes what users see of it.
 """
 
 from __future__ import annotations
 
-import io
-import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pillow_heif
 from PIL import Image as Pillow
-from PIL import ImageOps, UnidentifiedImageError
 
 from autotag.errors import TaggingError, image_error
+from autotag.images.documents import open_pdf, open_svg
+from autotag.images.finish import encode
+from autotag.images.frames import open_avif, open_bmp, open_jpeg2000
+from autotag.images.gif import open_gif
+from autotag.images.heif import open_heif
+from autotag.images.icons import open_icon
+from autotag.images.jpeg import open_jpeg
+from autotag.images.kinds import kind_of
+from autotag.images.opened import Opened, damaged
+from autotag.images.png import open_png
+from autotag.images.riff import open_webp
+from autotag.images.shape import fit
+from autotag.images.tiff import open_raw, open_tiff
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
-JPEG_QUALITY = 85  # a 512 px image has 30–60 KB; higher quality makes no visible difference
-#: Max scans of a progressive JPEG. Encoders write about ten. A scan needs only a hundred bytes in the file, but its
-#: decoding visits every pixel.
-MAX_SCANS = 100
-_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+Pillow.MAX_IMAGE_PIXELS = None  # limits are on memory: `Measured.cost`
 
-pillow_heif.register_heif_opener()
-Pillow.MAX_IMAGE_PIXELS = None  # what counts is what decoding costs (`measure`)
+OPENERS: dict[str, Callable[[bytes, int], Opened]] = {
+    "JPEG": open_jpeg, "PNG": open_png, "GIF": open_gif, "BMP": open_bmp, "AVIF": open_avif,
+    "TIFF": open_tiff, "RAW": open_raw, "WebP": open_webp,
+    "HEIC": open_heif, "HEIF": open_heif, "ICO": open_icon, "JPEG 2000": open_jpeg2000,
+    "PDF": open_pdf, "SVG": open_svg,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a file's headers say. cost: bytes that `prepare` allocates at its peak, at most."""
+    """What a file's headers say.
+
+    Attributes:
+        kind: the kind of file, for people: ``JPEG``, ``PNG``, ``HEIC``, …
+        width: of the picture, in pixels, as it is stored.
+        height: of the picture, in pixels.
+        cost: upper bound of the bytes that `prepare` allocates at its peak, in addition to the idle process.
+    """
 
     kind: str
     width: int
@@ -44,119 +57,75 @@ class Measured:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image as the model gets it. notes: what was done to it that its user may want to know (`tagging_result`)."""
+    """What is sent to the model.
+
+    Attributes:
+        jpeg: the picture: upright, without metadata.
+        notes: what a person should know about the file (docs/images.md); empty for ordinary files.
+    """
 
     jpeg: bytes
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def measure(path: Path, side: int) -> Measured:
-    """Reads a file's headers.
+def measure(path: Path, side: int, max_cost: int | None = None) -> Measured:
+    """Reads the headers of a file, without decoding it. The cost is that of the way which `prepare` takes.
 
     Raises:
-        TaggingError: ``image``: the file is empty, not an image, damaged or of an unsupported format.
+        TaggingError: ``image``: the file is empty, not an image, damaged or of an unsupported kind.
     """
-    with _read_errors(path), Pillow.open(path, formats=FORMATS) as image:
-        width, height = image.size
-        pixel = 2 * len(image.getbands()) + 4 if image.mode != "1" else 2
-        scale = 1
-        if image.format == "JPEG":
-            while scale < 8 and min(width, height) // (2 * scale) >= side:
-                scale *= 2
-        cost = width * height * pixel // scale**2 + 4_000_000
-        if image.info.get("progressive"):
-            cost += width * height * 2 * len(image.getbands())  # the coefficients of the whole image
-        return Measured(image.format or "", width, height, cost)
+    opened = _choose_way(_open(path.read_bytes(), side), max_cost)
+    return Measured(opened.kind, opened.width, opened.height, opened.cost)
 
 
 def prepare(path: Path, side: int, max_cost: int) -> Prepared:
-    """Converts an image file to a JPEG with sides of at most ``side`` pixels.
+    """Converts a file to the JPEG that is sent, with sides of at most ``side`` pixels.
 
     Raises:
-        TaggingError: ``image``: the file is empty, not an image, too large, damaged or of an unsupported format.
+        TaggingError: ``image``: as `measure`, or ``image_too_large`` if no way to decode it fits ``max_cost``.
     """
-    if measure(path, side).cost > max_cost:
-        raise image_error("image_too_large", "The image is too large.")
-    with _read_errors(path), Pillow.open(path, formats=FORMATS) as image:
-        if image.info.get("progressive") and _has_too_many_scans(path.read_bytes()):
-            raise image_error(
-                "unsupported_format", f"The JPEG has more than {MAX_SCANS} scans; save it again with another program."
-            )
-        return Prepared(_encode(image, side))
+    return prepare_bytes(path.read_bytes(), side, max_cost)
 
 
-def prepare_bytes(data: bytes, side: int, max_cost: int) -> bytes:
-    """`prepare` for a file in memory; returns the JPEG."""
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(data)
-        file.flush()
-        return prepare(Path(file.name), side, max_cost).jpeg
-
-
-@contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
-    if not path.stat().st_size:
-        raise image_error("empty_file", "The file is empty.")
+def prepare_bytes(data: bytes, side: int, max_cost: int) -> Prepared:
+    """As `prepare`, of a file in memory."""
+    opened = _choose_way(_open(data, side), max_cost)
+    if opened.cost > max_cost:
+        raise image_error(
+            "image_too_large",
+            f"The image has {opened.width} × {opened.height} pixels. Decoding this file ({opened.kind}) takes"
+            f" {opened.cost / 1e6:.0f} MB of memory; {max_cost / 1e6:.0f} MB are available. Upload a smaller version.",
+        )
+    turned = opened.orientation >= 5
+    shape = fit(*((opened.height, opened.width) if turned else (opened.width, opened.height)), side)
+    target = (shape.height, shape.width) if turned else (shape.width, shape.height)
     try:
-        yield
-    except UnidentifiedImageError:
-        with path.open("rb") as file:
-            data = file.read(2000)
-        if _looks_like_svg(data):
-            raise image_error("unsupported_format", "SVG drawings cannot be tagged; upload a PNG or JPEG.") from None
-        if _has_image_signature(data):
-            raise image_error(
-                "unreadable_image", "The image file is damaged or of a kind that cannot be read."
-            ) from None
-        raise image_error("not_an_image", "The file is not an image.") from None
-    except (TaggingError, MemoryError):
+        decoded = opened.decode(*target)
+        jpeg = encode(decoded, opened.orientation, shape)
+    except TaggingError:
         raise
     except Exception:  # noqa: BLE001
         # Decoders raise many exception types for broken files (OSError, SyntaxError, struct.error, …).
         # All of them are errors of this image only.
-        raise image_error("damaged_image", "The image file is damaged or incomplete.") from None
+        raise damaged() from None
+    notes = dict(decoded.notes)
+    if shape.pieces > 1:
+        notes["pieces"] = shape.pieces
+    return Prepared(jpeg, notes)
 
 
-def _encode(image: Pillow.Image, max_side: int) -> bytes:
-    image.draft("RGB", (max_side, max_side))  # JPEG: let the decoder scale down
-    image.seek(0)
-    image.load()
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        low, high = image.getextrema()
-        span = (float(high) - float(low)) or 1.0  # type: ignore[arg-type]
-        image = image.convert("F").point(lambda v: (v - float(low)) * (255 / span)).convert("L")  # type: ignore[arg-type]
-    # Hamming takes 40 % less time than bicubic, and the model sees no difference.
-    image.thumbnail((max_side, max_side), Pillow.Resampling.HAMMING, reducing_gap=2.0)
-    image = ImageOps.exif_transpose(image)  # after scaling, because it copies the image
-    if image.has_transparency_data:
-        upper = image.convert("RGBA")
-        image = Pillow.new("RGB", image.size, "white")
-        image.paste(upper, mask=upper.getchannel("A"))
-    out = io.BytesIO()
-    image = image.convert("RGB")
-    image.info.clear()  # otherwise comments and other metadata are saved again
-    image.save(out, "JPEG", quality=JPEG_QUALITY)
-    return out.getvalue()
+def _choose_way(opened: Opened, max_cost: int | None) -> Opened:
+    """The way that shows most of those that fit ``max_cost``; if none fits, the cheapest."""
+    while max_cost is not None and opened.cost > max_cost and opened.cheaper:
+        opened = opened.cheaper
+    return opened
 
 
-def _has_too_many_scans(data: bytes) -> bool:
-    """Whether a progressive JPEG has too many scans: decoding could take minutes, and cannot be interrupted."""
-    scans, at = 0, 2
-    while scans <= MAX_SCANS and (found := _MARKER.search(data, at)):
-        marker, at = found[1], found.end()
-        if marker == b"\xd9":
-            break
-        scans += marker == b"\xda"
-        at += int.from_bytes(data[at : at + 2], "big")
-    return scans > MAX_SCANS
-
-
-def _looks_like_svg(data: bytes) -> bool:
-    return b"<svg" in data[:2000].lower()
-
-
-def _has_image_signature(data: bytes) -> bool:
-    """Whether the first bytes are those of a supported format, so the rest of the file must be damaged."""
-    return data.startswith((b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")) or (
-        data[:4] == b"RIFF" or data[4:8] == b"ftyp"
-    )
+def _open(data: bytes, side: int) -> Opened:
+    kind = kind_of(data)
+    try:
+        return OPENERS[kind](data, side)
+    except TaggingError:
+        raise
+    except Exception:  # noqa: BLE001 (as above)
+        raise damaged() from None

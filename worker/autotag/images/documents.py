@@ -1,0 +1,114 @@
+"""The first page of a PDF (PDFium), and SVG drawings (librsvg, by libvips).
+
+Neither runs scripts nor reads anything but the file: this PDFium has no JavaScript, and librsvg gets no address from
+which it could open another file.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from functools import partial
+from typing import Any
+
+import pypdfium2
+from pypdfium2 import raw
+
+from autotag.errors import TaggingError, image_error
+from autotag.images import vips
+from autotag.images.jpeg import open_jpeg
+from autotag.images.kinds import kind_of
+from autotag.images.levels import scale_numbers
+from autotag.images.opened import FIXED_COST, Decoded, Opened, damaged
+from autotag.images.png import open_png
+
+#: Drawings have no pixels. Their size counts as this multiple of what is sent, so that they are never too small.
+SHARPER = 4
+MAX_OBJECTS = 20_000  # of a page, that are looked at for pictures
+PDF_COST, SVG_COST = 60_000_000, 60_000_000  # bytes beside the pictures in them
+_EMBEDDED = re.compile(rb"data:image/[\w.+-]*;base64,([A-Za-z0-9+/=\s]+)")
+
+
+def open_pdf(data: bytes, side: int) -> Opened:
+    """Reads a PDF's first page.
+
+    Raises:
+        TaggingError: it is damaged, has no page, or needs a password.
+    """
+    try:
+        document = pypdfium2.PdfDocument(data)
+    except pypdfium2.PdfiumError as error:
+        if "assword" in str(error):
+            raise image_error("unsupported_format", "This is a PDF with a password.") from None
+        raise damaged() from None
+    try:
+        pages = len(document)
+        if not pages:
+            raise damaged()
+        page = document[0]
+        across, down = page.get_size()
+        size = _nominal(across, down, side)
+        pictures = 0
+        for number, found in enumerate(page.get_objects(filter=[raw.FPDF_PAGEOBJ_IMAGE], max_depth=5)):
+            width, height = found.get_px_size()
+            pictures += width * height * 8
+            if number > MAX_OBJECTS:
+                break
+        cost = FIXED_COST + PDF_COST + 3 * len(data) + pictures
+        return Opened("PDF", *size, cost, partial(_render_page, data, pages))
+    finally:
+        document.close()
+
+
+def _nominal(width: float, height: float, side: int) -> tuple[int, int]:
+    scale = SHARPER * side / max(width, height, 0.001)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _render_page(data: bytes, pages: int, width: int, height: int) -> Decoded:
+    document = pypdfium2.PdfDocument(data)
+    try:
+        document.init_forms()
+        page = document[0]
+        points = page.get_size()
+        scale = 2 * max(width / points[0], height / points[1])  # twice the size: thin lines become smoother
+        image = page.render(scale=scale, no_smoothtext=False, may_draw_forms=True).to_pil()
+        return Decoded(image.convert("RGB"), None, {"kind": "PDF", "pages": pages})
+    finally:
+        document.close()
+
+
+def open_svg(data: bytes, side: int) -> Opened:
+    """Reads an SVG drawing.
+
+    Raises:
+        TaggingError: it is damaged.
+    """
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        data = data.decode("utf-16").encode()
+    try:
+        image = vips.load("svg", data)
+        natural = (image.width, image.height)
+    except vips.VipsError:
+        raise damaged() from None
+    cost = FIXED_COST + SVG_COST + 20 * len(data) + sum(map(_pixels, _EMBEDDED.findall(data))) * 12
+    size = _nominal(image.width, image.height, side)
+    return Opened("SVG", *size, cost, partial(_draw, data, natural))
+
+
+def _pixels(encoded: bytes) -> int:
+    """The pixels of a picture in a drawing."""
+    try:
+        inside = base64.b64decode(encoded)
+        kind = kind_of(inside)
+        opener: Any = {"JPEG": open_jpeg, "PNG": open_png}.get(kind)
+        opened = opener(inside, 512) if opener else None
+    except (TaggingError, ValueError):
+        return 0
+    return opened.width * opened.height if opened else 0
+
+
+def _draw(data: bytes, natural: tuple[int, int], width: int, height: int) -> Decoded:
+    scale = max(width / natural[0], height / natural[1])
+    image = scale_numbers(lambda: vips.load("svg", data, scale=scale), width, height)
+    return Decoded(image, None, {"kind": "SVG"})

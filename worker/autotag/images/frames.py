@@ -1,0 +1,130 @@
+"""Kinds that Pillow decodes: GIF, animated PNG and WebP, BMP, ICO, JPEG 2000, AVIF."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    ImageFile,
+    ImageStat,
+    Jpeg2KImagePlugin,
+    TiffImagePlugin,
+)
+from PIL import Image as Pillow
+
+from autotag.images import vips
+from autotag.images.finish import flattened, plain, to_srgb
+from autotag.images.jpeg import rows_decoded
+from autotag.images.levels import scale_numbers
+from autotag.images.opened import FIXED_COST, Decoded, Opened, damaged, share
+from autotag.images.shape import fit
+
+#: Bytes per pixel that Pillow needs at its peak: the frame, the one before it, and conversions.
+STILL, ANIMATED = 10, 20
+MAX_FRAMES = 100  # frames that are looked at for one that is not blank
+CONTRAST = 8.0  # standard deviation of grey; a frame with less is taken for blank if another one has more
+#: Plugins that fill the picture from top to bottom, so that the rows of a truncated file can be counted.
+COUNTED = (BmpImagePlugin.BmpImageFile, GifImagePlugin.GifImageFile, TiffImagePlugin.TiffImageFile)
+Opener = Callable[[io.BytesIO], ImageFile.ImageFile]
+
+
+def open_frames(kind: str, data: bytes, side: int, opener: Opener) -> Opened:
+    """Opens a file with one of Pillow's plugins."""
+    image = opener(io.BytesIO(data))
+    animated = getattr(image, "n_frames", 1) > 1
+    cost = FIXED_COST + 3 * len(data) + image.width * image.height * (ANIMATED if animated else STILL)
+    return Opened(kind, image.width, image.height, cost, partial(_decode, data, opener, animated))
+
+
+def open_bmp(data: bytes, side: int) -> Opened:
+    return open_frames("BMP", data, side, BmpImagePlugin.BmpImageFile)
+
+
+def open_avif(data: bytes, side: int) -> Opened:
+    return open_frames("AVIF", data, side, AvifImagePlugin.AvifImageFile)
+
+
+def open_jpeg2000(data: bytes, side: int) -> Opened:
+    """Opens a JPEG 2000, which is decoded at a lower resolution if it is large."""
+    with Jpeg2KImagePlugin.Jpeg2KImageFile(io.BytesIO(data)) as image:
+        width, height = image.size
+        bands = len(image.getbands())
+    style = data.find(b"\xff\x52")  # COD
+    levels = data[style + 9] if 0 <= style < len(data) - 9 else 0
+    shape = fit(width, height, side)
+    reduce = 0
+    while reduce < min(levels, 32) and min(width / shape.width, height / shape.height) >= 1.5 * 2 ** (reduce + 1):
+        reduce += 1
+    cost = FIXED_COST + 4 * len(data) + ((width * height * (4 * bands + 12)) >> 2 * reduce)
+    return Opened("JPEG 2000", width, height, cost, partial(_decode, data, partial(_reduced, reduce), False))
+
+
+def _reduced(reduce: int, data: io.BytesIO) -> ImageFile.ImageFile:
+    image = Jpeg2KImagePlugin.Jpeg2KImageFile(data)
+    image.reduce = reduce
+    return image
+
+
+def _decode(data: bytes, opener: Opener, animated: bool, width: int, height: int) -> Decoded:
+    image = opener(io.BytesIO(data))
+    icc = image.info.get("icc_profile")
+    if animated:
+        picture, frame = frame_with_something(image, (width, height))
+        return Decoded(picture, icc, {"frame": frame} if frame else {})
+    rows = image.height
+    if isinstance(image, COUNTED):
+        rows = rows_decoded(image)
+    else:
+        image.load()
+    notes: dict[str, Any] = {}
+    picture = image.copy()
+    if image.mode.startswith(("I", "F")):  # numbers of an unknown range
+        picture = numbers(image, width, height)
+    if rows < image.height:
+        notes = share(rows, image.height)
+        picture = picture.crop((0, 0, image.width, rows))
+    return Decoded(picture, icc, notes)
+
+
+def numbers(image: Pillow.Image, width: int, height: int) -> Pillow.Image:
+    """A picture of large or floating-point numbers, with 8 bits per colour and scaled down."""
+    data = image.convert("F").tobytes()
+    kind = "ushort" if image.mode.startswith("I;16") else "float"
+    if kind == "ushort":
+        data = image.convert("I;16").tobytes()
+    return scale_numbers(lambda: vips.from_memory(data, image.width, image.height, kind), width, height)
+
+
+def frame_with_something(image: Pillow.Image, size: tuple[int, int]) -> tuple[Pillow.Image, int]:
+    """The first frame that is not blank, scaled down, and its number; the first one if all are."""
+    best, best_frame, most = None, 0, -1.0
+    for frame in range(MAX_FRAMES):
+        try:
+            image.seek(frame)
+            image.load()
+        except EOFError:
+            break
+        except (OSError, SyntaxError, ValueError):
+            if best is None:
+                raise
+            break  # the file is damaged from here on
+        picture = plain(image)
+        picture = (
+            picture.resize(size, Pillow.Resampling.LANCZOS, reducing_gap=3.0)
+            if picture.width > size[0]
+            else picture.copy()
+        )
+        contrast = ImageStat.Stat(flattened(to_srgb(picture, None)).convert("L")).stddev[0]
+        if contrast > most + CONTRAST or best is None:
+            best, best_frame, most = picture, frame, contrast
+        if contrast >= CONTRAST:
+            break
+    if best is None:
+        raise damaged()
+    return best, best_frame

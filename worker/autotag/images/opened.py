@@ -1,0 +1,79 @@
+"""What the modules of the kinds of files have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image as Pillow
+
+from autotag.errors import TaggingError, image_error
+
+#: Bytes that every decoding takes beside its pixels: tables of the libraries, the small picture and its JPEG.
+FIXED_COST = 24_000_000
+#: Min share of a file's rows that must be there.
+ENOUGH_ROWS = 0.95
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A picture that was decoded.
+
+    Attributes:
+        image: the picture, scaled down to the wanted size or to a larger one.
+        icc: its colour profile.
+        notes: what a person should know (`prepare.Prepared`).
+    """
+
+    image: Pillow.Image
+    icc: bytes | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file whose headers were read.
+
+    Attributes:
+        kind: the kind of file, for people.
+        width: in pixels, as the picture is stored.
+        height: in pixels, as the picture is stored.
+        cost: upper bound of the bytes that ``decode`` allocates, the file included.
+        decode: decodes the picture, scaled down to at least the given width and height.
+        orientation: how to turn the stored picture, as in EXIF (1 to 8).
+        cheaper: another way that needs less memory and shows less.
+    """
+
+    kind: str
+    width: int
+    height: int
+    cost: int
+    decode: Callable[[int, int], Decoded]
+    orientation: int = 1
+    cheaper: Opened | None = None
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.height < 1:
+            raise damaged()
+
+
+def damaged() -> TaggingError:
+    """The error of a file that is of a known kind, but cannot be decoded."""
+    return image_error("damaged_image", "The image file is damaged or incomplete.")
+
+
+def unsupported(what: str) -> TaggingError:
+    """The error of a file of a kind that cannot be tagged: "This is a video (MP4)."."""
+    return image_error("unsupported_format", f"This is {what}. Upload a PNG or JPEG instead.")
+
+
+def share(rows: int, height: int) -> dict[str, Any]:
+    """The note on a truncated file.
+
+    Raises:
+        TaggingError: ``damaged_image``: too few of its rows are there.
+    """
+    if rows < ENOUGH_ROWS * height:
+        raise damaged()
+    return {"truncated": min(round(rows / height, 4), 0.9999)}

@@ -1,0 +1,74 @@
+"""WebP files. libvips scales them down while it decodes; animations are Pillow's."""
+
+from __future__ import annotations
+
+import io
+from functools import partial
+
+from PIL import Image as Pillow
+from PIL import WebPImagePlugin
+
+from autotag.images import exif, vips
+from autotag.images.finish import MAX_ICC
+from autotag.images.frames import open_frames
+from autotag.images.levels import scale_numbers
+from autotag.images.opened import ENOUGH_ROWS, FIXED_COST, Decoded, Opened, damaged
+
+PIXELS = (b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")
+ICC_FLAG, EXIF_FLAG, XMP_FLAG, ANIMATED_FLAG = 0x20, 0x08, 0x04, 0x02
+
+
+def open_webp(data: bytes, side: int) -> Opened:
+    """Reads the chunks of a WebP.
+
+    Raises:
+        TaggingError: it is damaged.
+    """
+    chunks: list[tuple[bytes, bytes]] = []
+    icc, orientation, header, there, at = None, 1, b"", 1.0, 12
+    while at + 8 <= len(data):
+        kind, length = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        body = data[at + 8 : at + 8 + length]
+        if kind in PIXELS:
+            if len(body) < length:  # the decoder wants the length that is promised
+                there = min(there, len(body) / length)
+                body += b"\0" * (min(length, 2 * len(body)) - len(body))
+            chunks.append((kind, body))
+        elif kind == b"VP8X" and not header:
+            header = body[:10]
+        elif kind == b"ICCP" and length <= MAX_ICC:
+            icc = body
+        elif kind == b"EXIF":
+            orientation = exif.orientation(body)
+        at += 8 + length + length % 2
+    if there < ENOUGH_ROWS or not chunks:
+        raise damaged()
+    animated = any(kind == b"ANMF" for kind, _ in chunks)
+    clean = _written(chunks, header)
+    with WebPImagePlugin.WebPImageFile(io.BytesIO(clean)) as image:
+        width, height = image.size
+    notes = {"truncated": round(there, 4)} if there < 1 else {}
+    if animated:
+        opened = open_frames("WebP", clean, side, WebPImagePlugin.WebPImageFile)
+        return Opened("WebP", width, height, opened.cost, opened.decode, orientation)
+    lossless = any(kind in (b"VP8L", b"ALPH") for kind, _ in chunks)
+    cost = FIXED_COST + 3 * len(data) + (width * height * 5 if lossless else width * 4 * 300)
+    return Opened("WebP", width, height, cost, partial(_decode, clean, icc, notes, (width, height)), orientation)
+
+
+def _written(chunks: list[tuple[bytes, bytes]], header: bytes) -> bytes:
+    if len(header) == 10:
+        flags = header[0] & ~(ICC_FLAG | EXIF_FLAG | XMP_FLAG)
+        chunks = [(b"VP8X", bytes([flags]) + header[1:]), *chunks]
+    parts = [kind + len(body).to_bytes(4, "little") + body + b"\0" * (len(body) % 2) for kind, body in chunks]
+    return b"RIFF" + (4 + sum(map(len, parts))).to_bytes(4, "little") + b"WEBP" + b"".join(parts)
+
+
+def _decode(
+    data: bytes, icc: bytes | None, notes: dict[str, float], size: tuple[int, int], width: int, height: int
+) -> Decoded:
+    scale = min(1.0, 2 * max(width / size[0], height / size[1]))
+    image: Pillow.Image = scale_numbers(lambda: vips.load("webp", data, scale=scale), width, height)
+    if "truncated" in notes:
+        image = image.crop((0, 0, image.width, max(1, int(image.height * notes["truncated"]))))
+    return Decoded(image, icc, dict(notes))
