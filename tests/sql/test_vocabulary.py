@@ -369,7 +369,7 @@ def test_counts_of_the_library_become_a_vocabulary(session: psycopg.Connection[A
         "x" * 60: 9,
         "d\u200eog": 0,
         "\x1b": 9,
-        "\u0958" * 20: 9,
+        "\u0958" * 30: 9,
     }
     assert value(session, "autotag.count_uses(%s, %s, 2)", OWN, json.dumps(counts)) == {
         "tags": 2,
