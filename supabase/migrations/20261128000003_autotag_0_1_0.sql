@@ -841,12 +841,13 @@ create type autotag.ended as (job_id uuid, completed integer, failed integer, as
 -- What a workspace wants asked about its images.
 
 -- A version of a profile. A change inserts a new version (save_profile), so that whoever has read a row never has to read it again.
--- check_profile() refuses what no request could ask, also in your own inserts. Versions only grow: a workspace's first own version is
--- higher than that of the profile for all that held before.
+-- check_profile() refuses what no request could ask, also in your own inserts. Versions of all workspaces are of one sequence, so the
+-- number in tagging_result tells whether an image was asked what holds now (list_assets), also if it came from another workspace.
+create sequence autotag.profile_versions as integer;
 create table autotag.profiles (
   id bigint generated always as identity primary key,
   workspace_id autotag.workspace_id,     -- null: all workspaces without an own profile
-  version integer not null check (version > 0),
+  version integer not null default nextval('autotag.profile_versions') check (version > 0),
   instructions text not null default '' check (length(instructions) <= 2000),   -- in the owner's words
   -- the language of tags and caption, in plain words; null: tags as settings.tag_language says, and the caption as the model likes
   language text check (length(language) between 1 and 100),
@@ -1046,6 +1047,38 @@ begin
     return left(v_text, p_length - 1) || '…';
   end if;
   return v_text;
+end $$;
+
+-- What is removed from words: the unprintable characters, and what is invisible in other ways (fillers and the like). Planning
+-- replaces the call by its value, as that of the next two.
+create or replace function autotag.invisible() returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$ select autotag.unprintable() || '|[\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0]' $$;
+
+create or replace function autotag.blanks() returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$ select '[\u0009-\u000d\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+' $$;
+
+-- Scripts in which a joiner between two letters changes what a reader sees, and emojis (JOINED in autotag/texts.py).
+create or replace function autotag.joined() returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$ select '[\u0600-\u0dff\u0f00-\u10ff\u1200-\u1cff\u2190-\u2bff\ua800-\ua95f\ua980-\uabff\ufb50-\ufdff\ufe0f\ufe70-\ufefc\U00010800-\U0001ffff]' $$;
+
+-- A text from outside as people write it: composed, one space for any white space, without characters that nobody sees. Joiners stay
+-- where they change something. The worker and its commands do the same (visible_text in autotag/texts.py).
+create or replace function autotag.visible_text(p_text text) returns text
+language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_text text := p_text;
+begin
+  if v_text ~ '[^ -~]' then
+    v_text := regexp_replace(v_text, autotag.blanks(), ' ', 'g');
+    v_text := regexp_replace(v_text, '(?<!' || autotag.joined() || ')[\u200c\u200d]|[\u200c\u200d](?!' || autotag.joined() || ')|'
+      || autotag.invisible(), '', 'g');
+    v_text := normalize(v_text, NFC);
+  end if;
+  return btrim(regexp_replace(v_text, ' +', ' ', 'g'));
 end $$;
 
 -- Validates an id of an object at the provider (batch_…, file-…). Null: invalid.
@@ -1990,7 +2023,7 @@ begin
     perform autotag.refuse_profile(format('The instructions have %s characters; at most 2,000 are possible.', length(new.instructions)));
   elsif new.instructions ~ '[\u0001-\u0008\u000b\u000c\u000e-\u001f\u007f]' then
     perform autotag.refuse_profile('The instructions contain a control character.');
-  elsif new.language = '' or length(new.language) > 100 or not autotag.is_plain(new.language) then
+  elsif autotag.tag_key(new.language) = '' or length(new.language) > 100 or not autotag.is_plain(new.language) then
     perform autotag.refuse_profile('The language has to be one line of at most 100 characters, for example German.');
   elsif new.tag_count not between 1 and 50 then
     perform autotag.refuse_profile(format('The number of tags has to be from 1 to 50, not %s.', new.tag_count));
@@ -2070,7 +2103,7 @@ begin
   elsif exists (select from jsonb_array_elements(v_values) e where jsonb_typeof(e) <> 'string' or (e #>> '{}') <> btrim(e #>> '{}')
       or length(e #>> '{}') not between 1 and 200 or not autotag.is_plain(e #>> '{}')) then
     perform autotag.refuse_profile(format('Each value of the field %s has to be one line of 1 to 200 characters.', v_name));
-  elsif (select count(distinct lower(e)) < count(*) from jsonb_array_elements_text(v_values) e) then
+  elsif (select count(distinct lower(normalize(e, NFKC))) < count(*) from jsonb_array_elements_text(v_values) e) then
     perform autotag.refuse_profile(format('The field %s has a value twice.', v_name));
   end if;
   select count(*), coalesce(sum(length(e)), 0) into value_count, characters from jsonb_array_elements_text(v_values) e;
@@ -2082,16 +2115,16 @@ end $$;
 
 -- The words of a vocabulary: the form in which they are compared, and what may not be in one.
 
--- Punctuation that separates words (a class of Unicode; those of ASCII but # % . @ and the apostrophe). Planning replaces the call by
+-- Punctuation that separates words (a class of Unicode; those of ASCII but # % . @ and the apostrophe; the minus sign). Planning replaces the call by
 -- its value.
 create or replace function autotag.punctuation() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-  select '[]!"&()*,/:;?[\\_{}`~\u00a1\u00a7\u00ab\u00b6-\u00b7\u00bb\u00bf\u055a-\u055f\u0589-\u058a\u05be\u05c0\u05c3\u05c6\u05f3-\u05f4\u0609-\u060a\u060c-\u060d\u061b\u061d-\u061f\u066a-\u066d\u06d4\u0700-\u070d\u07f7-\u07f9\u0830-\u083e\u085e\u0964-\u0965\u0970\u09fd\u0a76\u0af0\u0c77\u0c84\u0df4\u0e4f\u0e5a-\u0e5b\u0f04-\u0f0b\u0f0d-\u0f12\u0f14\u0f3a-\u0f3d\u0f85\u0fd0-\u0fd4\u0fd9-\u0fda\u104a-\u104f\u10fb\u1360-\u1368\u1400\u166e\u169b-\u169c\u16eb-\u16ed\u1735-\u1736\u17d4-\u17d6\u17d8-\u17da\u1800-\u180a\u1944-\u1945\u1a1e-\u1a1f\u1aa0-\u1aa6\u1aa8-\u1aad\u1b5a-\u1b60\u1b7d-\u1b7e\u1bfc-\u1bff\u1c3b-\u1c3f\u1c7e-\u1c7f\u1cc0-\u1cc7\u1cd3\u2010\u2012-\u2016\u2018-\u2023\u2027\u2030-\u2032\u2035\u2038-\u203b\u203d\u203f-\u2043\u2045-\u2046\u204a-\u2051\u2053-\u2056\u2058-\u205e\u2308-\u230b\u2768-\u2775\u27c5-\u27c6\u27e6-\u27ef\u2983-\u2998\u29d8-\u29db\u29fc-\u29fd\u2cf9-\u2cfc\u2cfe-\u2cff\u2d70\u2e00-\u2e2e\u2e30-\u2e4f\u2e52-\u2e5d\u3001-\u3003\u3008-\u3011\u3014-\u301f\u3030\u303d\u30a0\u30fb\ua4fe-\ua4ff\ua60d-\ua60f\ua673\ua67e\ua6f2-\ua6f7\ua874-\ua877\ua8ce-\ua8cf\ua8f8-\ua8fa\ua8fc\ua92e-\ua92f\ua95f\ua9c1-\ua9cd\ua9de-\ua9df\uaa5c-\uaa5f\uaade-\uaadf\uaaf0-\uaaf1\uabeb\ufd3e-\ufd3f\ufe45-\ufe46-]'
+  select '[]!"&()*,/:;?[\\_{}`~\u00a1\u00a7\u00ab\u00b6-\u00b7\u00bb\u00bf\u055a-\u055f\u0589-\u058a\u05be\u05c0\u05c3\u05c6\u05f3-\u05f4\u0609-\u060a\u060c-\u060d\u061b\u061d-\u061f\u066a-\u066d\u06d4\u0700-\u070d\u07f7-\u07f9\u0830-\u083e\u085e\u0964-\u0965\u0970\u09fd\u0a76\u0af0\u0c77\u0c84\u0df4\u0e4f\u0e5a-\u0e5b\u0f04-\u0f0b\u0f0d-\u0f12\u0f14\u0f3a-\u0f3d\u0f85\u0fd0-\u0fd4\u0fd9-\u0fda\u104a-\u104f\u10fb\u1360-\u1368\u1400\u166e\u169b-\u169c\u16eb-\u16ed\u1735-\u1736\u17d4-\u17d6\u17d8-\u17da\u1800-\u180a\u1944-\u1945\u1a1e-\u1a1f\u1aa0-\u1aa6\u1aa8-\u1aad\u1b5a-\u1b60\u1b7d-\u1b7e\u1bfc-\u1bff\u1c3b-\u1c3f\u1c7e-\u1c7f\u1cc0-\u1cc7\u1cd3\u2010\u2012-\u2016\u2018-\u2023\u2027\u2030-\u2032\u2035\u2038-\u203b\u203d\u203f-\u2043\u2045-\u2046\u204a-\u2051\u2053-\u2056\u2058-\u205e\u2308-\u230b\u2768-\u2775\u27c5-\u27c6\u27e6-\u27ef\u2983-\u2998\u29d8-\u29db\u29fc-\u29fd\u2cf9-\u2cfc\u2cfe-\u2cff\u2d70\u2e00-\u2e2e\u2e30-\u2e4f\u2e52-\u2e5d\u3001-\u3003\u3008-\u3011\u3014-\u301f\u3030\u303d\u30a0\u30fb\ua4fe-\ua4ff\ua60d-\ua60f\ua673\ua67e\ua6f2-\ua6f7\ua874-\ua877\ua8ce-\ua8cf\ua8f8-\ua8fa\ua8fc\ua92e-\ua92f\ua95f\ua9c1-\ua9cd\ua9de-\ua9df\uaa5c-\uaa5f\uaade-\uaadf\uaaf0-\uaaf1\uabeb\ufd3e-\ufd3f\ufe45-\ufe46\u2212-]'
 $$;
 
 -- The form in which tags are compared: "T-Shirts!" and "t shirts" are one tag, "c#", ".net" and "100%" keep what makes them a name.
--- '': there is nothing to compare. The worker's form of a tag (autotag/tags.py) has the same key as the text that it was made of.
+-- "": there is nothing to compare. Characters that nobody sees do not count, nor how an emoji is drawn. The worker's form of a tag (autotag/tags.py) has the same key as the text that it was made of.
 create or replace function autotag.tag_key(p_tag text) returns text
 language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -2103,13 +2136,14 @@ begin
   end if;
   v_key := lower(v_key);
   if v_key !~ '^[a-z0-9\u00df-\u00f6\u00f8-\u00ff]+( [a-z0-9\u00df-\u00f6\u00f8-\u00ff]+)*$' then   -- and of people, but for capitals
-    v_key := p_tag;
+    v_key := regexp_replace(p_tag, autotag.blanks(), ' ', 'g');
+    v_key := regexp_replace(v_key, autotag.invisible() || '|[\u180b-\u180d\u180f\u200c\u200d\ufe00-\ufe0f\U000e0100-\U000e01ef]', '', 'g');
     -- the lower case of İ has a second dot, and a final sigma is a sigma
-    v_key := replace(lower(normalize(replace(v_key, 'İ', 'i'), NFKC)), 'ς', 'σ');
+    v_key := normalize(replace(lower(replace(normalize(v_key, NFKC), 'İ', 'i')), 'ς', 'σ'), NFKC);
     -- # and % belong to the word before them, a full stop and @ to the one behind them
     v_key := regexp_replace(v_key, '(?<![[:alnum:]])[#%]|[.@](?![[:alnum:]])|(?<=\.)\.', ' ', 'g');
-    v_key := regexp_replace(v_key, '[''’‘ʼ\u200c\u200d]', '', 'g');
-    v_key := regexp_replace(v_key, autotag.punctuation() || '|' || autotag.unprintable(), ' ', 'g');
+    v_key := regexp_replace(v_key, '[''’‘ʼ]', '', 'g');
+    v_key := regexp_replace(v_key, autotag.punctuation(), ' ', 'g');
     v_key := btrim(regexp_replace(v_key, ' +', ' ', 'g'));
   end if;
   return v_key;
@@ -2139,11 +2173,11 @@ create or replace function autotag.clean_word(p_word text, p_what text, p_entry 
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_word text := normalize(autotag.printable(p_word, 51), NFC);
+  v_word text := case when length(p_word) <= 1000 then autotag.visible_text(p_word) else p_word end;
   v_detail jsonb := case when p_entry is null then '{}' else jsonb_build_object('entry', p_entry) end;
 begin
   if length(v_word) > 50 then
-    perform autotag.refuse_vocabulary(format('The %s “%s” has more than 50 characters.', p_what, v_word), 'bad_vocabulary', v_detail);
+    perform autotag.refuse_vocabulary(format('The %s “%s” has more than 50 characters.', p_what, autotag.printable(v_word, 51)), 'bad_vocabulary', v_detail);
   elsif autotag.tag_key(v_word) = '' then
     perform autotag.refuse_vocabulary(format('The %s “%s” has no letter and no digit.', p_what, v_word), 'bad_vocabulary', v_detail);
   end if;
@@ -2164,13 +2198,14 @@ begin
   new.key := autotag.tag_key(new.tag);
   new.aliases := array(
     select (array_agg(a.word order by a.i))[1] from (
-      select autotag.clean_word(u.word, 'alias') as word, u.i from unnest(new.aliases) with ordinality u (word, i) where btrim(u.word) <> '') a
+      select autotag.clean_word(u.word, 'alias') as word, u.i from unnest(new.aliases) with ordinality u (word, i)
+      where autotag.visible_text(u.word) <> '') a
     where autotag.tag_key(a.word) <> new.key group by autotag.tag_key(a.word) order by min(a.i));
-  new.description := nullif(autotag.printable(new.description, 501), '');
+  new.description := nullif(autotag.visible_text(left(new.description, 5000)), '');
   if length(new.description) > 500 then
     perform autotag.refuse_vocabulary(format('The description of “%s” has more than 500 characters.', new.tag));
   end if;
-  new.parent := case when btrim(new.parent) <> '' then autotag.clean_word(new.parent, 'parent') end;
+  new.parent := case when autotag.visible_text(new.parent) <> '' then autotag.clean_word(new.parent, 'parent') end;
   new.parent_key := autotag.tag_key(new.parent);
   return new;
 end $$;
@@ -2280,7 +2315,7 @@ end $$;
 -- Replaces the tags of results by those of the vocabulary. p_mode: `prefer` keeps tags that it does not know, every other mode drops
 -- them. p_parents: adds the tags above, with the confidence of the tag below. Tags that become the same keep the highest confidence.
 -- The most confident come first, then in the model's order; at most 50. names: {tag: [key, …]}, by which a person may know a tag of the
--- vocabulary: its own, its aliases, and what the model gave (merge_tags).
+-- vocabulary: its own, its aliases, and what the model gave (merge_tags, which also finds what is nearly the same).
 create or replace function autotag.match_tags(
   p_workspace_id autotag.workspace_id, p_results jsonb[], p_mode text, p_parents boolean
 ) returns jsonb[]
@@ -2607,7 +2642,7 @@ begin
   v_entries := array(
     with read as materialized (
       select u.i, u.e, c.tag, autotag.tag_key(c.tag) as key,
-        case when btrim(u.e ->> 'parent') <> '' then autotag.clean_word(u.e ->> 'parent', 'parent', u.i) end as parent
+        case when autotag.visible_text(u.e ->> 'parent') <> '' then autotag.clean_word(u.e ->> 'parent', 'parent', u.i) end as parent
       from jsonb_array_elements(p_entries) with ordinality u (e, i)
       cross join lateral (select autotag.clean_word(u.e ->> 'tag', 'tag', u.i) as tag offset 0) c
     ), aliases as materialized (
@@ -2616,7 +2651,7 @@ begin
         from read r
         cross join lateral jsonb_array_elements_text(coalesce(nullif(r.e -> 'aliases', 'null'), '[]')) with ordinality x (alias, place)
         cross join lateral (select autotag.clean_word(x.alias, 'alias', r.i) as word offset 0) c
-        where btrim(x.alias) <> '' and autotag.tag_key(c.word) <> r.key group by r.key, autotag.tag_key(c.word)) a
+        where autotag.visible_text(x.alias) <> '' and autotag.tag_key(c.word) <> r.key group by r.key, autotag.tag_key(c.word)) a
       group by a.key
     ), merged as materialized (
       select r.key, (array_agg(r.tag order by r.i))[1] as tag, max(r.i) as i, bool_or(r.e ? 'aliases') as has_aliases,
@@ -2624,7 +2659,7 @@ begin
         array_agg(distinct d.text) filter (where d.text <> '') as descriptions,
         array_agg(distinct autotag.tag_key(r.parent)) filter (where r.parent is not null) as parents,
         min(r.parent) as parent, sum((r.e ->> 'uses')::bigint) as uses
-      from read r cross join lateral (select autotag.printable(r.e ->> 'description', 501) as text offset 0) d
+      from read r cross join lateral (select autotag.visible_text(left(r.e ->> 'description', 5000)) as text offset 0) d
       group by r.key
     )
     select autotag.check_merged(row(m.key, m.tag,
@@ -2679,7 +2714,7 @@ begin
 end $$;
 
 -- Records how many images have each tag ({tag: images}) at the entries of a workspace (null: the general ones), and adds the tags that
--- are no name yet and that at least p_min images have. Returns {tags (in all), added, counted}. Locks: as edit_vocabulary().
+-- are no name yet and that at least p_min images have. Returns {tags (in all), added, counted, new: [{tag, uses}]}. Locks: as edit_vocabulary().
 create or replace function autotag.count_uses(p_workspace_id autotag.workspace_id, p_counts jsonb, p_min bigint) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -2688,23 +2723,25 @@ declare
   v_tags text[];
   v_uses bigint[];
   v_ids bigint[];              -- of the entry that has this name; null: none
+  v_new jsonb;
   v_done jsonb;
 begin
   select coalesce(array_agg(c.tag), '{}'), coalesce(array_agg(c.uses), '{}'), coalesce(array_agg(f.id), '{}') into v_tags, v_uses, v_ids
   from (
     -- the spelling that most images have
-    select autotag.tag_key(c.key) as key, (array_agg(c.key order by c.value::bigint desc, c.key))[1] as tag, sum(c.value::bigint)::bigint as uses
-    from jsonb_each_text(p_counts) c where length(c.key) between 1 and 50 group by 1) c
+    select autotag.tag_key(c.tag) as key, (array_agg(c.tag order by c.uses desc, c.tag))[1] as tag, sum(c.uses)::bigint as uses
+    from (select autotag.visible_text(t.key) as tag, t.value::bigint as uses from jsonb_each_text(p_counts) t where length(t.key) <= 50 offset 0) c
+    where length(c.tag) between 1 and 50 group by 1) c
   left join lateral autotag.find_names(p_workspace_id, array[c.key]) f on true
   where c.key <> '';
-  v_done := autotag.edit_vocabulary(p_workspace_id, (
-    select coalesce(jsonb_agg(jsonb_build_object('tag', t.tag, 'uses', t.uses)), '[]')
-    from unnest(v_tags, v_uses, v_ids) t (tag, uses, id) where t.id is null and t.uses >= p_min));
+  select coalesce(jsonb_agg(jsonb_build_object('tag', t.tag, 'uses', t.uses) order by t.uses desc, t.tag), '[]') into v_new
+  from unnest(v_tags, v_uses, v_ids) t (tag, uses, id) where t.id is null and t.uses >= p_min;
+  v_done := autotag.edit_vocabulary(p_workspace_id, v_new);
   update autotag.vocabulary v set uses = t.uses
   from (select x.id, sum(x.uses)::bigint as uses from unnest(v_uses, v_ids) x (uses, id) where x.id is not null group by x.id) t
   where v.id = t.id and v.workspace_id is not distinct from p_workspace_id and v.uses <> t.uses;
   get diagnostics v_counted = row_count;
-  return v_done - '{changed,removed}'::text[] || jsonb_build_object('counted', v_counted);
+  return v_done - '{changed,removed}'::text[] || jsonb_build_object('counted', v_counted, 'new', v_new);
 end $$;
 
 -- Saving a profile: `autotag profile set`, and set_tagging_profile for a person's page.
@@ -2728,6 +2765,7 @@ begin
   v_new.fields := coalesce(jsonb_strip_nulls(p_changes -> 'fields'), v_old.fields);
   v_new.instructions := btrim(replace(v_new.instructions, E'\r\n', E'\n'), E' \n\t');
   if p_changes ? 'instructions' and v_new.instructions = '' or p_changes -> 'instructions' = 'null' then v_new.instructions := ''; end if;
+  v_new.language := btrim(v_new.language);
   if p_changes -> 'language' = 'null' then v_new.language := null; end if;
   if p_changes -> 'tag_count' = 'null' then v_new.tag_count := null; end if;
   if p_changes -> 'min_confidence' = 'null' then v_new.min_confidence := 0; end if;
@@ -2737,9 +2775,9 @@ begin
   if v_new = v_old then
     return v_old;
   end if;
-  insert into autotag.profiles (workspace_id, version, instructions, language, tag_count, min_confidence, vocabulary_mode, add_parents,
+  insert into autotag.profiles (workspace_id, instructions, language, tag_count, min_confidence, vocabulary_mode, add_parents,
     fields, created_at)
-  values (p_workspace_id, v_old.version + 1, v_new.instructions, v_new.language, v_new.tag_count, v_new.min_confidence,
+  values (p_workspace_id, v_new.instructions, v_new.language, v_new.tag_count, v_new.min_confidence,
     v_new.vocabulary_mode, v_new.add_parents, v_new.fields, autotag.now())
   returning * into v_new;
   return v_new;
@@ -3065,7 +3103,8 @@ begin
       -- in jsonb's sort order only numbers lie between two numbers
       when 'integer' then case when v between '-9007199254740991' and '9007199254740991'
         then case when v::numeric = trunc(v::numeric) then to_jsonb(trunc(v::numeric)) end end
-      when 'enum' then case when jsonb_typeof(v) = 'string' and f -> 'values' @> v then v end
+      when 'enum' then case when jsonb_typeof(v) = 'string' then (
+        select to_jsonb(e) from jsonb_array_elements_text(f -> 'values') e where normalize(e, NFKC) = normalize(v #>> '{}', NFKC) limit 1) end
       when 'text' then case when jsonb_typeof(v) = 'string' then to_jsonb(nullif(autotag.printable(v #>> '{}', 200), '')) end end), '{}')
     from jsonb_array_elements(p_fields) f
     cross join lateral (select case when jsonb_typeof(p_report) = 'object' then p_report -> (f ->> 'name') end as v) x);
@@ -4161,7 +4200,7 @@ create or replace trigger autotag_resume_uploads after insert or update or delet
 -- Tags images that existed before autotag (`autotag enqueue`).
 
 -- Previews tagging existing images: {images, seconds, cost (dollars; null: unknown), model}. p_untagged: only those without
--- tags; p_outdated: only those that an older version of the profile tagged; p_after, p_limit: as in backfill().
+-- tags; p_outdated: only those that another version of the profile tagged than holds now; p_after, p_limit: as in backfill().
 create or replace function autotag.preview_backfill(
   p_workspace_id autotag.workspace_id, p_untagged boolean, p_after autotag.asset_id, p_limit integer, p_outdated boolean default false
 ) returns jsonb
@@ -7609,7 +7648,7 @@ end $$;
 -- Validation of workers' reports, before any other function reads them.
 
 -- Validates a worker's result: {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model} without further keys; at most 50
--- different tags of 50 characters, and a caption of 300. Drops invalid tags (empty, not a string, longer) and confidences
+-- tags of 50 characters with different keys, and a caption of 300. Drops invalid tags (empty, not a string, longer) and confidences
 -- without a tag. Null: there is no list of tags, or none of them is valid.
 create or replace function autotag.clean_result(p_result jsonb) returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
@@ -7631,6 +7670,11 @@ begin
     order by k.i limit 50);
   if v_kept = '{}' and v_tags <> '[]' then
     return null;
+  end if;
+  if not autotag.are_different(to_jsonb(v_kept)) then
+    v_kept := array(
+      select (array_agg(k.tag order by k.i))[1] from unnest(v_kept, autotag.tag_keys(v_kept)) with ordinality k (tag, key, i)
+      group by k.key order by min(k.i));
   end if;
   if jsonb_typeof(p_result -> 'confidence') = 'object' then
     select jsonb_object_agg(t, autotag.clean_number(p_result -> 'confidence', t, 0, 1)) into v_sure
@@ -7660,7 +7704,8 @@ begin
       -- As many tags as confidences, and every confidence has its tag: so no tag is there twice. (The cast to varchar(50) finds
       -- tags that are too long; `[^"]{51}` in the pattern above would take three quarters of the time.)
       and t.list::varchar(50)[]::text[] = t.list and (r.result -> 'confidence') - t.list = '{}'
-      and 3 * cardinality(t.list) = length(t.sure) - length(replace(t.sure, '": ', '')), false)
+      and 3 * cardinality(t.list) = length(t.sure) - length(replace(t.sure, '": ', ''))
+      and (t.tags !~ autotag.odd_tags() or autotag.are_different(r.result -> 'tags')), false)
     from unnest(p_results) with ordinality r (result, i)
     -- Each text once (offset 0), and only of a result with the right types and at most 8 kB: a number of a few bytes can be a text of
     -- 131 kB.
@@ -7878,6 +7923,48 @@ begin
     from unnest(p_tags) with ordinality u (tag, i) order by u.i);
 end $$;
 
+-- Matches a list of tags (JSON as text) of which two can have the same key: one of them has a capital, a compatible character, or
+-- anything else that tag_key() changes. Planning replaces the call by its value.
+create or replace function autotag.odd_tags() returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$ select '[^][[:alnum:] ",]|[[:upper:]\u00aa\u00b2-\u00b3\u00b5\u00b9-\u00ba\u0132-\u0133\u013f-\u0140\u0149\u017f\u01c4-\u01cc\u01f1-\u01f3\u02b0-\u02b8\u02bc\u02e0-\u02e4\u0300-\u0385\u03c2\u03d0-\u03d6\u03f0-\u03f9\u0587\u0675-\u0678\u0958-\u095f\u09dc-\u09df\u0a33-\u0a5e\u0b5c-\u0b5d\u0e33\u0eb3\u0edc-\u0edd\u0f0c-\u0fbf\u10fc\u1100-\u11ff\u1c80-\u1c8f\u1d2c-\u1dbf\u1e9a-\u1e9b\u1f71-\u1fff\u2070-\u24ff\u2c7c-\u2c7d\u2d6f\u2e80-\u2fdf\u3130-\u318f\u3164\u3038-\u303a\u3099-\u309f\u30ff\u3192-\u33ff\ua69c-\ua69d\ua770\ua7f2-\ua7f9\uab5c-\uab69\uf900-\uffff\U00010000-\U0010ffff]' $$;
+
+-- Whether each of an answer's tags has its own key. In ASCII, tags with one key have the same letters and digits, so most keys need not
+-- be made, which takes longer.
+create or replace function autotag.are_different(p_tags jsonb) returns boolean
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+as $$
+declare
+  v_text text := p_tags::text;
+begin
+  if v_text !~ autotag.odd_tags() or v_text !~ '[^ -~]|\\' and (
+      select count(distinct w) = count(*)
+      from unnest(string_to_array(translate(lower(left(right(v_text, -2), -2)), ' !#$%&''()*+-./:;<=>?@^_`{|}~', ''), '","')) w) then
+    return true;
+  end if;
+  return (select count(distinct k) = count(*) from unnest(autotag.tag_keys(array(select jsonb_array_elements_text(p_tags)))) k);
+end $$;
+
+-- Tags of the vocabulary that words of people stand for, also because they are nearly the same (know_tags). p_names: those that an
+-- answer gives (match_tags); p_keys: the words' keys. Only words that begin like a name are looked up.
+create or replace function autotag.near_tags(p_workspace_id autotag.workspace_id, p_names jsonb, p_keys text[]) returns text[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_begins text[];
+  v_keys text[];
+begin
+  if p_names = '{}' or p_keys = '{}' then
+    return array[]::text[];
+  end if;
+  v_begins := array(select distinct left(k, 3) from jsonb_each(p_names) n cross join lateral jsonb_array_elements_text(n.value) k);
+  v_keys := array(select distinct k from unnest(p_keys) k where left(k, 3) = any (v_begins));
+  if v_keys = '{}' then
+    return array[]::text[];
+  end if;
+  return array(select v.tag from unnest(autotag.know_tags(p_workspace_id, v_keys)) k join autotag.vocabulary v on v.id = k.id);
+end $$;
+
 -- A list of the memory; empty if the memory is not as merge_tags() leaves it.
 create or replace function autotag.recall_tags(p_memory jsonb, p_list text) returns text[]
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
@@ -7891,12 +7978,14 @@ begin
 end $$;
 
 -- What the answer of a run changes. p_tags: the tags that are there; null: an element that is not a text. p_memory: tagging_result as it
--- is. p_answer: as in store_tags; a tag is left out if one of its `names` (match_tags) is a person's tag or was removed. p_longest: the column's limit of a tag's length, if it has one. dropped: the places of tags that an
+-- is. p_answer: as in store_tags; a tag is left out if one of its `names` (match_tags) is a person's tag or was removed, or if one of these is nearly the same
+-- (near_tags). p_longest: the column's limit of a tag's length, if it has one. dropped: the places of tags that an
 -- earlier run gave and this one does not. fresh: the tags to append. result: tagging_result as it will be.
 create or replace function autotag.merge_tags(
-  p_tags text[], p_memory jsonb, p_answer jsonb, p_longest integer, out dropped integer[], out fresh text[], out result jsonb
+  p_tags text[], p_memory jsonb, p_answer jsonb, p_longest integer, p_workspace_id autotag.workspace_id,
+  out dropped integer[], out fresh text[], out result jsonb
 )
-language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+language plpgsql stable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_keys text[] := autotag.tag_keys(p_tags);
@@ -7907,7 +7996,8 @@ declare
   v_answer text[] := array(select jsonb_array_elements_text(p_answer -> 'tags'));
   v_answer_keys text[] := autotag.tag_keys(v_answer);
   v_names jsonb := coalesce(p_answer -> 'names', '{}');
-  v_taken text[];              -- the keys of people's tags, and of those that they removed
+  v_taken text[];              -- the keys of people's tags, and of those that they removed …
+  v_near text[];               -- … and tags of the vocabulary that are nearly the same
 begin
   v_removed := array(
     select k from unnest(autotag.tag_keys(
@@ -7923,10 +8013,11 @@ begin
       u.tag in (select unnest(v_given)) and count(*) over (partition by u.tag) = 1 as given
     from unnest(p_tags, v_keys) with ordinality u (tag, key, i) where u.tag <> '') t;
   v_taken := v_taken || v_removed;
+  v_near := autotag.near_tags(p_workspace_id, v_names, v_taken);
   fresh := array(
     select (array_agg(t.tag order by t.i))[1] from unnest(v_answer, v_answer_keys) with ordinality t (tag, key, i)
     where t.key not in (select k from unnest(v_kept || v_removed) k where k is not null)
-      and (v_names -> t.tag ?| v_taken) is not true and (p_longest is null or length(t.tag) <= p_longest)
+      and (v_names -> t.tag ?| v_taken) is not true and t.tag <> all (v_near) and (p_longest is null or length(t.tag) <= p_longest)
     group by t.key order by min(t.i));
   v_given := v_given || fresh;
   result := autotag.remember_tags(p_answer || jsonb_build_object('confidence', (p_answer -> 'confidence') - array(
@@ -7960,9 +8051,10 @@ end $$;
 -- Merges an answer into a column of texts (text[], varchar[], citext[]), for store_tags. p_large: the value is too large to be read
 -- (p_tags is null then). tags: the new value; null: as it is. error: what to tell the user.
 create or replace function autotag.merge_array(
-  p_tags text[], p_large boolean, p_memory jsonb, p_answer jsonb, p_longest integer, out tags text[], out result jsonb, out error text
+  p_tags text[], p_large boolean, p_memory jsonb, p_answer jsonb, p_longest integer, p_workspace_id autotag.workspace_id,
+  out tags text[], out result jsonb, out error text
 )
-language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+language plpgsql stable set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
   v_merged record;
@@ -7976,7 +8068,7 @@ begin
   v_reason := case when p_large or cardinality(p_tags) > 1000 or pg_column_size(p_tags) > 65536 then 'size'
     when array_ndims(p_tags) > 1 then 'form' end;
   if v_reason is null then
-    v_merged := autotag.merge_tags(p_tags, p_memory, p_answer, p_longest);
+    v_merged := autotag.merge_tags(p_tags, p_memory, p_answer, p_longest, p_workspace_id);
     v_reason := case when pg_column_size(v_merged.result) > 131072 then 'memory' end;
   end if;
   if v_reason is not null then
@@ -7994,9 +8086,9 @@ end $$;
 
 -- The same for a column of JSON (jsonb, json). Elements stay as they are written, also those that are no texts.
 create or replace function autotag.merge_json(
-  p_tags json, p_large boolean, p_memory jsonb, p_answer jsonb, out tags json, out result jsonb, out error text
+  p_tags json, p_large boolean, p_memory jsonb, p_answer jsonb, p_workspace_id autotag.workspace_id, out tags json, out result jsonb, out error text
 )
-language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+language plpgsql stable set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
   v_list text[];           -- the elements as JSON
@@ -8023,7 +8115,7 @@ begin
     v_reason := case when cardinality(v_list) > 1000 then 'size' end;
   end if;
   if v_reason is null then
-    v_merged := autotag.merge_tags(v_texts, p_memory, p_answer, null);
+    v_merged := autotag.merge_tags(v_texts, p_memory, p_answer, null, p_workspace_id);
     v_reason := case when pg_column_size(v_merged.result) > 131072 then 'memory' end;
   end if;
   if v_reason is not null then

@@ -127,5 +127,13 @@ def test_the_commands(library: Library, tmp_path: Any, monkeypatch: Any) -> None
     counted = json.loads(run("import", "--from-tags", "--min-count", "3", "--json"))
     assert (counted["added"], counted["counts"]) == (1, {"haus": 3, "mieze": 2, "Haus": 2, "x": 2})
     assert {e["tag"]: e["uses"] for e in json.loads(run("export", "--json"))} == {"Katze": 2, "Tier": 0, "haus": 5}
+    general = ["vocabulary", "import", "--from-tags", "--min-count", "3"]
+    library.sql("update public.assets set tags = %s", ["Project\u200e Nightfall\x07"])
+    for arguments, code in ((["--dry-run"], 0), ([], 1), (["--json"], 1), (["--visible-to-all"], 0)):
+        done = CliRunner().invoke(app, [*general, *arguments])
+        assert (done.exit_code, "Project Nightfall" in done.output) == (code, True), "the list is shown"
+        assert ("Members of all workspaces would see 1 tag" in done.output) == (code == 1)
+        [stored] = library.sql("select count(*) as general from autotag.vocabulary where workspace_id is null")
+        assert stored["general"] == int("--visible-to-all" in arguments)
     assert "export takes only" in run("export", str(file), code=2)
     assert "Name a file" in run("import", code=2)

@@ -12,6 +12,7 @@ import psycopg
 import pytest
 from psycopg import sql as names
 
+from autotag.openai.fields import read_fields
 from conftest import TEMPLATE, copied_database
 from lab.postgres import LocalPostgres
 
@@ -68,6 +69,9 @@ REFUSED: list[tuple[object, str]] = [
     ({"language": "x" * 101}, "language"),
     ({"language": "a\nb"}, "language"),
     ({"language": ""}, "language"),
+    ({"language": " "}, "language"),
+    ({"language": "\u200d"}, "language"),
+    ({"fields": [{"name": "a", "kind": "enum", "values": ["é", "E\u0301"]}]}, "twice"),
     ({"tag_count": 0}, "1 to 50"),
     ({"tag_count": 51}, "1 to 50"),
     ({"tag_count": 2.5}, "whole number"),
@@ -137,12 +141,17 @@ def test_what_a_request_can_ask_is_kept_as_it_is(session: psycopg.Connection[Any
 
 def test_versions(session: psycopg.Connection[Any]) -> None:
     assert profile(session, OWN)["version"] == 0
-    assert save(session, None, {"language": "German"})["version"] == 1
-    assert save(session, None, {"tag_count": 5})["version"] == 2
+    first = save(session, None, {"language": "German"})["version"]
+    assert save(session, None, {"tag_count": 5})["version"] == first + 1
     shared = profile(session, OWN)
-    assert (shared["version"], shared["own"], shared["language"], shared["tag_count"]) == (2, False, "German", 5)
+    assert (shared["version"], shared["own"], shared["language"], shared["tag_count"]) == (
+        first + 1,
+        False,
+        "German",
+        5,
+    )
     own = save(session, OWN, {"tag_count": 7})
-    assert (own["version"], own["own"], own["language"], own["tag_count"]) == (3, True, "German", 7), (
+    assert (own["version"], own["own"], own["language"], own["tag_count"]) == (first + 2, True, "German", 7), (
         "it begins with what held before, and is newer than that"
     )
     save(session, None, {"tag_count": 9})
@@ -151,10 +160,40 @@ def test_versions(session: psycopg.Connection[Any]) -> None:
     assert save(session, OWN, {"tag_count": 7, "language": "German"}) == own, "nothing changes, so there is no version"
     none = save(session, OWN, dict.fromkeys(
         ["instructions", "language", "tag_count", "min_confidence", "vocabulary_mode", "add_parents", "fields"]))  # fmt: skip
-    assert none == {**none, "version": 4, "language": None, "tag_count": None, "vocabulary_mode": "open", "fields": []}
+    assert none == {
+        **none,
+        "version": first + 4,
+        "language": None,
+        "tag_count": None,
+        "vocabulary_mode": "open",
+        "fields": [],
+    }
     history = value(session, "autotag.profile_history(%s)", OWN)
-    assert [version["version"] for version in history] == [4, 3]
+    assert [version["version"] for version in history] == [first + 4, first + 2], "no two profiles have the same number"
     assert len(value(session, "autotag.profile_history(null)")) == 3
+
+
+def test_images_of_another_version_are_outdated_whichever_is_higher(session: psycopg.Connection[Any]) -> None:
+    """A number is one version of one profile, so an image of another workspace's profile is never taken for one of this."""
+    numbers = [save(session, w, {"tag_count": n})["version"] for n, w in enumerate([None, OWN, OTHER, OTHER, OWN], 1)]
+    session.execute("insert into public.workspaces (id, name) values (%s, 'own') on conflict do nothing", (OWN,))
+    for number in numbers:
+        session.execute(
+            "insert into public.assets (workspace_id, storage_path, tags, tagging_stage, tagging_result)"
+            " values (%s, 'x', '{a}', 'completed', jsonb_build_object('profile', %s::integer))", (OWN, number),
+        )  # fmt: skip
+    assert value(session, "autotag.preview_backfill(%s, false, null, 1000, true)", OWN)["images"] == 4
+    session.execute("delete from autotag.profiles where workspace_id = %s", (OWN,))
+    assert value(session, "autotag.preview_backfill(%s, false, null, 1000, true)", OWN)["images"] == 4, (
+        "the general one holds"
+    )
+
+
+def test_a_value_that_is_composed_in_another_way_is_the_fields_own(session: psycopg.Connection[Any]) -> None:
+    [field] = [{"name": "room", "kind": "enum", "values": ["Küche", "Bad"]}]
+    answer = {"room": "Ku\u0308che"}
+    assert value(session, "autotag.clean_fields(%s, %s)", json.dumps(answer), json.dumps([field])) == {"room": "Küche"}
+    assert read_fields({"room": "ku\u0308CHE"}, [field]) == {"room": "Küche"}  # type: ignore[list-item]
 
 
 def test_a_version_does_not_change(session: psycopg.Connection[Any]) -> None:

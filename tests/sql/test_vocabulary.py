@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autotag.tags import normalise
+from autotag.texts import JOINED, visible_text
 from conftest import TEMPLATE, copied_database
 from lab import schema
 from lab.postgres import LocalPostgres
@@ -79,18 +80,20 @@ def match(
 
 def key(tag: str) -> str:
     """What is compared, by the classes of Unicode instead of a pattern."""
-    text = unicodedata.normalize("NFKC", tag.replace("İ", "i")).lower().replace("ς", "σ")
+    seen = "".join(" " if c.isspace() else c for c in tag if c.isspace() or unicodedata.category(c)[0] != "C")
+    seen = re.sub("[\ufe00-\ufe0f\u034f\u115f\u1160\u3164\uffa0]", "", seen)
+    text = unicodedata.normalize("NFKC", seen).replace("İ", "i").lower().replace("ς", "σ")
     kept = ""
     for i, c in enumerate(text):
         before, after = text[i - 1 : i] if i else "", text[i + 1 : i + 2]
-        if c in "'’‘ʼ\u200c\u200d":
+        if c in "'’‘ʼ":
             continue
         if c in "#%":
             kept += c if before.isalnum() else " "
         elif c == "." or c == "@":
             kept += c if after.isalnum() and not (c == "." and before == ".") else " "
         else:
-            kept += " " if unicodedata.category(c)[0] in "PCZ" or c in "`~" else c
+            kept += " " if unicodedata.category(c)[0] in "PCZ" or c in "`~−" else c
     return " ".join(kept.split())
 
 
@@ -204,7 +207,12 @@ TEXT = st.text(
 
 
 @settings(max_examples=300, deadline=None)
-@given(tag=TEXT | st.lists(st.sampled_from(list("ac#.%@'()- _!&Ü’*`")), max_size=10).map("".join))
+@given(
+    tag=TEXT
+    | st.lists(
+        st.sampled_from(list("ac#.%@'()- _!&Ü’*`−❤\u00ad\u034f\u200b\u200d\u200f\ufe0f\t\u0301")), max_size=10
+    ).map("".join)
+)
 def test_the_workers_form_of_a_tag_has_its_key(shared: psycopg.Connection[Any], tag: str) -> None:
     """The model's tag, as the worker reports it, is found under the name that the owner wrote."""
     with shared.transaction(force_rollback=True):
@@ -212,8 +220,57 @@ def test_the_workers_form_of_a_tag_has_its_key(shared: psycopg.Connection[Any], 
             shared.execute("select autotag.tag_key(%s), autotag.tag_key(%s)", (tag, normalise(tag))).fetchone() or ()
         )
         assert told == stored
-        if tag.isascii():
+        if tag.isascii() or not re.search(r"\w", tag):
             assert told == key(tag)
+
+
+#: Words from outside, and how they are stored in a vocabulary. The worker's form of each has the same key.
+OUTSIDE = [
+    ("שלום\u200f", "שלום"), ("foot\u00adball", "football"), ("Word\u200bbreak", "Wordbreak"), ("a\u2060b", "ab"), ("x\ufeffy", "xy"),
+    ("می\u200cخواهم", "می\u200cخواهم"), ("क्\u200dष", "क्\u200dष"), ("👨\u200d👩\u200d👧 family", "👨\u200d👩\u200d👧 family"),
+    ("❤\ufe0f\u200d🔥", "❤\ufe0f\u200d🔥"), ("c\u200dat", "cat"), ("\u200dcat\u200c", "cat"), ("Auf\u200clage", "Auflage"), ("c\u200d#", "c#"),
+    ("🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f England", "🏴 England"), ("tab\tbed\u2003!", "tab bed !"),
+    ("\x1b[31mred\x07", "[31mred"), ("e\u00ad\u0301cole", "école"), ("a\u034fb\u3164", "ab"), ("½ ﬁsh", "½ ﬁsh"), ("e−mail", "e−mail"),
+    ("☎\ufe0e", "☎\ufe0e"), ("I\u0307stanbul", "İstanbul"), ("Straße", "Straße"), ("it's .NET & C#", "it's .NET & C#"),
+]  # fmt: skip
+
+
+def test_words_from_outside_are_cleaned_alike_everywhere(session: psycopg.Connection[Any]) -> None:
+    assert value(session, "autotag.joined()") == JOINED
+    for given_word, stored in OUTSIDE:
+        assert visible_text(given_word) == value(session, "autotag.visible_text(%s)", given_word) == stored, ascii(
+            given_word
+        )
+        edit(session, [{"tag": given_word, "aliases": ["\u200b", f"{given_word} x"], "description": given_word, "parent": "\u2060"}],
+             replace=True)  # fmt: skip
+        [entry] = value(session, "autotag.list_vocabulary(%s)", OWN)
+        assert entry == {"tag": stored, "aliases": [f"{stored} x"], "description": stored, "parent": None, "uses": 0}
+        [matched] = match(session, [{normalise(given_word): 1.0}], "only")
+        assert matched["tags"] == [stored], "the model's tag is found"
+        session.execute("delete from autotag.vocabulary")
+        session.execute(
+            "insert into autotag.vocabulary (tag, aliases) values (%s, %s)", (given_word, ["\u200b", "\ufeffalias"])
+        )
+        assert session.execute("select tag, aliases from autotag.vocabulary").fetchall() == [(stored, ["alias"])]
+
+
+def test_tags_that_look_odd_are_all_that_a_key_changes(session: psycopg.Connection[Any]) -> None:
+    """clean_result() makes no keys where it finds none of these."""
+    changed = session.execute("""
+        select c from generate_series(1, 65535) i cross join lateral (select chr(i) as c offset 0) x
+        where i not between 13312 and 63743 and c !~ autotag.odd_tags() and c !~ '[][ ",]' and autotag.tag_key(c) <> c""")
+    assert changed.fetchall() == []
+    for tags, different in ((["t-shirt", "t shirt"], False), (["t-shirt", "shirt"], True), (["ος", "οσ"], False), (["a b", "ab"], True),
+                            (['x","y', "x y"], False), (["t-shirts", "ü"], True), (["日・本", "日本"], True), ([], True)):  # fmt: skip
+        assert value(session, "autotag.are_different(%s)", json.dumps(tags)) is different, tags
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    ("❤\ufe0f", "❤"), ("☎\ufe0e", "☎"), ("e−mail", "e-mail"), ("foot\u00adball", "football"), ("I\u0307x", "İX"), ("a\u180bb", "ab"),
+])  # fmt: skip
+def test_what_nobody_sees_is_no_part_of_a_key(session: psycopg.Connection[Any], one: str, other: str) -> None:
+    [first, second] = value(session, "autotag.tag_keys(%s)", [one, other])
+    assert first == second
 
 
 @pytest.mark.parametrize(
@@ -302,11 +359,23 @@ def test_the_list_for_the_prompt_is_short_and_stays_the_same(session: psycopg.Co
 
 def test_counts_of_the_library_become_a_vocabulary(session: psycopg.Connection[Any]) -> None:
     edit(session, [{"tag": "Cat", "aliases": ["kitty"]}])
-    counts = {"kitty": 3, "cat": 4, "Dog": 2, "dog": 5, "rare": 1, "!": 7, "x" * 60: 9}
+    counts = {
+        "kitty": 3,
+        "cat": 4,
+        "Dog": 2,
+        "dog": 5,
+        "rare": 1,
+        "!": 7,
+        "x" * 60: 9,
+        "d\u200eog": 0,
+        "\x1b": 9,
+        "\u0958" * 30: 9,
+    }
     assert value(session, "autotag.count_uses(%s, %s, 2)", OWN, json.dumps(counts)) == {
         "tags": 2,
         "added": 1,
         "counted": 1,
+        "new": [{"tag": "dog", "uses": 7}],
     }
     listed = {e["tag"]: e["uses"] for e in value(session, "autotag.list_vocabulary(%s)", OWN)}
     assert listed == {"Cat": 7, "dog": 7}

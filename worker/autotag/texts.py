@@ -9,11 +9,14 @@ from typing import Any
 
 MAX_SHOWN = 500  # characters of an untrusted text that are shown
 JOINERS = "\u200c\u200d"  # zero-width joiners: Persian and many emojis need them; harmless in a terminal
-#: Scripts whose letters look the same with a joiner between them: the first word of their characters' names.
-WITHOUT_JOINERS = (
-    "LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "HEBREW", "CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO", "THAI",
-    "LAO", "COMBINING",
-)  # fmt: skip
+#: Scripts in which a joiner between two letters changes what a reader sees, and emojis (``autotag.joined``).
+JOINED = (
+    r"[\u0600-\u0dff\u0f00-\u10ff\u1200-\u1cff\u2190-\u2bff\ua800-\ua95f\ua980-\uabff\ufb50-\ufdff\ufe0f\ufe70-\ufefc"
+    r"\U00010800-\U0001ffff]"
+)
+_IDLE_JOINER = re.compile(rf"(?<!{JOINED})[{JOINERS}]|[{JOINERS}](?!{JOINED})")
+#: Letters and marks that nobody sees: fillers and the like.
+_FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0"
 #: Characters that start a formula in spreadsheets, also in their full-width forms.
 FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 
@@ -25,25 +28,18 @@ def clean_text(text: str) -> str:
     """
     if text.isascii() and text.isprintable():
         return (re.sub(r" +", " ", text) if "  " in text else text).strip()
-    normal = unicodedata.normalize("NFKC", text)
+    return visible_text(unicodedata.normalize("NFKC", text))
+
+
+def visible_text(text: str) -> str:
+    """The same for words that people have written: compatible characters stay as they are (½, ﬁ). The database does
+    the same (``autotag.visible_text``)."""
     visible = "".join(
         " " if c.isspace() else c
-        for i, c in enumerate(normal)
-        if c.isspace() or unicodedata.category(c)[0] != "C" or (c in JOINERS and _joins(normal, i))
+        for c in _IDLE_JOINER.sub("", text)
+        if c.isspace() or c in JOINERS or (unicodedata.category(c)[0] != "C" and c not in _FILLERS)
     )
-    return re.sub(r" +", " ", visible).strip()
-
-
-def _joins(text: str, place: int) -> bool:
-    """Whether the joiner at a place of a text stands between two characters that it changes."""
-    return 0 < place < len(text) - 1 and _is_joined(text[place - 1]) and _is_joined(text[place + 1])
-
-
-def _is_joined(character: str) -> bool:
-    category = unicodedata.category(character)
-    if category in ("So", "Sk"):  # emojis and their modifiers
-        return True
-    return category[0] in "LM" and unicodedata.name(character, "").split(" ")[0] not in WITHOUT_JOINERS
+    return re.sub(r" +", " ", unicodedata.normalize("NFC", visible)).strip()
 
 
 def printable(text: object, length: int = MAX_SHOWN) -> str:

@@ -67,6 +67,38 @@ begin
   return v_text;
 end $$;
 
+-- What is removed from words: the unprintable characters, and what is invisible in other ways (fillers and the like). Planning
+-- replaces the call by its value, as that of the next two.
+create or replace function autotag.invisible() returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$ select autotag.unprintable() || '|[\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0]' $$;
+
+create or replace function autotag.blanks() returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$ select '[\u0009-\u000d\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+' $$;
+
+-- Scripts in which a joiner between two letters changes what a reader sees, and emojis (JOINED in autotag/texts.py).
+create or replace function autotag.joined() returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$ select '[\u0600-\u0dff\u0f00-\u10ff\u1200-\u1cff\u2190-\u2bff\ua800-\ua95f\ua980-\uabff\ufb50-\ufdff\ufe0f\ufe70-\ufefc\U00010800-\U0001ffff]' $$;
+
+-- A text from outside as people write it: composed, one space for any white space, without characters that nobody sees. Joiners stay
+-- where they change something. The worker and its commands do the same (visible_text in autotag/texts.py).
+create or replace function autotag.visible_text(p_text text) returns text
+language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_text text := p_text;
+begin
+  if v_text ~ '[^ -~]' then
+    v_text := regexp_replace(v_text, autotag.blanks(), ' ', 'g');
+    v_text := regexp_replace(v_text, '(?<!' || autotag.joined() || ')[\u200c\u200d]|[\u200c\u200d](?!' || autotag.joined() || ')|'
+      || autotag.invisible(), '', 'g');
+    v_text := normalize(v_text, NFC);
+  end if;
+  return btrim(regexp_replace(v_text, ' +', ' ', 'g'));
+end $$;
+
 -- Validates an id of an object at the provider (batch_…, file-…). Null: invalid.
 create or replace function autotag.clean_id(p_id text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp

@@ -250,10 +250,10 @@ end $$;
 
 -- The next images of a workspace that are not being tagged and that the row filter does not leave out, by id after p_after.
 -- p_untagged: only those without tags (null and an empty list are none) that autotag has not tagged: where nothing fits, an answer
--- has no tags, and asking again would give none again. p_older_than: only those that autotag has tagged with an older
+-- has no tags, and asking again would give none again. p_profile: only those that autotag has tagged with another
 -- version of the profile; without one counts as version 0.
 create or replace function autotag.list_assets(
-  p_workspace_id autotag.workspace_id, p_untagged boolean, p_after autotag.asset_id, p_limit integer, p_older_than integer default null
+  p_workspace_id autotag.workspace_id, p_untagged boolean, p_after autotag.asset_id, p_limit integer, p_profile integer default null
 )
 returns autotag.asset_id[]
 language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
@@ -264,7 +264,7 @@ as $$
     where a.workspace_id = p_workspace_id and (p_after is null or a.id > p_after)
       and (a.tagging_stage is null or a.tagging_stage in ('completed', 'failed'))
       and (not p_untagged or (a.tags is null or cardinality(a.tags) = 0) and jsonb_typeof(a.tagging_result -> 'given') = 'array' is not true)
-      and (p_older_than is null or a.tagging_result is not null and p_older_than > case
+      and (p_profile is null or a.tagging_result is not null and p_profile <> case
         when jsonb_typeof(a.tagging_result -> 'profile') = 'number' then (a.tagging_result -> 'profile')::numeric else 0 end)
       and true
     order by a.id limit p_limit) x (id)
@@ -315,7 +315,7 @@ $$;
 -- waits counts. Values too large to be compared are not read: a value's header has its size. Returns the images whose rows it wrote. A
 -- row that has moved to another workspace gets nothing, because it may be another image; nor does one whose picture is not the one
 -- that the model saw. p_results[i] and p_marks[i] belong to p_asset_ids[i]: {tags: [tag, …], confidence: {tag: 0 to 1}, caption,
--- model}, with normalized tags, the most confident first; and the picture's mark (describe_assets; null: any).
+-- model}, with normalized tags, each with a key of its own (clean_result), the most confident first; and the picture's mark (describe_assets; null: any).
 create or replace function autotag.store_tags(p_asset_ids autotag.asset_id[], p_workspace_id autotag.workspace_id, p_results jsonb[], p_marks uuid[])
 returns autotag.asset_id[]
 language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -334,7 +334,7 @@ begin
           select case when m.tags is null then a.tags else m.tags::text[] end, m.result, m.error
           from autotag.merge_array(
             case when pg_column_size(a.tags) <= 65536 then a.tags::text[] end, coalesce(pg_column_size(a.tags) > 65536, false),
-            case when pg_column_size(a.tagging_result) <= 200000 then a.tagging_result end, r.result, null) m
+            case when pg_column_size(a.tagging_result) <= 200000 then a.tagging_result end, r.result, null, p_workspace_id) m
           where a.tags is not null or a.tagging_result is not null),
         tagging_stage = 'completed', tagging_progress = 100, tagging_eta = null
     from unnest(p_asset_ids, p_results, p_marks) as r (asset_id, result, mark)
@@ -433,7 +433,7 @@ end $$;
 create or replace function autotag.adapter_answers() returns jsonb
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$
-  select '{"choices": {"table": "public.assets", "id": "id", "workspace": "workspace_id", "path": "storage_path", "bucket": "assets", "url": "image_url", "full_paths": false, "tags": "tags", "where": "true", "members_table": "public.workspace_members", "members_workspace": "workspace_id", "members_user": "user_id", "members_where": "true", "editors": "none"}, "storage_hosts": [], "users_see_files": true, "files": {"name": "workspace-folder", "buckets": ["assets"], "prefix": "", "depth": 1, "uploader": null}, "functions": {"caller": "f830ed77bb91839e0f5c8f2ce1e04423", "nobody": "6c5d38b139b353965449926c78d12f4a", "is_member": "19796b8302d5a46b3911e77265efac71", "is_editor": "1c0b95fc17b9b3f6469e454482cb4a49", "image_table": "d24db7aeb8883ff34d9163c517e0cd7b", "file_rule": "e5132e61b36ed3b88aff49205110856a", "users_see_files": "12121c1c821d63ac9833861df2e81850", "storage_hosts": "030502eb0822a627e8578437ebce8ccd", "storage_file": "8ee31e1e47aa52b15be0280750f52608", "percent_decode": "a0eccfadc1e55a87ef193dd340c278b9", "describe_assets": "09f90d7f0ecd9580695098e002b56699", "check_files": "6d2a870f1edd26973549942173a47764", "file_mark": "219cdc87aec8cb6caf2f18b3adf94d53", "files_to_check": "e594f652e8f2cb2e080eb585f723932f", "visible_file_marks": "04ffcf1421be10662676b085cb1c612e", "list_assets": "7fb3cf202d9f55c8d31420780430e89d", "tagged_assets": "369dfcb2bc1a94ba8cea34b82e714162", "tags_in_use": "0cb437f5fc8dc68e0004407ee0cf8356", "store_tags": "a8bf38f7e69d8b41f5110661e3ddeeb5", "show_stage": "7f9f955eb762fb06c13b042ef1033f08", "held_assets": "74439428a2a7b5d3c9cdd0f84e7c9f20", "collect_inserted": "b662386d76dd1f40ff0a940f5e000201", "set_automatic": "df63c22abd345745a09ee933b92e9fe7", "adapter_version": "6ebceba1516d1b8c52d508dc3039fc26"}}'::jsonb
+  select '{"choices": {"table": "public.assets", "id": "id", "workspace": "workspace_id", "path": "storage_path", "bucket": "assets", "url": "image_url", "full_paths": false, "tags": "tags", "where": "true", "members_table": "public.workspace_members", "members_workspace": "workspace_id", "members_user": "user_id", "members_where": "true", "editors": "none"}, "storage_hosts": [], "users_see_files": true, "files": {"name": "workspace-folder", "buckets": ["assets"], "prefix": "", "depth": 1, "uploader": null}, "functions": {"caller": "f830ed77bb91839e0f5c8f2ce1e04423", "nobody": "6c5d38b139b353965449926c78d12f4a", "is_member": "19796b8302d5a46b3911e77265efac71", "is_editor": "1c0b95fc17b9b3f6469e454482cb4a49", "image_table": "d24db7aeb8883ff34d9163c517e0cd7b", "file_rule": "e5132e61b36ed3b88aff49205110856a", "users_see_files": "12121c1c821d63ac9833861df2e81850", "storage_hosts": "030502eb0822a627e8578437ebce8ccd", "storage_file": "8ee31e1e47aa52b15be0280750f52608", "percent_decode": "a0eccfadc1e55a87ef193dd340c278b9", "describe_assets": "09f90d7f0ecd9580695098e002b56699", "check_files": "6d2a870f1edd26973549942173a47764", "file_mark": "219cdc87aec8cb6caf2f18b3adf94d53", "files_to_check": "e594f652e8f2cb2e080eb585f723932f", "visible_file_marks": "04ffcf1421be10662676b085cb1c612e", "list_assets": "8e7328ed4b7fee1627641f1a91b1dd89", "tagged_assets": "369dfcb2bc1a94ba8cea34b82e714162", "tags_in_use": "0cb437f5fc8dc68e0004407ee0cf8356", "store_tags": "2b3784e72e8278f4513a6551f9dee526", "show_stage": "7f9f955eb762fb06c13b042ef1033f08", "held_assets": "74439428a2a7b5d3c9cdd0f84e7c9f20", "collect_inserted": "b662386d76dd1f40ff0a940f5e000201", "set_automatic": "df63c22abd345745a09ee933b92e9fe7", "adapter_version": "6ebceba1516d1b8c52d508dc3039fc26"}}'::jsonb
 $$;
 
 -- Version of the adapter; `autotag init` of a newer release adds what is missing.

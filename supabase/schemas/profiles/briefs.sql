@@ -206,7 +206,8 @@ begin
       -- in jsonb's sort order only numbers lie between two numbers
       when 'integer' then case when v between '-9007199254740991' and '9007199254740991'
         then case when v::numeric = trunc(v::numeric) then to_jsonb(trunc(v::numeric)) end end
-      when 'enum' then case when jsonb_typeof(v) = 'string' and f -> 'values' @> v then v end
+      when 'enum' then case when jsonb_typeof(v) = 'string' then (
+        select to_jsonb(e) from jsonb_array_elements_text(f -> 'values') e where normalize(e, NFKC) = normalize(v #>> '{}', NFKC) limit 1) end
       when 'text' then case when jsonb_typeof(v) = 'string' then to_jsonb(nullif(autotag.printable(v #>> '{}', 200), '')) end end), '{}')
     from jsonb_array_elements(p_fields) f
     cross join lateral (select case when jsonb_typeof(p_report) = 'object' then p_report -> (f ->> 'name') end as v) x);

@@ -36,7 +36,7 @@ begin
     perform autotag.refuse_profile(format('The instructions have %s characters; at most 2,000 are possible.', length(new.instructions)));
   elsif new.instructions ~ '[\u0001-\u0008\u000b\u000c\u000e-\u001f\u007f]' then
     perform autotag.refuse_profile('The instructions contain a control character.');
-  elsif new.language = '' or length(new.language) > 100 or not autotag.is_plain(new.language) then
+  elsif autotag.tag_key(new.language) = '' or length(new.language) > 100 or not autotag.is_plain(new.language) then
     perform autotag.refuse_profile('The language has to be one line of at most 100 characters, for example German.');
   elsif new.tag_count not between 1 and 50 then
     perform autotag.refuse_profile(format('The number of tags has to be from 1 to 50, not %s.', new.tag_count));
@@ -116,7 +116,7 @@ begin
   elsif exists (select from jsonb_array_elements(v_values) e where jsonb_typeof(e) <> 'string' or (e #>> '{}') <> btrim(e #>> '{}')
       or length(e #>> '{}') not between 1 and 200 or not autotag.is_plain(e #>> '{}')) then
     perform autotag.refuse_profile(format('Each value of the field %s has to be one line of 1 to 200 characters.', v_name));
-  elsif (select count(distinct lower(e)) < count(*) from jsonb_array_elements_text(v_values) e) then
+  elsif (select count(distinct lower(normalize(e, NFKC))) < count(*) from jsonb_array_elements_text(v_values) e) then
     perform autotag.refuse_profile(format('The field %s has a value twice.', v_name));
   end if;
   select count(*), coalesce(sum(length(e)), 0) into value_count, characters from jsonb_array_elements_text(v_values) e;

@@ -19,6 +19,7 @@ begin
   v_new.fields := coalesce(jsonb_strip_nulls(p_changes -> 'fields'), v_old.fields);
   v_new.instructions := btrim(replace(v_new.instructions, E'\r\n', E'\n'), E' \n\t');
   if p_changes ? 'instructions' and v_new.instructions = '' or p_changes -> 'instructions' = 'null' then v_new.instructions := ''; end if;
+  v_new.language := btrim(v_new.language);
   if p_changes -> 'language' = 'null' then v_new.language := null; end if;
   if p_changes -> 'tag_count' = 'null' then v_new.tag_count := null; end if;
   if p_changes -> 'min_confidence' = 'null' then v_new.min_confidence := 0; end if;
@@ -28,9 +29,9 @@ begin
   if v_new = v_old then
     return v_old;
   end if;
-  insert into autotag.profiles (workspace_id, version, instructions, language, tag_count, min_confidence, vocabulary_mode, add_parents,
+  insert into autotag.profiles (workspace_id, instructions, language, tag_count, min_confidence, vocabulary_mode, add_parents,
     fields, created_at)
-  values (p_workspace_id, v_old.version + 1, v_new.instructions, v_new.language, v_new.tag_count, v_new.min_confidence,
+  values (p_workspace_id, v_new.instructions, v_new.language, v_new.tag_count, v_new.min_confidence,
     v_new.vocabulary_mode, v_new.add_parents, v_new.fields, autotag.now())
   returning * into v_new;
   return v_new;

@@ -22,6 +22,48 @@ begin
     from unnest(p_tags) with ordinality u (tag, i) order by u.i);
 end $$;
 
+-- Matches a list of tags (JSON as text) of which two can have the same key: one of them has a capital, a compatible character, or
+-- anything else that tag_key() changes. Planning replaces the call by its value.
+create or replace function autotag.odd_tags() returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$ select '[^][[:alnum:] ",]|[[:upper:]\u00aa\u00b2-\u00b3\u00b5\u00b9-\u00ba\u0132-\u0133\u013f-\u0140\u0149\u017f\u01c4-\u01cc\u01f1-\u01f3\u02b0-\u02b8\u02bc\u02e0-\u02e4\u0300-\u0385\u03c2\u03d0-\u03d6\u03f0-\u03f9\u0587\u0675-\u0678\u0958-\u095f\u09dc-\u09df\u0a33-\u0a5e\u0b5c-\u0b5d\u0e33\u0eb3\u0edc-\u0edd\u0f0c-\u0fbf\u10fc\u1100-\u11ff\u1c80-\u1c8f\u1d2c-\u1dbf\u1e9a-\u1e9b\u1f71-\u1fff\u2070-\u24ff\u2c7c-\u2c7d\u2d6f\u2e80-\u2fdf\u3130-\u318f\u3164\u3038-\u303a\u3099-\u309f\u30ff\u3192-\u33ff\ua69c-\ua69d\ua770\ua7f2-\ua7f9\uab5c-\uab69\uf900-\uffff\U00010000-\U0010ffff]' $$;
+
+-- Whether each of an answer's tags has its own key. In ASCII, tags with one key have the same letters and digits, so most keys need not
+-- be made, which takes longer.
+create or replace function autotag.are_different(p_tags jsonb) returns boolean
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+as $$
+declare
+  v_text text := p_tags::text;
+begin
+  if v_text !~ autotag.odd_tags() or v_text !~ '[^ -~]|\\' and (
+      select count(distinct w) = count(*)
+      from unnest(string_to_array(translate(lower(left(right(v_text, -2), -2)), ' !#$%&''()*+-./:;<=>?@^_`{|}~', ''), '","')) w) then
+    return true;
+  end if;
+  return (select count(distinct k) = count(*) from unnest(autotag.tag_keys(array(select jsonb_array_elements_text(p_tags)))) k);
+end $$;
+
+-- Tags of the vocabulary that words of people stand for, also because they are nearly the same (know_tags). p_names: those that an
+-- answer gives (match_tags); p_keys: the words' keys. Only words that begin like a name are looked up.
+create or replace function autotag.near_tags(p_workspace_id autotag.workspace_id, p_names jsonb, p_keys text[]) returns text[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_begins text[];
+  v_keys text[];
+begin
+  if p_names = '{}' or p_keys = '{}' then
+    return array[]::text[];
+  end if;
+  v_begins := array(select distinct left(k, 3) from jsonb_each(p_names) n cross join lateral jsonb_array_elements_text(n.value) k);
+  v_keys := array(select distinct k from unnest(p_keys) k where left(k, 3) = any (v_begins));
+  if v_keys = '{}' then
+    return array[]::text[];
+  end if;
+  return array(select v.tag from unnest(autotag.know_tags(p_workspace_id, v_keys)) k join autotag.vocabulary v on v.id = k.id);
+end $$;
+
 -- A list of the memory; empty if the memory is not as merge_tags() leaves it.
 create or replace function autotag.recall_tags(p_memory jsonb, p_list text) returns text[]
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
@@ -35,12 +77,14 @@ begin
 end $$;
 
 -- What the answer of a run changes. p_tags: the tags that are there; null: an element that is not a text. p_memory: tagging_result as it
--- is. p_answer: as in store_tags; a tag is left out if one of its `names` (match_tags) is a person's tag or was removed. p_longest: the column's limit of a tag's length, if it has one. dropped: the places of tags that an
+-- is. p_answer: as in store_tags; a tag is left out if one of its `names` (match_tags) is a person's tag or was removed, or if one of these is nearly the same
+-- (near_tags). p_longest: the column's limit of a tag's length, if it has one. dropped: the places of tags that an
 -- earlier run gave and this one does not. fresh: the tags to append. result: tagging_result as it will be.
 create or replace function autotag.merge_tags(
-  p_tags text[], p_memory jsonb, p_answer jsonb, p_longest integer, out dropped integer[], out fresh text[], out result jsonb
+  p_tags text[], p_memory jsonb, p_answer jsonb, p_longest integer, p_workspace_id autotag.workspace_id,
+  out dropped integer[], out fresh text[], out result jsonb
 )
-language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+language plpgsql stable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_keys text[] := autotag.tag_keys(p_tags);
@@ -51,7 +95,8 @@ declare
   v_answer text[] := array(select jsonb_array_elements_text(p_answer -> 'tags'));
   v_answer_keys text[] := autotag.tag_keys(v_answer);
   v_names jsonb := coalesce(p_answer -> 'names', '{}');
-  v_taken text[];              -- the keys of people's tags, and of those that they removed
+  v_taken text[];              -- the keys of people's tags, and of those that they removed …
+  v_near text[];               -- … and tags of the vocabulary that are nearly the same
 begin
   v_removed := array(
     select k from unnest(autotag.tag_keys(
@@ -67,10 +112,11 @@ begin
       u.tag in (select unnest(v_given)) and count(*) over (partition by u.tag) = 1 as given
     from unnest(p_tags, v_keys) with ordinality u (tag, key, i) where u.tag <> '') t;
   v_taken := v_taken || v_removed;
+  v_near := autotag.near_tags(p_workspace_id, v_names, v_taken);
   fresh := array(
     select (array_agg(t.tag order by t.i))[1] from unnest(v_answer, v_answer_keys) with ordinality t (tag, key, i)
     where t.key not in (select k from unnest(v_kept || v_removed) k where k is not null)
-      and (v_names -> t.tag ?| v_taken) is not true and (p_longest is null or length(t.tag) <= p_longest)
+      and (v_names -> t.tag ?| v_taken) is not true and t.tag <> all (v_near) and (p_longest is null or length(t.tag) <= p_longest)
     group by t.key order by min(t.i));
   v_given := v_given || fresh;
   result := autotag.remember_tags(p_answer || jsonb_build_object('confidence', (p_answer -> 'confidence') - array(
@@ -104,9 +150,10 @@ end $$;
 -- Merges an answer into a column of texts (text[], varchar[], citext[]), for store_tags. p_large: the value is too large to be read
 -- (p_tags is null then). tags: the new value; null: as it is. error: what to tell the user.
 create or replace function autotag.merge_array(
-  p_tags text[], p_large boolean, p_memory jsonb, p_answer jsonb, p_longest integer, out tags text[], out result jsonb, out error text
+  p_tags text[], p_large boolean, p_memory jsonb, p_answer jsonb, p_longest integer, p_workspace_id autotag.workspace_id,
+  out tags text[], out result jsonb, out error text
 )
-language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+language plpgsql stable set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
   v_merged record;
@@ -120,7 +167,7 @@ begin
   v_reason := case when p_large or cardinality(p_tags) > 1000 or pg_column_size(p_tags) > 65536 then 'size'
     when array_ndims(p_tags) > 1 then 'form' end;
   if v_reason is null then
-    v_merged := autotag.merge_tags(p_tags, p_memory, p_answer, p_longest);
+    v_merged := autotag.merge_tags(p_tags, p_memory, p_answer, p_longest, p_workspace_id);
     v_reason := case when pg_column_size(v_merged.result) > 131072 then 'memory' end;
   end if;
   if v_reason is not null then
@@ -138,9 +185,9 @@ end $$;
 
 -- The same for a column of JSON (jsonb, json). Elements stay as they are written, also those that are no texts.
 create or replace function autotag.merge_json(
-  p_tags json, p_large boolean, p_memory jsonb, p_answer jsonb, out tags json, out result jsonb, out error text
+  p_tags json, p_large boolean, p_memory jsonb, p_answer jsonb, p_workspace_id autotag.workspace_id, out tags json, out result jsonb, out error text
 )
-language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+language plpgsql stable set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
 as $$
 declare
   v_list text[];           -- the elements as JSON
@@ -167,7 +214,7 @@ begin
     v_reason := case when cardinality(v_list) > 1000 then 'size' end;
   end if;
   if v_reason is null then
-    v_merged := autotag.merge_tags(v_texts, p_memory, p_answer, null);
+    v_merged := autotag.merge_tags(v_texts, p_memory, p_answer, null, p_workspace_id);
     v_reason := case when pg_column_size(v_merged.result) > 131072 then 'memory' end;
   end if;
   if v_reason is not null then

@@ -1,7 +1,7 @@
 -- Validation of workers' reports, before any other function reads them.
 
 -- Validates a worker's result: {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model} without further keys; at most 50
--- different tags of 50 characters, and a caption of 300. Drops invalid tags (empty, not a string, longer) and confidences
+-- tags of 50 characters with different keys, and a caption of 300. Drops invalid tags (empty, not a string, longer) and confidences
 -- without a tag. Null: there is no list of tags, or none of them is valid.
 create or replace function autotag.clean_result(p_result jsonb) returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
@@ -23,6 +23,11 @@ begin
     order by k.i limit 50);
   if v_kept = '{}' and v_tags <> '[]' then
     return null;
+  end if;
+  if not autotag.are_different(to_jsonb(v_kept)) then
+    v_kept := array(
+      select (array_agg(k.tag order by k.i))[1] from unnest(v_kept, autotag.tag_keys(v_kept)) with ordinality k (tag, key, i)
+      group by k.key order by min(k.i));
   end if;
   if jsonb_typeof(p_result -> 'confidence') = 'object' then
     select jsonb_object_agg(t, autotag.clean_number(p_result -> 'confidence', t, 0, 1)) into v_sure
@@ -52,7 +57,8 @@ begin
       -- As many tags as confidences, and every confidence has its tag: so no tag is there twice. (The cast to varchar(50) finds
       -- tags that are too long; `[^"]{51}` in the pattern above would take three quarters of the time.)
       and t.list::varchar(50)[]::text[] = t.list and (r.result -> 'confidence') - t.list = '{}'
-      and 3 * cardinality(t.list) = length(t.sure) - length(replace(t.sure, '": ', '')), false)
+      and 3 * cardinality(t.list) = length(t.sure) - length(replace(t.sure, '": ', ''))
+      and (t.tags !~ autotag.odd_tags() or autotag.are_different(r.result -> 'tags')), false)
     from unnest(p_results) with ordinality r (result, i)
     -- Each text once (offset 0), and only of a result with the right types and at most 8 kB: a number of a few bytes can be a text of
     -- 131 kB.

@@ -1,12 +1,13 @@
 -- What a workspace wants asked about its images.
 
 -- A version of a profile. A change inserts a new version (save_profile), so that whoever has read a row never has to read it again.
--- check_profile() refuses what no request could ask, also in your own inserts. Versions only grow: a workspace's first own version is
--- higher than that of the profile for all that held before.
+-- check_profile() refuses what no request could ask, also in your own inserts. Versions of all workspaces are of one sequence, so the
+-- number in tagging_result tells whether an image was asked what holds now (list_assets), also if it came from another workspace.
+create sequence autotag.profile_versions as integer;
 create table autotag.profiles (
   id bigint generated always as identity primary key,
   workspace_id autotag.workspace_id,     -- null: all workspaces without an own profile
-  version integer not null check (version > 0),
+  version integer not null default nextval('autotag.profile_versions') check (version > 0),
   instructions text not null default '' check (length(instructions) <= 2000),   -- in the owner's words
   -- the language of tags and caption, in plain words; null: tags as settings.tag_language says, and the caption as the model likes
   language text check (length(language) between 1 and 100),

@@ -139,7 +139,7 @@ begin
   v_entries := array(
     with read as materialized (
       select u.i, u.e, c.tag, autotag.tag_key(c.tag) as key,
-        case when btrim(u.e ->> 'parent') <> '' then autotag.clean_word(u.e ->> 'parent', 'parent', u.i) end as parent
+        case when autotag.visible_text(u.e ->> 'parent') <> '' then autotag.clean_word(u.e ->> 'parent', 'parent', u.i) end as parent
       from jsonb_array_elements(p_entries) with ordinality u (e, i)
       cross join lateral (select autotag.clean_word(u.e ->> 'tag', 'tag', u.i) as tag offset 0) c
     ), aliases as materialized (
@@ -148,7 +148,7 @@ begin
         from read r
         cross join lateral jsonb_array_elements_text(coalesce(nullif(r.e -> 'aliases', 'null'), '[]')) with ordinality x (alias, place)
         cross join lateral (select autotag.clean_word(x.alias, 'alias', r.i) as word offset 0) c
-        where btrim(x.alias) <> '' and autotag.tag_key(c.word) <> r.key group by r.key, autotag.tag_key(c.word)) a
+        where autotag.visible_text(x.alias) <> '' and autotag.tag_key(c.word) <> r.key group by r.key, autotag.tag_key(c.word)) a
       group by a.key
     ), merged as materialized (
       select r.key, (array_agg(r.tag order by r.i))[1] as tag, max(r.i) as i, bool_or(r.e ? 'aliases') as has_aliases,
@@ -156,7 +156,7 @@ begin
         array_agg(distinct d.text) filter (where d.text <> '') as descriptions,
         array_agg(distinct autotag.tag_key(r.parent)) filter (where r.parent is not null) as parents,
         min(r.parent) as parent, sum((r.e ->> 'uses')::bigint) as uses
-      from read r cross join lateral (select autotag.printable(r.e ->> 'description', 501) as text offset 0) d
+      from read r cross join lateral (select autotag.visible_text(left(r.e ->> 'description', 5000)) as text offset 0) d
       group by r.key
     )
     select autotag.check_merged(row(m.key, m.tag,
@@ -211,7 +211,7 @@ begin
 end $$;
 
 -- Records how many images have each tag ({tag: images}) at the entries of a workspace (null: the general ones), and adds the tags that
--- are no name yet and that at least p_min images have. Returns {tags (in all), added, counted}. Locks: as edit_vocabulary().
+-- are no name yet and that at least p_min images have. Returns {tags (in all), added, counted, new: [{tag, uses}]}. Locks: as edit_vocabulary().
 create or replace function autotag.count_uses(p_workspace_id autotag.workspace_id, p_counts jsonb, p_min bigint) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -220,21 +220,23 @@ declare
   v_tags text[];
   v_uses bigint[];
   v_ids bigint[];              -- of the entry that has this name; null: none
+  v_new jsonb;
   v_done jsonb;
 begin
   select coalesce(array_agg(c.tag), '{}'), coalesce(array_agg(c.uses), '{}'), coalesce(array_agg(f.id), '{}') into v_tags, v_uses, v_ids
   from (
     -- the spelling that most images have
-    select autotag.tag_key(c.key) as key, (array_agg(c.key order by c.value::bigint desc, c.key))[1] as tag, sum(c.value::bigint)::bigint as uses
-    from jsonb_each_text(p_counts) c where length(c.key) between 1 and 50 group by 1) c
+    select autotag.tag_key(c.tag) as key, (array_agg(c.tag order by c.uses desc, c.tag))[1] as tag, sum(c.uses)::bigint as uses
+    from (select autotag.visible_text(t.key) as tag, t.value::bigint as uses from jsonb_each_text(p_counts) t where length(t.key) <= 50 offset 0) c
+    where length(c.tag) between 1 and 50 group by 1) c
   left join lateral autotag.find_names(p_workspace_id, array[c.key]) f on true
   where c.key <> '';
-  v_done := autotag.edit_vocabulary(p_workspace_id, (
-    select coalesce(jsonb_agg(jsonb_build_object('tag', t.tag, 'uses', t.uses)), '[]')
-    from unnest(v_tags, v_uses, v_ids) t (tag, uses, id) where t.id is null and t.uses >= p_min));
+  select coalesce(jsonb_agg(jsonb_build_object('tag', t.tag, 'uses', t.uses) order by t.uses desc, t.tag), '[]') into v_new
+  from unnest(v_tags, v_uses, v_ids) t (tag, uses, id) where t.id is null and t.uses >= p_min;
+  v_done := autotag.edit_vocabulary(p_workspace_id, v_new);
   update autotag.vocabulary v set uses = t.uses
   from (select x.id, sum(x.uses)::bigint as uses from unnest(v_uses, v_ids) x (uses, id) where x.id is not null group by x.id) t
   where v.id = t.id and v.workspace_id is not distinct from p_workspace_id and v.uses <> t.uses;
   get diagnostics v_counted = row_count;
-  return v_done - '{changed,removed}'::text[] || jsonb_build_object('counted', v_counted);
+  return v_done - '{changed,removed}'::text[] || jsonb_build_object('counted', v_counted, 'new', v_new);
 end $$;

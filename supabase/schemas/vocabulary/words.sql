@@ -1,15 +1,15 @@
 -- The words of a vocabulary: the form in which they are compared, and what may not be in one.
 
--- Punctuation that separates words (a class of Unicode; those of ASCII but # % . @ and the apostrophe). Planning replaces the call by
+-- Punctuation that separates words (a class of Unicode; those of ASCII but # % . @ and the apostrophe; the minus sign). Planning replaces the call by
 -- its value.
 create or replace function autotag.punctuation() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-  select '[]!"&()*,/:;?[\\_{}`~\u00a1\u00a7\u00ab\u00b6-\u00b7\u00bb\u00bf\u055a-\u055f\u0589-\u058a\u05be\u05c0\u05c3\u05c6\u05f3-\u05f4\u0609-\u060a\u060c-\u060d\u061b\u061d-\u061f\u066a-\u066d\u06d4\u0700-\u070d\u07f7-\u07f9\u0830-\u083e\u085e\u0964-\u0965\u0970\u09fd\u0a76\u0af0\u0c77\u0c84\u0df4\u0e4f\u0e5a-\u0e5b\u0f04-\u0f0b\u0f0d-\u0f12\u0f14\u0f3a-\u0f3d\u0f85\u0fd0-\u0fd4\u0fd9-\u0fda\u104a-\u104f\u10fb\u1360-\u1368\u1400\u166e\u169b-\u169c\u16eb-\u16ed\u1735-\u1736\u17d4-\u17d6\u17d8-\u17da\u1800-\u180a\u1944-\u1945\u1a1e-\u1a1f\u1aa0-\u1aa6\u1aa8-\u1aad\u1b5a-\u1b60\u1b7d-\u1b7e\u1bfc-\u1bff\u1c3b-\u1c3f\u1c7e-\u1c7f\u1cc0-\u1cc7\u1cd3\u2010\u2012-\u2016\u2018-\u2023\u2027\u2030-\u2032\u2035\u2038-\u203b\u203d\u203f-\u2043\u2045-\u2046\u204a-\u2051\u2053-\u2056\u2058-\u205e\u2308-\u230b\u2768-\u2775\u27c5-\u27c6\u27e6-\u27ef\u2983-\u2998\u29d8-\u29db\u29fc-\u29fd\u2cf9-\u2cfc\u2cfe-\u2cff\u2d70\u2e00-\u2e2e\u2e30-\u2e4f\u2e52-\u2e5d\u3001-\u3003\u3008-\u3011\u3014-\u301f\u3030\u303d\u30a0\u30fb\ua4fe-\ua4ff\ua60d-\ua60f\ua673\ua67e\ua6f2-\ua6f7\ua874-\ua877\ua8ce-\ua8cf\ua8f8-\ua8fa\ua8fc\ua92e-\ua92f\ua95f\ua9c1-\ua9cd\ua9de-\ua9df\uaa5c-\uaa5f\uaade-\uaadf\uaaf0-\uaaf1\uabeb\ufd3e-\ufd3f\ufe45-\ufe46-]'
+  select '[]!"&()*,/:;?[\\_{}`~\u00a1\u00a7\u00ab\u00b6-\u00b7\u00bb\u00bf\u055a-\u055f\u0589-\u058a\u05be\u05c0\u05c3\u05c6\u05f3-\u05f4\u0609-\u060a\u060c-\u060d\u061b\u061d-\u061f\u066a-\u066d\u06d4\u0700-\u070d\u07f7-\u07f9\u0830-\u083e\u085e\u0964-\u0965\u0970\u09fd\u0a76\u0af0\u0c77\u0c84\u0df4\u0e4f\u0e5a-\u0e5b\u0f04-\u0f0b\u0f0d-\u0f12\u0f14\u0f3a-\u0f3d\u0f85\u0fd0-\u0fd4\u0fd9-\u0fda\u104a-\u104f\u10fb\u1360-\u1368\u1400\u166e\u169b-\u169c\u16eb-\u16ed\u1735-\u1736\u17d4-\u17d6\u17d8-\u17da\u1800-\u180a\u1944-\u1945\u1a1e-\u1a1f\u1aa0-\u1aa6\u1aa8-\u1aad\u1b5a-\u1b60\u1b7d-\u1b7e\u1bfc-\u1bff\u1c3b-\u1c3f\u1c7e-\u1c7f\u1cc0-\u1cc7\u1cd3\u2010\u2012-\u2016\u2018-\u2023\u2027\u2030-\u2032\u2035\u2038-\u203b\u203d\u203f-\u2043\u2045-\u2046\u204a-\u2051\u2053-\u2056\u2058-\u205e\u2308-\u230b\u2768-\u2775\u27c5-\u27c6\u27e6-\u27ef\u2983-\u2998\u29d8-\u29db\u29fc-\u29fd\u2cf9-\u2cfc\u2cfe-\u2cff\u2d70\u2e00-\u2e2e\u2e30-\u2e4f\u2e52-\u2e5d\u3001-\u3003\u3008-\u3011\u3014-\u301f\u3030\u303d\u30a0\u30fb\ua4fe-\ua4ff\ua60d-\ua60f\ua673\ua67e\ua6f2-\ua6f7\ua874-\ua877\ua8ce-\ua8cf\ua8f8-\ua8fa\ua8fc\ua92e-\ua92f\ua95f\ua9c1-\ua9cd\ua9de-\ua9df\uaa5c-\uaa5f\uaade-\uaadf\uaaf0-\uaaf1\uabeb\ufd3e-\ufd3f\ufe45-\ufe46\u2212-]'
 $$;
 
 -- The form in which tags are compared: "T-Shirts!" and "t shirts" are one tag, "c#", ".net" and "100%" keep what makes them a name.
--- '': there is nothing to compare. The worker's form of a tag (autotag/tags.py) has the same key as the text that it was made of.
+-- "": there is nothing to compare. Characters that nobody sees do not count, nor how an emoji is drawn. The worker's form of a tag (autotag/tags.py) has the same key as the text that it was made of.
 create or replace function autotag.tag_key(p_tag text) returns text
 language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -21,13 +21,14 @@ begin
   end if;
   v_key := lower(v_key);
   if v_key !~ '^[a-z0-9\u00df-\u00f6\u00f8-\u00ff]+( [a-z0-9\u00df-\u00f6\u00f8-\u00ff]+)*$' then   -- and of people, but for capitals
-    v_key := p_tag;
+    v_key := regexp_replace(p_tag, autotag.blanks(), ' ', 'g');
+    v_key := regexp_replace(v_key, autotag.invisible() || '|[\u180b-\u180d\u180f\u200c\u200d\ufe00-\ufe0f\U000e0100-\U000e01ef]', '', 'g');
     -- the lower case of İ has a second dot, and a final sigma is a sigma
-    v_key := replace(lower(normalize(replace(v_key, 'İ', 'i'), NFKC)), 'ς', 'σ');
+    v_key := normalize(replace(lower(replace(normalize(v_key, NFKC), 'İ', 'i')), 'ς', 'σ'), NFKC);
     -- # and % belong to the word before them, a full stop and @ to the one behind them
     v_key := regexp_replace(v_key, '(?<![[:alnum:]])[#%]|[.@](?![[:alnum:]])|(?<=\.)\.', ' ', 'g');
-    v_key := regexp_replace(v_key, '[''’‘ʼ\u200c\u200d]', '', 'g');
-    v_key := regexp_replace(v_key, autotag.punctuation() || '|' || autotag.unprintable(), ' ', 'g');
+    v_key := regexp_replace(v_key, '[''’‘ʼ]', '', 'g');
+    v_key := regexp_replace(v_key, autotag.punctuation(), ' ', 'g');
     v_key := btrim(regexp_replace(v_key, ' +', ' ', 'g'));
   end if;
   return v_key;
@@ -57,11 +58,11 @@ create or replace function autotag.clean_word(p_word text, p_what text, p_entry 
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_word text := normalize(autotag.printable(p_word, 51), NFC);
+  v_word text := case when length(p_word) <= 1000 then autotag.visible_text(p_word) else p_word end;
   v_detail jsonb := case when p_entry is null then '{}' else jsonb_build_object('entry', p_entry) end;
 begin
   if length(v_word) > 50 then
-    perform autotag.refuse_vocabulary(format('The %s “%s” has more than 50 characters.', p_what, v_word), 'bad_vocabulary', v_detail);
+    perform autotag.refuse_vocabulary(format('The %s “%s” has more than 50 characters.', p_what, autotag.printable(v_word, 51)), 'bad_vocabulary', v_detail);
   elsif autotag.tag_key(v_word) = '' then
     perform autotag.refuse_vocabulary(format('The %s “%s” has no letter and no digit.', p_what, v_word), 'bad_vocabulary', v_detail);
   end if;
@@ -82,13 +83,14 @@ begin
   new.key := autotag.tag_key(new.tag);
   new.aliases := array(
     select (array_agg(a.word order by a.i))[1] from (
-      select autotag.clean_word(u.word, 'alias') as word, u.i from unnest(new.aliases) with ordinality u (word, i) where btrim(u.word) <> '') a
+      select autotag.clean_word(u.word, 'alias') as word, u.i from unnest(new.aliases) with ordinality u (word, i)
+      where autotag.visible_text(u.word) <> '') a
     where autotag.tag_key(a.word) <> new.key group by autotag.tag_key(a.word) order by min(a.i));
-  new.description := nullif(autotag.printable(new.description, 501), '');
+  new.description := nullif(autotag.visible_text(left(new.description, 5000)), '');
   if length(new.description) > 500 then
     perform autotag.refuse_vocabulary(format('The description of “%s” has more than 500 characters.', new.tag));
   end if;
-  new.parent := case when btrim(new.parent) <> '' then autotag.clean_word(new.parent, 'parent') end;
+  new.parent := case when autotag.visible_text(new.parent) <> '' then autotag.clean_word(new.parent, 'parent') end;
   new.parent_key := autotag.tag_key(new.parent);
   return new;
 end $$;

@@ -28,7 +28,7 @@ Untagged = Annotated[
     bool, typer.Option("--untagged/--no-untagged", help="Skip images that have tags, or tag them again too.")
 ]
 Outdated = Annotated[
-    bool, typer.Option("--outdated", help="Only images that an older version of the profile tagged (autotag profile).")
+    bool, typer.Option("--outdated", help="Only images that another version of the profile tagged (autotag profile).")
 ]
 Limit = Annotated[
     int, typer.Option(metavar="NUMBER", min=1, max=MAX_IMAGES, show_default=False, help="Maximum number of images.")

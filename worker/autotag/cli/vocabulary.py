@@ -19,7 +19,7 @@ from autotag.cli.database import check_workspace, run_as_operator
 from autotag.cli.errors import FAILED, WRONG_USAGE
 from autotag.cli.options import OPERATOR_URL, Json, help_end
 from autotag.db import Operator, Refused
-from autotag.db.vocabulary import VocabularyChange
+from autotag.db.vocabulary import Entry, VocabularyChange
 from autotag.operate.count_tags import count_tags
 from autotag.operate.vocabulary_file import FileError, VocabularyFile, read_vocabulary, write_csv
 from autotag.texts import name_some, printable
@@ -56,6 +56,10 @@ FromTags = Annotated[bool, typer.Option("--from-tags", help="Import the tags tha
 MinCount = Annotated[
     int, typer.Option(min=1, metavar="NUMBER", help="For --from-tags: only tags that so many images have.")
 ]
+ForAll = Annotated[
+    bool,
+    typer.Option("--visible-to-all", help="For --from-tags without --workspace: all members may see them."),
+]
 ReplaceAll = Annotated[bool, typer.Option("--replace", help="Remove the tags that the file lacks.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would change, and change nothing.")]
 
@@ -66,6 +70,7 @@ def vocabulary(
     workspace: OneWorkspace = None,
     from_tags: FromTags = False,
     min_count: MinCount = 1,
+    visible_to_all: ForAll = False,
     replace: ReplaceAll = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -80,6 +85,10 @@ def vocabulary(
     What the tags are used for is a part of the profile: autotag profile set
     --vocabulary-mode prefer (the model prefers them) or only (no other tag is
     stored).
+
+    Members of every workspace see the vocabulary of all workspaces. So without
+    --workspace, --from-tags shows the tags that it would take from images of
+    some for all to see, and adds them only with --visible-to-all.
     """
     check_workspace(workspace, stop=False)
     if action is Action.export:
@@ -92,7 +101,7 @@ def vocabulary(
     if from_tags:
         if replace:
             raise fail("--from-tags only adds tags, so it does not go with --replace.", WRONG_USAGE)
-        _import_from_tags(workspace, min_count, dry_run, as_json)
+        _import_from_tags(workspace, min_count, dry_run, visible_to_all or workspace is not None, as_json)
     elif file:
         _import_file(file, workspace, replace, dry_run, as_json)
 
@@ -152,7 +161,8 @@ def _places(found: VocabularyFile, detail: dict[str, Any]) -> str:
     return f"{text[0].upper()}{text[1:]}: " if text else ""
 
 
-def _import_from_tags(workspace: str | None, min_count: int, dry_run: bool, as_json: bool) -> None:
+def _import_from_tags(workspace: str | None, min_count: int, dry_run: bool, may_add: bool, as_json: bool) -> None:
+    """may_add: whoever sees the vocabulary may see the tags of these images."""
     with _progress(as_json) as bar:
         task = bar.add_task("counting images", total=None)
 
@@ -161,6 +171,8 @@ def _import_from_tags(workspace: str | None, min_count: int, dry_run: bool, as_j
 
         async def work(operator: Operator) -> tuple[Counter[str], Any]:
             counts = await count_tags(operator, workspace, show)
+            if not may_add and not dry_run:
+                _refuse_to_show((await operator.count_uses(None, counts, min_count, dry_run=True))["new"])
             return counts, await operator.count_uses(workspace, counts, min_count, dry_run=dry_run)
 
         counts, done = run_as_operator(work)
@@ -168,11 +180,28 @@ def _import_from_tags(workspace: str | None, min_count: int, dry_run: bool, as_j
         say_json({**done, "dry_run": dry_run, "counts": dict(counts.most_common())})
         return
     would = "would be " if dry_run else ""
-    for tag, images in counts.most_common(10):
+    shown = [(new["tag"], new["uses"]) for new in done["new"]] if workspace is None else counts.most_common(10)
+    for tag, images in shown:
         say(f"{images:>9,}  {printable(tag, 60)}")
     say(f"{count(len(counts), 'tag')} found, {done['added']:,} {would}added, {done['counted']:,} counted;"
         f" the vocabulary {'would have' if dry_run else 'has'} {count(done['tags'], 'tag')}.")  # fmt: skip
     _say_more(done["tags"])
+
+
+def _refuse_to_show(new: Sequence[Entry]) -> None:
+    """Refuses to add tags of images to the vocabulary for all, which everybody's members see.
+
+    Raises:
+        typer.Exit: there are any. They have been printed.
+    """
+    if new:
+        for entry in new:
+            say(f"{entry['uses']:>9,}  {printable(entry['tag'], 60)}", err=True)
+        raise fail(
+            f"Members of all workspaces would see {count(len(new), 'tag')}, also those of images of one workspace alone"
+            " (names of people or projects, for example). Nothing was imported. If all may see the list above, repeat"
+            " the command with --visible-to-all; otherwise name one --workspace, or a higher --min-count.", FAILED,
+        )  # fmt: skip
 
 
 def _say_more(tags: int) -> None:

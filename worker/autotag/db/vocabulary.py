@@ -31,11 +31,13 @@ class VocabularyChange(TypedDict):
 
 
 class UsesCounted(TypedDict):
-    """What a count has done (``autotag.count_uses``). counted: entries whose number of images has changed."""
+    """What a count has done (``autotag.count_uses``). counted: entries whose number of images has changed; new: those
+    that were added for tags of images, the most frequent first."""
 
     tags: int
     added: int
     counted: int
+    new: list[Entry]
 
 
 class TagsInUse(TypedDict):

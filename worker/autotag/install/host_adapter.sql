@@ -248,10 +248,10 @@ end $$;
 
 -- The next images of a workspace that are not being tagged and that the row filter does not leave out, by id after p_after.
 -- p_untagged: only those without tags (null and an empty list are none) that autotag has not tagged: where nothing fits, an answer
--- has no tags, and asking again would give none again. p_older_than: only those that autotag has tagged with an older
+-- has no tags, and asking again would give none again. p_profile: only those that autotag has tagged with another
 -- version of the profile; without one counts as version 0.
 create or replace function autotag.list_assets(
-  p_workspace_id autotag.workspace_id, p_untagged boolean, p_after autotag.asset_id, p_limit integer, p_older_than integer default null
+  p_workspace_id autotag.workspace_id, p_untagged boolean, p_after autotag.asset_id, p_limit integer, p_profile integer default null
 )
 returns autotag.asset_id[]
 language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
@@ -262,7 +262,7 @@ as $$
     where a.{{ workspace }} = p_workspace_id and (p_after is null or a.{{ id }} > p_after)
       and (a.tagging_stage is null or a.tagging_stage in ('completed', 'failed'))
       and (not p_untagged or {{ untagged }})
-      and (p_older_than is null or a.{{ result }} is not null and p_older_than > case
+      and (p_profile is null or a.{{ result }} is not null and p_profile <> case
         when jsonb_typeof(a.{{ result }} -> 'profile') = 'number' then (a.{{ result }} -> 'profile')::numeric else 0 end)
       and {{ counts }}
     order by a.{{ id }} limit p_limit) x (id)
@@ -313,7 +313,7 @@ $$;
 -- waits counts. Values too large to be compared are not read: a value's header has its size. Returns the images whose rows it wrote. A
 -- row that has moved to another workspace gets nothing, because it may be another image; nor does one whose picture is not the one
 -- that the model saw. p_results[i] and p_marks[i] belong to p_asset_ids[i]: {tags: [tag, …], confidence: {tag: 0 to 1}, caption,
--- model}, with normalized tags, the most confident first; and the picture's mark (describe_assets; null: any).
+-- model}, with normalized tags, each with a key of its own (clean_result), the most confident first; and the picture's mark (describe_assets; null: any).
 create or replace function autotag.store_tags(p_asset_ids autotag.asset_id[], p_workspace_id autotag.workspace_id, p_results jsonb[], p_marks uuid[])
 returns autotag.asset_id[]
 language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -332,7 +332,7 @@ begin
           select {{ merged_tags }}, m.result, m.error
           from autotag.{{ merge }}(
             case when pg_column_size(a.{{ tags }}) <= 65536 then {{ current_tags }} end, coalesce(pg_column_size(a.{{ tags }}) > 65536, false),
-            case when pg_column_size(a.{{ result }}) <= 200000 then a.{{ result }} end, r.result{{ longest_tag }}) m
+            case when pg_column_size(a.{{ result }}) <= 200000 then a.{{ result }} end, r.result{{ longest_tag }}, p_workspace_id) m
           where a.{{ tags }} is not null or a.{{ result }} is not null{{ or_limit }}),
         tagging_stage = 'completed', tagging_progress = 100, tagging_eta = null
     from unnest(p_asset_ids, p_results, p_marks) as r (asset_id, result, mark)

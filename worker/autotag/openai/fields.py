@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,9 +38,15 @@ def _value(value: Any, field: Field) -> Value:
         case "enum":
             text = _text(value)
             values = field.get("values", [])
-            return text if text in values else next((one for one in values if one.lower() == text.lower()), None)
+            same = (one for one in values if _spelled(one) == _spelled(text))
+            return text if text in values else next(same, None)
         case "text":
             return clean_text(_text(value)[: 2 * TEXT_LENGTH])[:TEXT_LENGTH] or None
+
+
+def _spelled(text: str) -> str:
+    """Without the differences that are none: case, and how letters are composed."""
+    return unicodedata.normalize("NFKC", text).lower()
 
 
 def _text(value: Any) -> str:

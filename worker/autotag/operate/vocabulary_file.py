@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from autotag.db.vocabulary import Entry
-from autotag.texts import FORMULA, clean_text
+from autotag.texts import FORMULA, clean_text, visible_text
 
 COLUMNS = ("tag", "aliases", "description", "parent")
 #: Names of the columns in the languages of common spreadsheets, by which a header is recognised.
@@ -59,7 +59,7 @@ class VocabularyFile:
 
 
 def _key(text: str) -> str:
-    return re.sub(r"[^\w#.+]+", " ", text.lower().replace("'", "").replace("_", " ")).strip()
+    return re.sub(r"[^\w#.+]+", " ", clean_text(text).lower().replace("'", "").replace("_", " ")).strip()
 
 
 def read_vocabulary(data: bytes) -> VocabularyFile:
@@ -192,7 +192,7 @@ def _header(row: Sequence[str], line: int) -> Sequence[str] | None:
 
 def _entry(row: Sequence[str], columns: Sequence[str], line: int) -> Entry:
     """A row as an entry, which lacks the columns that the file lacks."""
-    cells = [_unescape(clean_cell(cell)) for cell in row]
+    cells = [_unescape(visible_text(cell)) for cell in row]
     if any(cells[len(columns) :]):
         raise FileError(
             f"Line {line} has {len(cells)} cells; at most {len(columns)} are possible ({', '.join(columns)})."
@@ -209,15 +209,6 @@ def _entry(row: Sequence[str], columns: Sequence[str], line: int) -> Entry:
     if "parent" in named:
         entry["parent"] = named["parent"] or None
     return entry
-
-
-def clean_cell(text: str) -> str:
-    """A cell without invisible characters; otherwise as it is, also where compatible characters look alike (½)."""
-    return text.strip() if text.isascii() and text.isprintable() else _visible(text)
-
-
-def _visible(text: str) -> str:
-    return " ".join("".join(c if clean_text(f"a{c}a") != "aa" else "" for c in text).split())
 
 
 def split_aliases(text: str) -> list[str]:
