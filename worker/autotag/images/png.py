@@ -85,8 +85,8 @@ def open_png(data: bytes, side: int) -> Opened:
     # Interlaced pictures are decoded as a whole. Of others, libvips holds a few hundred rows in several stages.
     row = chunks.width * SAMPLES[chunks.colour] * (2 if chunks.depth == 16 else 1)
     row = max(row, chunks.width * 4)
-    area = row * (chunks.height if chunks.interlaced else min(chunks.height, 700))
-    cost = FIXED_COST + 3 * len(data) + int(1.3 * area)
+    area = row * (chunks.height if chunks.interlaced else min(chunks.height, 900))
+    cost = FIXED_COST + 3 * len(data) + int(1.5 * area)
     return Opened("PNG", chunks.width, chunks.height, cost, partial(_decode, chunks), chunks.orientation)
 
 
