@@ -273,7 +273,7 @@ def test_what_is_certain(shared: tuple[psycopg.Connection[Any], str], guess: dic
         "select polname from pg_policy where polrelid = 'storage.objects'::regclass"
     ).fetchall():
         owner.execute(sql.SQL("drop policy {} on storage.objects").format(sql.Identifier(name)))
-    owner.execute("drop schema public cascade; create schema public")
+    owner.execute("drop schema if exists hidden cascade; drop schema public cascade; create schema public")
     owner.execute((fill((FOLDER / "guess.sql").read_text()) + guess["sql"]).encode())
     choices = Choices(**guess.get("options", {}))
     if "members" in guess:
@@ -335,7 +335,7 @@ def test_the_form_of_a_claim_is_the_policies(
 ) -> None:
     """Also of a claim that a person names, and of one that the adapter remembers."""
     owner, url = shared
-    owner.execute("drop schema public cascade; create schema public")
+    owner.execute("drop schema if exists hidden cascade; drop schema public cascade; create schema public")
     owner.execute(fill((FOLDER / "guess.sql").read_text()).encode())
     owner.execute(
         "alter table public.assets enable row level security; create policy p on public.assets for select to"

@@ -106,7 +106,9 @@ def _policies(
     images: Table, workspace: str, other: Table, columns: tuple[str, str], caller: Sequence[str]
 ) -> list[str]:
     """What the row level security of the images says against a table; without any, its name decides."""
-    if not images.users_read or (images.row_security and not any(p.reads for p in images.row_policies)):
+    if not images.users_read or (
+        images.row_security and not any(p.reads and p.permissive for p in images.row_policies)
+    ):
         return [f"says nothing about who may see {images.name}, of which users see no row"]
     if not images.row_security:
         named = _only_members(other, images.references.get(workspace), workspace)
@@ -118,7 +120,7 @@ def _policies(
     if not all(asks for policy, asks in asking.items() if policy.reads):
         return [f"is not what the policies of {images.name} look at, or not all of it"]
     if not _shows_own_rows(other, columns, caller):
-        return ["has grants or policies that may hide a user's own row from the policies of the images"]
+        return ["has policies or grants that may hide a user's own row from the policies of the images"]
     if not _agree_on_updates(asking):
         return [
             f"lists users who may see {images.name} and, by its policies for update, not change it (--members-where can"
