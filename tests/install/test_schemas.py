@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -318,12 +319,27 @@ CLAIMS = [
 def test_a_claim_counts_as_the_policies_read_it(shared: tuple[psycopg.Connection[Any], str], form: str) -> None:
     owner, _ = shared
     host = Host(workspace_type="text", members=Members(claim=("org",), claim_form=form))
-    body = next(f["body"] for f in FUNCTION.finditer(render(TEMPLATE.read_text(), host)) if f["name"] == "is_member")
+    adapter = render(TEMPLATE.read_text(), host)
+    assert (f'"claim_form": "{form}"' in adapter) is bool(form), "a later init keeps it"
+    body = next(f["body"] for f in FUNCTION.finditer(adapter) if f["name"] == "is_member")
     for value, forms in CLAIMS:
         with owner.transaction():
             owner.execute("select set_config('request.jwt.claims', %s, true)", (json.dumps({"org": value}),))
             answer = owner.execute(body.replace("p_workspace_id", "'w1'").encode()).fetchone()
         assert answer == (form in forms,), value
+
+
+def test_an_object_is_not_the_lack_of_tags(shared: tuple[psycopg.Connection[Any], str]) -> None:
+    """Nothing can be merged into it, so `autotag enqueue` would pay for its image at each call."""
+    owner, _ = shared
+    code = re.search(r"not p_untagged or (.*)\)\n", render(TEMPLATE.read_text(), Host(tags_type="jsonb")))
+    assert code
+    values = {None: True, "[]": True, "null": True, "{}": False, '{"env": 1}': False, '["cat"]': False}
+    rows = owner.execute(
+        f"select a.t, {code[1]} from (select t, t::jsonb as tags, null::jsonb as tagging_result from unnest(%s::text[]) t) a".encode(),
+        (list(values),),
+    ).fetchall()
+    assert dict(rows) == values
 
 
 @pytest.mark.parametrize(("condition", "form"), [
