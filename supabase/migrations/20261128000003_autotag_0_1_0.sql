@@ -1198,6 +1198,9 @@ as $$
 begin
   if p_workspace_id is null then
     perform autotag.refuse(400, 'no_workspace', 'No workspace was given.', 'Pass the id of a workspace.');
+  elsif octet_length(p_workspace_id::text) > 1024 then   -- an index takes no key over 2.7 kB
+    perform autotag.refuse(400, 'workspace_too_long', 'The id of the workspace has more than 1,024 bytes.',
+      'Give the workspace a shorter id.');
   elsif not autotag.is_service() and not autotag.is_member(p_workspace_id) then
     perform autotag.refuse(403, 'not_a_member', 'You are not a member of this workspace.',
       'Sign in as one of its members.', jsonb_build_object('workspace_id', p_workspace_id));
@@ -3320,8 +3323,8 @@ begin
       format('Name a file of its own workspace (rule %s).', autotag.file_rule()), jsonb_build_object('asset_ids', v_foreign));
   end if;
   if v_long <> '{}' then
-    perform autotag.refuse(400, 'location_too_long', 'The URL, path or bucket name of an image is too long.',
-      'A URL may have 8,192 bytes, a path 1,024 and a bucket name 100.', jsonb_build_object('asset_ids', v_long));
+    perform autotag.refuse(400, 'location_too_long', 'The URL, path or bucket name of an image, or the id of its workspace, is too long.',
+      'A URL may have 8,192 bytes, a path or an id 1,024 and a bucket name 100.', jsonb_build_object('asset_ids', v_long));
   end if;
   return autotag.start_once(v_workspaces[1], p_asset_ids, p_visible_marks, v_images, v_marks, v_suspects);
 end $$;

@@ -158,7 +158,9 @@ def prepare(postgres: LocalPostgres, database: str, schema: str) -> str:
         for name, value in IDS.items():
             schema = schema.replace(f"{{{name}}}", value)
         connection.execute(schema.encode())
-        connection.execute("grant all on all tables in schema public to postgres")
+        connection.execute(
+            "grant all on all tables in schema public to postgres; grant select on all tables in schema public to authenticated"
+        )
     return postgres.url("supabase_admin", database)
 
 

@@ -31,6 +31,9 @@ as $$
 begin
   if p_workspace_id is null then
     perform autotag.refuse(400, 'no_workspace', 'No workspace was given.', 'Pass the id of a workspace.');
+  elsif octet_length(p_workspace_id::text) > 1024 then   -- an index takes no key over 2.7 kB
+    perform autotag.refuse(400, 'workspace_too_long', 'The id of the workspace has more than 1,024 bytes.',
+      'Give the workspace a shorter id.');
   elsif not autotag.is_service() and not autotag.is_member(p_workspace_id) then
     perform autotag.refuse(403, 'not_a_member', 'You are not a member of this workspace.',
       'Sign in as one of its members.', jsonb_build_object('workspace_id', p_workspace_id));

@@ -95,8 +95,8 @@ begin
       format('Name a file of its own workspace (rule %s).', autotag.file_rule()), jsonb_build_object('asset_ids', v_foreign));
   end if;
   if v_long <> '{}' then
-    perform autotag.refuse(400, 'location_too_long', 'The URL, path or bucket name of an image is too long.',
-      'A URL may have 8,192 bytes, a path 1,024 and a bucket name 100.', jsonb_build_object('asset_ids', v_long));
+    perform autotag.refuse(400, 'location_too_long', 'The URL, path or bucket name of an image, or the id of its workspace, is too long.',
+      'A URL may have 8,192 bytes, a path or an id 1,024 and a bucket name 100.', jsonb_build_object('asset_ids', v_long));
   end if;
   return autotag.start_once(v_workspaces[1], p_asset_ids, p_visible_marks, v_images, v_marks, v_suspects);
 end $$;

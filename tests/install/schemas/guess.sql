@@ -1,3 +1,5 @@
+grant usage on schema public to anon, authenticated;
+alter default privileges in schema public grant select on tables to authenticated;  -- as Supabase does
 create table public.workspaces (id uuid primary key, name text);
 insert into public.workspaces values ('{w1}'), ('{w2}');
 create table public.assets (

@@ -15,7 +15,7 @@ from typing import Any
 
 from autotag.install.answers import EVERY_ROW, HostError
 from autotag.install.host import FileRule, Host, Members
-from autotag.install.location import location_code, mark_code, too_long_code
+from autotag.install.location import MAX_KEY, location_code, mark_code, too_long_code
 from autotag.install.quoting import literal, quote, table_name
 
 TEMPLATE = Path(__file__).parent / "host_adapter.sql"
@@ -75,7 +75,8 @@ def _answers(text: str, host: Host) -> dict[str, Any]:
         "members_table": members.table or None, "members_workspace": members.workspace or None,
         "members_user": (members.table and members.user) or None,
         "members_where": (members.where or EVERY_ROW) if members.table else None,
-        "members_claim": ".".join(members.claim) or None, "members_function": members.function or None,
+        "members_claim": ".".join(members.claim) or None, "claim_form": members.claim_form or None,
+        "members_function": members.function or None,
         "caller_claim": ".".join(host.caller) or None, "editors": host.editors,
     }  # fmt: skip
     return {
@@ -90,7 +91,11 @@ def _answers(text: str, host: Host) -> dict[str, Any]:
 def _caller_code(host: Host) -> str:
     if not host.caller:
         return "(select auth.uid())"
-    return f"nullif((select auth.jwt()) #>> {_claim_path(host.caller)}, '')"
+    claim = f"nullif((select auth.jwt()) #>> {_claim_path(host.caller)}, '')"
+    if host.user_type != "text":
+        return claim
+    # an index takes no longer key
+    return f"(select case when octet_length(c.id) <= {MAX_KEY} then c.id end from (select {claim}) c (id))"
 
 
 def _caller_text(host: Host) -> str:
@@ -115,14 +120,23 @@ def _members_code(host: Host) -> str:
             f" coalesce({table_name(members.function)}(p_workspace_id), false) end"
         )
     if members.claim:
-        claim, workspace = f"((select auth.jwt()) #> {_claim_path(members.claim)})", "p_workspace_id::text"
-        listed = f"exists (select from jsonb_array_elements_text{claim} e (id) where e.id = {workspace})"
-        return (
-            f"select coalesce(case jsonb_typeof{claim} when 'array' then {listed}"
-            f" when 'object' then {claim} ? {workspace} else {claim} #>> '{{}}' = {workspace} end, false)"
-        )
+        return _claim_code(members)
     condition = f"m.{quote(members.user)} = (select {_caller_as(host, members.user_type)})"
     return f"select exists (select {of_members(members, 'p_workspace_id')} and {condition})"
+
+
+def _claim_code(members: Members) -> str:
+    """The condition that a claim names the workspace: in the form in which the policies read it, or in any."""
+    claim, workspace = f"((select auth.jwt()) #> {_claim_path(members.claim)})", "p_workspace_id::text"
+    listed = f"exists (select from jsonb_array_elements_text{claim} e (id) where e.id = {workspace})"
+    forms = {
+        "text": f"{claim} #>> '{{}}' = {workspace}",
+        "list": f"case jsonb_typeof{claim} when 'array' then {listed} end",
+        "keys": f"{claim} ? {workspace}",
+        "": f"case jsonb_typeof{claim} when 'array' then {listed}"
+        f" when 'object' then {claim} ? {workspace} else {claim} #>> '{{}}' = {workspace} end",
+    }
+    return f"select coalesce({forms[members.claim_form]}, false)"
 
 
 def _caller_as(host: Host, kind: str) -> str:
@@ -222,7 +236,7 @@ def _untagged_code(host: Host) -> str:
     it none (``only`` with a vocabulary of which nothing fits)."""
     tags = f"a.{quote(host.tags)}"
     as_json = f"autotag.read_json({tags})" if host.tags_type == "json" else tags
-    empty = f"cardinality({tags}) = 0" if host.tags_type.endswith("[]") else f"{as_json} in ('[]', '{{}}', 'null')"
+    empty = f"cardinality({tags}) = 0" if host.tags_type.endswith("[]") else f"{as_json} in ('[]', 'null')"
     asked = f"jsonb_typeof(a.{quote(host.result)} -> 'given') = 'array'"
     return f"({tags} is null or {empty}) and {asked} is not true"
 

@@ -29,6 +29,7 @@ class Choices:
     tags: str | None = None
     members_table: str | None = None
     members_claim: str | None = None
+    claim_form: str | None = None  # which no option sets: an adapter remembers it
     file_rule: str | None = None
     editors: str | None = None
     owner: str | None = None

@@ -25,7 +25,7 @@ CHANGE = "adapter_change_"
 _FILE = re.compile(rf"\d{{14}}_autotag_({CHANGE}(\d+))\.sql")
 #: Choices of which one replaces the others.
 _EXCLUSIVE = (
-    ("members_table", "members_claim", "members_function", "owner"),
+    ("members_table", "members_claim", "claim_form", "members_function", "owner"),
     ("path", "object"),
     ("workspace", "owner"),
 )

@@ -100,6 +100,31 @@ def _try(connection: psycopg.Connection[Any], statements: str) -> str:
     return str(row[0]) if row else ""
 
 
+def check_tags(url: str, table: str, column: str, default: str | None) -> None:
+    """Refuses a json column of something else than lists, of which no object could be tagged.
+
+    Args:
+        url: connection URL of the database's owner.
+        table, column: their names.
+        default: of the column.
+
+    Raises:
+        HostError: its default is an object, or most of the first rows that have something have no list.
+        psycopg.OperationalError: the database cannot be reached.
+    """
+    kind = f"case when pg_column_size(a.{quote(column)}) <= 20000 then jsonb_typeof(a.{quote(column)}::jsonb) end"
+    statement = f"""select count(*) filter (where kind = 'array'), count(*) filter (where kind not in ('array', 'null'))
+        from (select {kind} as kind from {table_name(table)} a limit 10000) x"""  # noqa: S608 - quoted
+    with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
+        connection.execute("set default_transaction_read_only = on")
+        lists, others = connection.execute(statement.encode()).fetchone() or (0, 0)
+    if others > lists or re.match(r"'\s*\{", default or ""):
+        raise HostError(
+            f"{table}.{column} has objects or single values, and tags are lists; name another column with --tags-column"
+            " (ai_tags, for example: autotag adds it if it does not exist)."
+        )
+
+
 def check_users(url: str, table: str, user: str) -> None:
     """Refuses users of another login where the adapter would look for Supabase's own, whose ids are uuids.
 

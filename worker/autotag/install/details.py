@@ -49,7 +49,7 @@ select n.nspname || '.' || c.relname, c.relkind::text, a.columns, a.base_types, 
   exists (
     select from pg_options_to_table(c.reloptions) o
     where o.option_name = 'security_invoker' and o.option_value::boolean),
-  c.relrowsecurity, a.users_write
+  c.relrowsecurity, a.users_write, a.users_read
 from pg_class c join pg_namespace n on n.oid = c.relnamespace
 cross join lateral (
   select jsonb_agg(jsonb_build_array(a.attname, format_type(a.atttypid, null)) order by a.attnum) as columns,
@@ -67,7 +67,11 @@ cross join lateral (
     jsonb_agg(a.attname) filter (where exists (
       select from pg_roles r
       where r.rolname in ('anon', 'authenticated') and has_schema_privilege(r.oid, n.oid, 'usage')
-        and has_column_privilege(r.oid, c.oid, a.attname, 'insert, update'))) as users_write
+        and has_column_privilege(r.oid, c.oid, a.attname, 'insert, update'))) as users_write,
+    jsonb_agg(a.attname) filter (where exists (
+      select from pg_roles r
+      where r.rolname = 'authenticated' and has_schema_privilege(r.oid, n.oid, 'usage')
+        and has_column_privilege(r.oid, c.oid, a.attname, 'select'))) as users_read
   from pg_attribute a join pg_type t on t.oid = a.atttypid
   left join bases b on b.oid = a.atttypid left join pg_collation l on l.oid = a.attcollation
   left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
@@ -100,34 +104,39 @@ class Gin:
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy of a table for signed-in users.
+    """A policy of a table.
 
     Attributes:
         using, check: its expressions, every name in them with its schema; None: it has no such expression.
-        reads, writes: it is about selecting rows, or about inserting and updating them.
+        reads, updates: it lets signed-in users select rows, or update them.
+        writes: it lets signed-in users, or callers without a login, insert or update rows.
         permissive: it allows; False: it restricts.
     """
 
     using: str | None
     check: str | None
     reads: bool
+    updates: bool
     writes: bool
     permissive: bool
 
 
 def read_policies(connection: Connection[tuple[Any, ...]]) -> dict[str, list[Policy]]:
-    """The policies for signed-in users: qualified name of the table -> its policies."""
+    """The policies for those who use the API: qualified name of the table -> its policies."""
     found: dict[str, list[Policy]] = {}
     with connection.transaction():
         connection.execute("set local search_path = ''")  # so that expressions have the schema of every name
         for name, *policy in connection.execute("""
             select n.nspname || '.' || c.relname, pg_get_expr(p.polqual, c.oid), pg_get_expr(p.polwithcheck, c.oid),
-              p.polcmd in ('r', '*'), p.polcmd in ('a', 'w', '*'), p.polpermissive
+              u.signed_in and p.polcmd in ('r', '*'), u.signed_in and p.polcmd in ('w', '*'),
+              p.polcmd in ('a', 'w', '*'), p.polpermissive
             from pg_policy p join pg_class c on c.oid = p.polrelid join pg_namespace n on n.oid = c.relnamespace
-            where exists (
-              select from pg_roles a cross join unnest(p.polroles) r (role)
-              where a.rolname = 'authenticated'
-                and case r.role when 0 then true else pg_has_role(a.oid, r.role, 'usage') end)
+            cross join lateral (
+              select bool_or(a.rolname = 'authenticated') as signed_in
+              from pg_roles a cross join unnest(p.polroles) r (role)
+              where a.rolname in ('anon', 'authenticated')
+                and case r.role when 0 then true else pg_has_role(a.oid, r.role, 'usage') end) u
+            where u.signed_in is not null
             order by p.oid"""):
             found.setdefault(name, []).append(Policy(*policy))
     return found
@@ -145,6 +154,7 @@ def read_details(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str,
             "has_children": row[13],
             "domain_checks": {column: checks or [] for column, checks in (row[14] or {}).items()}, "as_caller": row[15],
             "row_security": row[16], "users_write": frozenset(row[17] or []),
+            "users_read": frozenset(row[18] or []),
         }
         for row in rows
     }  # fmt: skip

@@ -7,14 +7,15 @@ state, and policies of the table of images that ask for one of its rows and for 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
+from autotag.install.details import Policy
 from autotag.install.facts import Facts, Table
 from autotag.install.keys import KINDS
 from autotag.install.quoting import quote
 
 LIKE_MEMBERS = re.compile(
-    r"member|user|account|people|person|staff|employee|collaborat|participa|seat|crew|profile|role"
+    r"member|user|account|people|person|staff|employee|collaborat|participa|seat|crew|profile|role|access|permission"
 )
 UNLIKE_MEMBERS = re.compile(
     r"(?:^|_)(?:logs?|audits?|events?|histor\w*|visit\w*|views?|seen|reads?|activit\w*|sessions?|favou?rit\w*|stars?|follow\w*"
@@ -32,10 +33,10 @@ NOW = re.compile(
     r"(now|clock_timestamp|statement_timestamp|transaction_timestamp|CURRENT_(TIMESTAMP|DATE)|LOCALTIMESTAMP)"
     r"( \d)?( AT TIME ZONE '[Uu][Tt][Cc]')?|timezone '[Uu][Tt][Cc]' , now"
 )
-ROLE = re.compile(r"(\w+_)?role(_name)?")
+ROLE = re.compile(rf"(?:(?:{WORKSPACE.pattern}|{MEMBERS_ONLY.pattern})_)?role(_name)?")
 STATE = re.compile(
     r"(?:^|_)(?:status|state|active|enabled|disabled|pending|accepted|approved|confirmed|verified|revoked|removed|deleted|left"
-    r"|invit\w*|expire\w*|expiry|valid_\w+|bann?ed|blocked|suspended|archived|locked)(?=_|$)"
+    r"|invit\w*|request\w*|propos\w*|previous|former|expire\w*|expiry|valid_\w+|bann?ed|blocked|suspended|archived|locked)(?=_|$)"
 )
 #: Flags and times that are about something else than being a member.
 NO_STATE = re.compile(
@@ -52,6 +53,8 @@ TOKEN = re.compile(
     | ::(?:character\ varying|[\w."]+)(?:\(\d+\))?(?:\[\])? | [<>=!?|&\#@~+\-*/%^]+ | \S""",
     re.VERBOSE,
 )
+#: Who the caller is, or what their token says, in the output of `plain`.
+CALLER = r"auth\.(?:uid|jwt(?: ->>? '[^']*')*)"
 #: Where rows may come from other tables.
 NO_PLAIN_TABLE = KINDS | {"p": "partitioned"}
 
@@ -95,15 +98,41 @@ def doubts_about(
         doubts.append(f"has a key other than {columns[0]} and {columns[1]}")
     doubts += _states(other, columns)
     doubts += filter(None, [users_join(other, columns)])
-    read = [policy for policy in images.row_policies if policy.reads]
-    if not read:
-        if not _only_members(other, images.references.get(workspace), workspace):
-            doubts.append("does not sound like a list of members")
-    elif not all(p.permissive and _asks_for_row(p.using, images, workspace, other, columns, caller) for p in read):
-        doubts.append(f"is not what the policies of {images.name} look at, or not all of it")
-    elif not _shows_own_rows(other, columns[1], caller):
-        doubts.append("has policies that may hide a user's own row from the policies of the images")
+    doubts += _policies(images, workspace, other, columns, caller)
     return doubts + _references(facts, images, workspace, other, columns, own_logins=not caller)
+
+
+def _policies(
+    images: Table, workspace: str, other: Table, columns: tuple[str, str], caller: Sequence[str]
+) -> list[str]:
+    """What the row level security of the images says against a table; without any, its name decides."""
+    if not images.users_read or (
+        images.row_security and not any(p.reads and p.permissive for p in images.row_policies)
+    ):
+        return [f"says nothing about who may see {images.name}, of which users see no row"]
+    if not images.row_security:
+        named = _only_members(other, images.references.get(workspace), workspace)
+        return [] if named else ["does not sound like a list of members"]
+    asking = {
+        policy: policy.permissive and _asks_for_row(policy.using, images, workspace, other, columns, caller)
+        for policy in images.row_policies
+    }
+    if not all(asks for policy, asks in asking.items() if policy.reads):
+        return [f"is not what the policies of {images.name} look at, or not all of it"]
+    if not _shows_own_rows(other, columns, caller):
+        return ["has policies or grants that may hide a user's own row from the policies of the images"]
+    if not _agree_on_updates(asking):
+        return [
+            f"lists users who may see {images.name} and, by its policies for update, not change it (--members-where can"
+            " leave them out)"
+        ]
+    return []
+
+
+def _agree_on_updates(holds: Mapping[Policy, bool]) -> bool:
+    """Whether the policies for update, if there are any, let those update for whom this holds."""
+    updates = {policy: held for policy, held in holds.items() if policy.updates}
+    return not updates or (any(updates.values()) and all(policy.permissive for policy in updates))
 
 
 def _references(
@@ -187,7 +216,8 @@ def plain(expression: str | None) -> str:
     return re.sub(r"SELECT (auth\.uid|auth\.jwt(?: ->>? '[^']*')*) AS (?:\"[^\"]*\"|\w+)", r"\1", " ".join(parts))
 
 
-def _caller(path: Sequence[str]) -> str:
+def caller_code(path: Sequence[str]) -> str:
+    """Who the caller is by a claim, in the output of `plain`; without one: `auth.uid()`."""
     return f"auth.jwt {''.join(f'-> {part!r} ' for part in path[:-1])}->> '{path[-1]}'" if path else "auth.uid"
 
 
@@ -200,7 +230,7 @@ def _asks_for_row(
     match = re.fullmatch(rf"{re.escape(quote(schema))}\.{re.escape(quote(short))}(?: (\S+))? WHERE (.+)", rest)
     if not match:
         return False
-    row, caller = match[1] or quote(short), _caller(claim)
+    row, caller = match[1] or quote(short), caller_code(claim)
     its_workspace, its_user = (f"{row}.{quote(column)}" for column in columns)
     asked = {frozenset(condition.split(" = ")) for condition in match[2].split(" AND ")}
     image = f"{quote(images.name.partition('.')[2])}.{quote(workspace)}"
@@ -212,12 +242,14 @@ def _asks_for_row(
     return head == f"{caller} IN SELECT {its_user}" and asked == {same}
 
 
-def _shows_own_rows(other: Table, user: str, claim: Sequence[str]) -> bool:
+def _shows_own_rows(other: Table, columns: tuple[str, str], claim: Sequence[str]) -> bool:
     """Whether users see all their rows of a table. The policies of the images do not find a row that its own hide."""
-    read = [policy for policy in other.row_policies if policy.reads]
-    own = {f"{quote(user)} = {_caller(claim)}", f"{_caller(claim)} = {quote(user)}", "true"}
-    ways = {plain(way) for policy in read for way in _ways(policy.using or "")}
-    return all(policy.permissive for policy in read) and (not read or bool(ways & own))
+    if not other.users_read.issuperset(columns):
+        return False
+    read, user = [policy for policy in other.row_policies if policy.reads], quote(columns[1])
+    own = {f"{user} = {caller_code(claim)}", f"{caller_code(claim)} = {user}", "true"}
+    ways = {plain(way) for policy in read for way in parts_of(policy.using or "", "OR")}
+    return not other.row_security or (all(policy.permissive for policy in read) and bool(ways & own))
 
 
 def users_join(other: Table, columns: tuple[str, str]) -> str:
@@ -225,17 +257,31 @@ def users_join(other: Table, columns: tuple[str, str]) -> str:
 
     It continues a sentence that begins with the table.
     """
-    workspace = columns[0]
     if other.kind in "rp" and not other.row_security and set(columns) & other.users_write:
         return "has no row level security, and users may write it, so they can add themselves"
     for policy in other.row_policies:
-        if policy.writes and policy.permissive:
-            for way in _ways(policy.check or policy.using or "true"):
-                right = re.sub(r"auth\.(uid|role)\(\)|SELECT auth\.(uid|role)\(\) AS \w+", "", way)
-                asks = re.search(r"\bFROM\b|auth\.jwt\(|\w\(", right) and workspace in right
-                if not asks and plain(way) != "false":
-                    return "has a policy by which users can add themselves"
+        allows = policy.writes and policy.permissive
+        if allows and not _asks_for_right(policy.check or policy.using or "true", other, columns):
+            return "has a policy by which users can add themselves"
     return ""
+
+
+def _asks_for_right(expression: str, other: Table, columns: tuple[str, str]) -> bool:
+    """Whether a condition is about a right of the caller in the workspace of a row, not only about who they are.
+
+    A function of the project that gets the workspace counts: what it asks cannot be read.
+    """
+    for word, enough in (("OR", all), ("AND", any)):
+        parts = parts_of(expression, word)
+        if len(parts) > 1:
+            return enough(_asks_for_right(part, other, columns) for part in parts)
+    table = re.escape(quote(other.name.partition(".")[2]))
+    workspace, user = (rf'(?<![\w."])(?:{table}\.)?{re.escape(quote(column))}(?![\w"])' for column in columns)
+    text = re.sub(rf"{user} = {CALLER}|{CALLER} = {user}|{CALLER} IS NOT NULL", "", plain(expression))
+    if text == "false":
+        return True
+    rights = re.search(CALLER, text) or re.search(r'(?<![\w".])(?!auth\.)[\w"]+\.[\w"]+\(', expression)
+    return bool(rights and re.search(workspace, text)) and not re.search(r"\bOR\b|user_meta", text)
 
 
 def writes_unchecked(table: Table, column: str) -> bool:
@@ -267,33 +313,42 @@ def states(table: Table, columns: tuple[str, str]) -> list[str]:
     return found
 
 
-def _ways(expression: str) -> Iterable[str]:
-    """The parts of an expression between its outermost ``or``."""
-    depth, begin, parts = 0, 0, []
-    for match in re.finditer(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|[()]|\bOR\b", expression):
+def parts_of(expression: str, word: str) -> list[str]:
+    """The parts of an expression, as Postgres prints it, between its outermost ``word`` (AND or OR)."""
+    depth, begin, parts = 0, 1, []
+    for match in re.finditer(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|[()]|\b(?:AND|OR)\b", expression):
         depth += {"(": 1, ")": -1}.get(match[0], 0)
-        if match[0] == "OR" and depth <= 1:  # Postgres prints the whole in parentheses
-            parts.append(expression[begin : match.start()])
+        if depth == 0 and match.end() < len(expression):
+            return [expression]  # Postgres prints parentheses around an AND or OR, so this is something else (CASE)
+        if match[0] == word and depth == 1:
+            parts.append(expression[begin : match.start()].strip())
             begin = match.end()
-    return [*parts, expression[begin:]]
+    return [*parts, expression[begin:-1].strip()] if parts else [expression]
 
 
-def claim_in(images: Table, workspace: str) -> tuple[str, ...]:
-    """The claim that every policy for reading images compares with the workspace, and with nothing else; or empty."""
-    read = [policy for policy in images.row_policies if policy.reads]
-    found = {_claim(plain(policy.using), quote(workspace)) if policy.permissive else () for policy in read}
-    return found.pop() if len(found) == 1 else ()
+def claim_in(images: Table, workspace: str) -> tuple[tuple[str, ...], str]:
+    """The claim that every policy for reading images compares with the workspace, and with nothing else; or empty.
+
+    Beside it its form (`members.Members.claim_form`), as the policies read it.
+    """
+    none: tuple[tuple[str, ...], str] = (), ""
+    claims = {p: _claim(plain(p.using), quote(workspace)) if p.permissive else none for p in images.row_policies}
+    found = {claim for policy, claim in claims.items() if policy.reads}
+    if not images.row_security or not images.users_read or len(found) != 1:
+        return none
+    claim = found.pop()
+    return claim if _agree_on_updates({policy: own == claim for policy, own in claims.items()}) else none
 
 
-def _claim(text: str, workspace: str) -> tuple[str, ...]:
+def _claim(text: str, workspace: str) -> tuple[tuple[str, ...], str]:
     name, column = r"'(?:[^']+)'", re.escape(workspace)
     path, last = rf"auth\.jwt((?: -> {name})*", rf" ->> {name})"
     lists = rf"(?:SELECT )?jsonb_array_elements_text {path})(?: AS \w+)?"
-    for form in (
-        rf"{column} = {path}{last}", rf"{path}{last} = {column}", rf"{column} (?:IN|= ANY|= ANY ARRAY) {lists}",
-        rf"{path}) \? {column}",
+    for pattern, form in (
+        (rf"{column} = {path}{last}", "text"), (rf"{path}{last} = {column}", "text"),
+        (rf"{column} (?:IN|= ANY|= ANY ARRAY) {lists}", "list"), (rf"{path}) \? {column}", "keys"),
     ):  # fmt: skip
-        match = re.fullmatch(form, text)
+        match = re.fullmatch(pattern, text)
         if match and match[1] and "user_meta" not in match[1]:  # users write it themselves
-            return tuple(re.findall(r"'([^']+)'", match[1]))
-    return ()
+            return tuple(re.findall(r"'([^']+)'", match[1])), form
+    return (), ""

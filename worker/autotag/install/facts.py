@@ -46,9 +46,10 @@ class Table:
         gin: those of its indexes that are GIN.
         domain_checks: column -> the conditions of its domain.
         as_caller: it is a view with the rights of its caller (security_invoker).
-        row_policies: its policies for signed-in users.
+        row_policies: its policies for those who use the API.
         row_security: row level security is on.
         users_write: its columns that anon or signed-in users may write, as far as privileges go.
+        users_read: its columns that signed-in users may read, as far as privileges go.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Table:
     row_policies: list[Policy] = field(default_factory=list)
     row_security: bool = False
     users_write: frozenset[str] = frozenset()
+    users_read: frozenset[str] = frozenset()
 
     def base_type(self, column: str) -> str | None:
         """The type of a column, of a domain the type below; None: there is no such column."""
@@ -89,19 +91,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class StoragePolicy:
-    """A policy of ``storage.objects`` for signed-in users.
-
-    Attributes:
-        text: its expressions.
-        reads: it lets users select rows.
-    """
-
-    text: str
-    reads: bool
-
-
-@dataclass(frozen=True)
 class Facts:
     """What a project's database shows.
 
@@ -109,7 +98,7 @@ class Facts:
         tables: the project's own tables by qualified name.
         buckets: the ids of its Storage buckets.
         applied: autotag's migrations in the database: name without ``autotag_`` -> version.
-        storage_policies: of ``storage.objects``.
+        storage_policies: the permissive ones of ``storage.objects``.
         users_read_objects: signed-in users have the privilege to select from ``storage.objects``.
         file_functions: the project's functions (key, text, text) -> boolean, each with the type of its key; one of
             them could be the file rule.
@@ -124,7 +113,7 @@ class Facts:
     tables: dict[str, Table]
     buckets: list[str]
     applied: dict[str, str] = field(default_factory=dict)
-    storage_policies: list[StoragePolicy] = field(default_factory=list)
+    storage_policies: list[Policy] = field(default_factory=list)
     users_read_objects: bool = False
     file_functions: list[tuple[str, str]] = field(default_factory=list)
     file_rule: str | None = None
@@ -132,6 +121,13 @@ class Facts:
     views: dict[str, Table] = field(default_factory=dict)
     member_functions: dict[str, dict[str, str]] = field(default_factory=dict)
     answers: dict[str, Any] | None = None
+
+    def name_of(self, wanted: str) -> str:
+        """The qualified name of the table that a person names, with or without its schema and quotes."""
+        bare = wanted.replace('"', "").strip()
+        names = [name for text in (wanted, bare) for name in (text, f"public.{text}")]
+        plain = bare if "." in bare else f"public.{bare}"
+        return next((name for name in names if name in self.tables or name in self.views), plain)
 
 
 def read_facts(url: str) -> Facts:
@@ -145,29 +141,26 @@ def read_facts(url: str) -> Facts:
     """
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
         details = read_details(connection)
-        tables = _tables(connection, details)
         views = {name: Table(name, **found) for name, found in details.items() if found["kind"] in "vmf"}
         buckets = _column(connection, "storage.buckets", "select id from storage.buckets order by id")
-        policies = [
-            StoragePolicy(text, reads)
-            for text, reads in connection.execute("""
-                select concat_ws(' ', qual, with_check), cmd in ('SELECT', 'ALL') from pg_policies
-                where schemaname = 'storage' and tablename = 'objects' and permissive = 'PERMISSIVE'
-                  and roles && '{public,authenticated}'""")
-        ]
+        policies = read_policies(connection)
+        tables = _tables(connection, details, policies)
+        of_storage = [policy for policy in policies.get("storage.objects", []) if policy.permissive]
         readable = _column(
             connection, "storage.objects",
             "select 1 from pg_roles where rolname = 'authenticated' and has_schema_privilege(oid, 'storage', 'usage')"
-            " and has_table_privilege(oid, 'storage.objects', 'select')",
+            " and has_any_column_privilege(oid, 'storage.objects', 'select')",
         )  # fmt: skip
         return Facts(
-            tables, buckets, applied_migrations(connection), policies, bool(readable),
+            tables, buckets, applied_migrations(connection), of_storage, bool(readable),
             _file_functions(connection), _of_adapter(connection, "file_rule"), adapter_version(connection),
             views, read_member_functions(connection), _of_adapter(connection, "adapter_answers"),
         )  # fmt: skip
 
 
-def _tables(connection: Connection[tuple[Any, ...]], details: dict[str, dict[str, Any]]) -> dict[str, Table]:
+def _tables(
+    connection: Connection[tuple[Any, ...]], details: dict[str, dict[str, Any]], policies: dict[str, list[Policy]]
+) -> dict[str, Table]:
     """The project's own tables by qualified name."""
     tables = {
         name: Table(name, {}, key or [], rules or [])
@@ -184,9 +177,9 @@ def _tables(connection: Connection[tuple[Any, ...]], details: dict[str, dict[str
             (list(NOT_THE_PROJECTS),),
         )
     }
-    indexes, rows = read_indexes(connection), read_policies(connection)
+    indexes = read_indexes(connection)
     return {
-        name: replace(table, **details[name], **indexes.get(name, {}), row_policies=rows.get(name, []))
+        name: replace(table, **details[name], **indexes.get(name, {}), row_policies=policies.get(name, []))
         for name, table in tables.items()
         if name in details  # it has columns
     }

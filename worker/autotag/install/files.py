@@ -17,7 +17,9 @@ import psycopg
 
 from autotag.install.adapter import TEMPLATE, file_code, of_members, place_code, render
 from autotag.install.answers import Ask, HostError
-from autotag.install.facts import Facts, StoragePolicy
+from autotag.install.details import Policy
+from autotag.install.evidence import CALLER, caller_code, parts_of, plain
+from autotag.install.facts import Facts
 from autotag.install.host import FileRule, Host, Members
 from autotag.install.keys import KEY_TYPES
 from autotag.install.location import too_long_code
@@ -37,10 +39,10 @@ RULES = {
     "owner": "a member owns the object in Storage",
     "any": "a row may name any file, and its workspace gets the tags of that file",
 }
-#: `(storage.foldername(name))[1]` and `split_part(name, '/', 1)` as Postgres prints them in a policy.
-FOLDER = re.compile(
-    r"foldername\((?:objects\.)?name\)\)?\[(\d+)\]|split_part\((?:objects\.)?name, '/'(?:::text)?, (\d+)\)"
-)
+#: `(storage.foldername(name))[1]` and `split_part(name, '/', 1)` in the output of `evidence.plain`.
+FOLDER = r"(?:[\w.]*foldername (?:objects\.)?name \[ (\d+) \]|split_part (?:objects\.)?name , '/' , (\d+))"
+#: The rules about ids in names. An id is a number where another thing may have the same one.
+BY_ID = ("workspace-folder", "workspace-bucket", "uploader-folder")
 
 
 #: Runs a statement in which all names and strings are quoted.
@@ -80,7 +82,8 @@ def find_rule(url: str, facts: Facts, host: Host, wanted: str | None, ask: Ask, 
         host: its tables; the rule in it is ignored.
         wanted: the choice of the caller: one of `RULES`, or a function (key, text, text) -> boolean of the project.
         ask: called when the rows and the policies do not agree on one rule.
-        may_ask: whether ``ask`` reaches a person. Without one the strictest rule that fits all rows is taken.
+        may_ask: whether ``ask`` reaches a person. Without one the strictest rule that fits all rows is taken, if that
+            cannot be by chance.
 
     Raises:
         HostError: there is no such rule, or none fits.
@@ -110,18 +113,41 @@ def _find(rows: Rows, facts: Facts, host: Host, wanted: str | None, ask: Ask, *,
         return _wanted(wanted, facts, host, rows)
     fitting = [fit.rule for fit in rows.fits if fit.rows == rows.count]
     hints = _hints(facts.storage_policies, host, rows.buckets or [host.bucket] if host.bucket else rows.buckets)
+    hinted = {name for name, _ in hints}
     if rows.count:
-        certain = bool(fitting) and (not hints or fitting[0].name in hints)
+        certain = bool(fitting) and (not hints or fitting[0].name in hinted)
         # A single odd row must not lead to a rule that is weaker than the policies suggest.
-        if fitting and any(list(RULES).index(hint) < list(RULES).index(fitting[0].name) for hint in hints):
+        if fitting and any(list(RULES).index(hint) < list(RULES).index(fitting[0].name) for hint in hinted):
             fitting = []
     else:
-        certain, fitting = len(hints) == 1, [f for f in fitting if f.name in hints] or fitting
+        certain, fitting = len(hinted) == 1, [f for f in fitting if f.name in hinted] or fitting
+    chance = _by_chance(fitting[0], rows, fitting, host) if fitting else ""
+    if chance and (by_policy := [rule for rule in fitting if hints == {(rule.name, rule.depth)}]):
+        return by_policy[0]
     stricter = _nearly(rows, fitting[0]) if fitting else None
-    if fitting and not stricter and (certain or not may_ask):
+    if fitting and not stricter and not chance and (certain or not may_ask):
         return fitting[0]
-    answer = ask("--file-rule", _question(rows, stricter), [*RULES])
+    answer = ask("--file-rule", _question(rows, stricter) + chance, [*RULES])
     return _wanted(answer, facts, host, rows)
+
+
+def _by_chance(chosen: FileRule, rows: Rows, fitting: Sequence[FileRule], host: Host) -> str:
+    """Why a rule may fit all rows without being the project's, as a sentence; empty: it cannot be by chance.
+
+    No two uuids are the same. A number may be the id of a workspace, a user, an album and a year, and a text a name.
+    """
+    kind = host.user_type if chosen.name == "uploader-folder" else host.workspace_type
+    if chosen.name not in BY_ID or kind == "uuid":
+        return ""
+    if kind != "text":
+        return " The ids are numbers, so they may be ids of something else."
+    if not rows.count:
+        return " No row says whose a folder is."
+    folder = (chosen.prefix, chosen.depth)
+    others = [f for f in fitting if f.name in BY_ID and f != chosen and (f.prefix, f.depth) == folder]
+    if others and not host.members.owner:
+        return f" The folders are ids of {chosen.name} as well as of {others[0].name}."
+    return ""
 
 
 def _nearly(rows: Rows, chosen: FileRule) -> Fit | None:
@@ -158,36 +184,53 @@ def _wanted(wanted: str, facts: Facts, host: Host, rows: Rows) -> FileRule:
     return found
 
 
-def _hints(policies: Iterable[StoragePolicy], host: Host, buckets: Sequence[str]) -> set[str]:
-    """The rules that the policies of storage.objects suggest. Policies of other buckets are ignored."""
-    hints = set()
-    members = host.members.table.rpartition(".")[2]
-    for policy in policies:
-        if not _applies_to(policy.text, buckets):
+def _hints(policies: Iterable[Policy], host: Host, buckets: Sequence[str]) -> set[tuple[str, int]]:
+    """The rules that the policies of storage.objects suggest, each with the segment of its folder (0: not certain).
+
+    Policies of other buckets are ignored.
+    """
+    caller = caller_code(host.caller)
+    columns = {host.workspace, host.members.workspace} - {""}
+    workspaces = rf'(?<![\w."])(?:[\w"]+\.)?(?:{"|".join(re.escape(quote(name)) for name in sorted(columns))})(?![\w"])'
+    hints: set[tuple[str, int]] = set()
+    for text in (plain(e) for p in policies if _applies_to(p, buckets) for e in (p.using, p.check) if e):
+        if re.search(r"\bNOT (?!NULL)", text):
             continue
-        text = re.sub(r"\s+", " ", policy.text)
-        uid = "uid()" in text
-        if FOLDER.search(text):
-            tenants = host.workspace in text or "jwt()" in text or bool(members and members in text)
-            hints.add("workspace-folder" if tenants or not uid else "uploader-folder")
-        elif uid and re.search(r"(?<![\w.])(objects\.)?owner(_id)?\b", text):
-            hints.add("owner")
+        compared = [(m[1], m[2] or m[3]) for m in re.finditer(rf"({workspaces}|{CALLER}) = {FOLDER}", text)]
+        compared += [
+            (m[3], m[1] or m[2])
+            for m in re.finditer(rf"{FOLDER} (?:=|IN|= ANY|= ANY ARRAY) (?:SELECT )?({workspaces}|{CALLER})", text)
+        ]
+        for whose, depth in compared:
+            users = whose in (caller, "auth.uid", "auth.jwt ->> 'sub'")
+            known = users or not whose.startswith("auth.") or whose == caller_code(host.members.claim)
+            hints.add(("uploader-folder" if users else "workspace-folder", int(depth) if known else 0))
+        if not compared and re.search(FOLDER, text):  # an argument of a function, for example
+            hints.add(("workspace-folder", 0))
+        elif not compared and caller in text and re.search(r"(?<![\w.])(objects\.)?owner(_id)?\b", text):
+            hints.add(("owner", 1))
     return hints
 
 
 def users_see_files(facts: Facts, rule: FileRule) -> bool:
     """Whether a policy lets signed-in users see files in a rule's buckets, so that row level security can decide."""
     return facts.users_read_objects and any(
-        policy.reads and _applies_to(policy.text, rule.buckets) for policy in facts.storage_policies
+        policy.reads and _applies_to(policy, rule.buckets) for policy in facts.storage_policies
     )
 
 
-def _applies_to(policy: str, buckets: Sequence[str]) -> bool:
-    """Whether a policy can apply to one of these buckets: it names one of them, or no bucket."""
-    named = (
-        set(re.findall(r"'((?:[^']|'')*)'::text", policy.split("bucket_id", 1)[1])) if "bucket_id" in policy else set()
-    )
-    return not named or not buckets or any(bucket.replace("'", "''") in named for bucket in buckets)
+def _applies_to(policy: Policy, buckets: Sequence[str]) -> bool:
+    """Whether a policy can apply to one of these buckets: unless all that it allows requires one of other buckets."""
+    ways = parts_of(policy.using or policy.check or "true", "OR")
+    return not buckets or not all(any(_is_other(plain(part), buckets) for part in parts_of(way, "AND")) for way in ways)
+
+
+def _is_other(condition: str, buckets: Sequence[str]) -> bool:
+    """Whether a condition says that the bucket is one of a list, and none of these."""
+    text = r"'(?:[^']|'')*'"
+    match = re.fullmatch(rf"(?:objects\.)?bucket_id = (?:({text})|ANY ARRAY \[ ({text}(?: , {text})*) \])", condition)
+    named = re.findall(r"'((?:[^']|'')*)'", match[1] or match[2]) if match else []
+    return bool(match) and not any(bucket.replace("'", "''") in named for bucket in buckets)
 
 
 def find_full_paths(url: str, host: Host) -> bool:
@@ -246,7 +289,7 @@ def _read_rows(url: str, facts: Facts, host: Host) -> Rows:
         listed = _listed(rows.buckets, facts, host)
         workspace, person = f"a.{quote(host.workspace)}::text", _person(host.members, uploader, host)
         rules = [
-            _folder(run, "workspace-folder", f"{{}} = {workspace}", source, listed, None),
+            _folder(run, "workspace-folder", lambda folder: f"{folder} = {workspace}", source, listed, None),
             FileRule("workspace-bucket", ()),
         ]
         if person:
@@ -288,24 +331,24 @@ def _listed(named: Sequence[str], facts: Facts, host: Host) -> tuple[str, ...]:
     return tuple(sorted(allowed)) if len(allowed) <= MAX_BUCKETS else ()
 
 
-def _person(members: Members, uploader: str | None, host: Host) -> str:
-    """The condition that a folder ({}) belongs to the uploader or to a member; empty: there is no table of members."""
+def _person(members: Members, uploader: str | None, host: Host) -> Callable[[str], str] | None:
+    """The condition that a folder belongs to the uploader or to a member; None: there is no table of members."""
     if (
         not members.table and not members.owner
     ):  # a token or a function names the workspaces of its own user, not those of the user in a row
-        return ""
+        return None
     if uploader:
-        return f"{{}} = a.{quote(uploader)}::text"
+        return lambda folder: f"{folder} = a.{quote(uploader)}::text"
     rows = of_members(members, f"a.{quote(host.workspace)}")
-    return f"exists (select {rows} and m.{quote(members.user)}::text = {{}})"
+    return lambda folder: f"exists (select {rows} and m.{quote(members.user)}::text = {folder})"
 
 
 def _folder(
-    run: Run, name: str, condition: str, source: str, buckets: tuple[str, ...],
+    run: Run, name: str, condition: Callable[[str], str], source: str, buckets: tuple[str, ...],
     uploader: str | None,
 ) -> FileRule:  # fmt: skip
     """The rule of this name, with the folder at the depth where most rows have it."""
-    segment = condition.format("split_part(f.path, '/', d)")
+    segment = condition("split_part(f.path, '/', d)")
     found = run(f"""
         select d, count(*), min(before), max(before) from (
           select d, array_to_string((string_to_array(f.path, '/'))[1:d - 1], '/') as before

@@ -188,6 +188,18 @@ def notes_on_rows(table: Table, host: Host) -> list[str]:
     ]
 
 
+def notes_on_tags(facts: Facts, host: Host) -> list[str]:
+    """What a person should know about tags that are somewhere else."""
+    about = {table.name for table in facts.tables.values() if host.table in {to for to, _ in table.references.values()}}
+    other = sorted(name for name in about if re.search(r"tag|label|keyword", snake(name.rpartition(".")[2])))
+    if not other or host.tags in facts.tables[host.table].columns:
+        return []
+    return [
+        f"{name_some(other)} seems to have the tags that people gave. They stay there, and autotag does not see them:"
+        f" its own go to the new column {host.table}.{host.tags}."
+    ]
+
+
 def _holds_tags(kind: str) -> bool:
     return kind in TAG_TYPES or kind.endswith(".citext[]")
 
@@ -268,8 +280,7 @@ def _table(facts: Facts, wanted: str | None, ask: Ask) -> Table:
             wanted = found[0]
         else:
             wanted = ask("--table", "Which table holds the images?", found or sorted(facts.tables))
-    wanted = wanted.replace('"', "")
-    name = wanted if "." in wanted else f"public.{wanted}"
+    name = facts.name_of(wanted)
     if name in facts.views:
         check_table(facts.views[name])
     if name not in facts.tables:
@@ -313,7 +324,7 @@ def _likely(columns: Iterable[str], likely: Sequence[str]) -> list[str]:
         names.setdefault(snake(name), name)
     exact = set(columns)
     found = (name if name in exact else names.get(snake(name)) for name in likely)
-    return [name for name in found if name is not None]
+    return [name for name in dict.fromkeys(found) if name is not None]
 
 
 def _bucket(facts: Facts, choices: Choices, column: str | None, ask: Ask) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from autotag.install.answers import Ask, HostError
 from autotag.install.facts import Table
+from autotag.install.quoting import table_name
 from autotag.texts import name_some
 
 #: The type of a key's column, below its domain -> the base type of autotag's ids.
@@ -121,6 +122,12 @@ def check_written(table: Table, tags: str, result: str) -> None:
         if column in table.generated:
             option = "another column for the tags with --tags-column" if column == tags else "it differently"
             raise HostError(f"{table.name}.{column} is generated, so autotag cannot write it; name {option}.")
+    blank = next((column for column in _STAGE_COLUMNS if column in table.required), None)
+    if blank:
+        raise HostError(
+            f"{table.name}.{blank} is not null, and autotag writes null there; run: alter table"
+            f" {table_name(table.name)} alter column {blank} drop not null;"
+        )
     for column, kinds in {**_STAGE_COLUMNS, result: ("jsonb",)}.items():
         kind = table.base_type(column)
         if kind is not None and kind not in kinds:

@@ -15,6 +15,7 @@ from autotag.install.quoting import literal, quote
 BLANKS, ENDS = r"e' \t\r\n'", r"e' \t\r\n/'"  # around a URL; around a path
 IS_URL = r"'^\s*https?://'"
 MAX_URL, MAX_PATH, MAX_BUCKET = 8192, 1024, 100  # bytes; docs/install.md names them
+MAX_KEY = 1024  # bytes of a workspace's or user's id that is a text: an index takes no key over 2.7 kB
 
 
 def location_code(host: Host, as_written: str | None, guard: str) -> str:
@@ -89,6 +90,7 @@ def _text(column: str) -> str:
 def too_long_code(host: Host) -> str:
     """The condition that a value is longer than a location can be. It reads no value, only its length."""
     limits = {host.url: MAX_URL, host.path: MAX_PATH, host.bucket_column: MAX_BUCKET}
+    limits |= {host.workspace: MAX_KEY} if host.workspace_type == "text" else {}
     checks = [f"coalesce(octet_length(a.{quote(name)}) > {most}, false)" for name, most in limits.items() if name]
     return " or ".join(checks) or "false"
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 
 from autotag.install.answers import EVERY_ROW, Ask, Choices, HostError
 from autotag.install.conditions import check_form
-from autotag.install.evidence import claim_in, doubts_about, is_user, snake, sounds_like_members, states
+from autotag.install.evidence import WORKSPACE, claim_in, doubts_about, is_user, snake, sounds_like_members, states
 from autotag.install.facts import Facts, Table
-from autotag.install.keys import KEY_TYPES
+from autotag.install.keys import KEY_TYPES, key_columns
 from autotag.texts import name_some
 
 USERS = ("user_id", "member_id", "profile_id", "auth_user_id")
@@ -32,6 +32,8 @@ class Members:
         user_type: the type of the column with the user.
         where: a condition on the rows ``m`` of the table; None: every row is a membership.
         claim: the path of a claim of the JWT: a string, an array of strings, or an object whose keys are workspaces.
+        claim_form: as which of these the policies of the images read the claim (``text``, ``list`` or ``keys``); empty:
+            they do not, and each of them counts.
         function: a function of the project that takes a workspace and returns whether the caller is a member.
         owner: each user is a workspace of their own.
     """
@@ -40,6 +42,7 @@ class Members:
     workspace: str = ""
     user: str = ""
     claim: tuple[str, ...] = ()
+    claim_form: str = ""
     user_type: str = "uuid"
     where: str | None = None
     function: str = ""
@@ -92,7 +95,7 @@ def find_members(facts: Facts, table: Table, workspace: str, choices: Choices, a
     """
     _refuse_several(choices)
     if choices.members_claim:
-        return Members(claim=read_claim(choices.members_claim, "--members-claim"))
+        return _claim(table, workspace, choices, choices.members_claim)
     if choices.members_function:
         return _function(facts, table, workspace, choices.members_function)
     if choices.members_table:
@@ -102,13 +105,28 @@ def find_members(facts: Facts, table: Table, workspace: str, choices: Choices, a
     others = [other for other in [*facts.tables.values(), *facts.views.values()] if other.name != table.name]
     candidates = [found for other in others if (found := _candidate(facts, table, workspace, other, choices))]
     certain = [c for c in candidates if not c.doubts]
-    rivals = [c for c in candidates if c.doubts and sounds_like_members(c.members.table)]
+    rivals = [c for c in candidates if c.doubts and _may_be_it(facts, table, c.members)]
     if len(certain) == 1 and not rivals:
         return _with_condition(certain[0].members, choices)
-    claim = claim_in(table, workspace)
+    claim, form = claim_in(table, workspace)
     if claim and not certain and not rivals:
-        return Members(claim=claim)
+        return Members(claim=claim, claim_form=form)
     return _ask(facts, table, workspace, choices, candidates, ask)
+
+
+def _claim(table: Table, workspace: str, choices: Choices, wanted: str) -> Members:
+    """The claim that a person names. What the policies read as one form is that form here, too."""
+    claim, form = claim_in(table, workspace)
+    named = read_claim(wanted, "--members-claim")
+    return Members(claim=named, claim_form=choices.claim_form or (form if claim == named else ""))
+
+
+def _may_be_it(facts: Facts, images: Table, members: Members) -> bool:
+    """Whether a doubtful table may be the list of members all the same: by its name, or, where no policy tells, its
+    key."""
+    other = facts.tables.get(members.table)
+    keyed = other is not None and other.is_unique({members.workspace, members.user})
+    return sounds_like_members(members.table) or (keyed and not images.row_security)
 
 
 def _refuse_several(choices: Choices) -> None:
@@ -138,7 +156,7 @@ def _ask(
             " the members, set --members-table, --members-workspace-column and --members-user-column; if a function"
             " decides, --members-function; if each user has a workspace of their own, --owner-column."
         )
-        return Members(claim=read_claim(ask("--members-claim", question, ()), "--members-claim"))
+        return _claim(table, workspace, choices, ask("--members-claim", question, ()))
     reasons = "; ".join(
         f"{c.members.table} {' and '.join(c.doubts[:2])}" for c in candidates if c.doubts and c.members.table in likely
     )
@@ -190,7 +208,7 @@ def _functions(facts: Facts, kind: str) -> list[str]:
 
 
 def _chosen_table(facts: Facts, table: Table, workspace: str, choices: Choices, wanted: str) -> Members:
-    name = _plain(wanted)
+    name = facts.name_of(wanted)
     other = facts.tables.get(name) or facts.views.get(name)
     if other is None:
         raise HostError(f"There is no table {name}; name the table of the members with --members-table.")
@@ -225,8 +243,23 @@ def _candidate(facts: Facts, table: Table, workspace: str, other: Table, choices
     if members is None or members.workspace == members.user:
         return None
     caller = read_claim(choices.caller_claim, "--caller-claim") if choices.caller_claim else ()
-    columns = (members.workspace, members.user)
-    return Candidate(members, doubts_about(facts, table, workspace, other, columns, caller))
+    doubts = doubts_about(facts, table, workspace, other, (members.workspace, members.user), caller)
+    return Candidate(members, doubts + ([] if table.row_security else _beside(facts, table, workspace, other)))
+
+
+def _beside(facts: Facts, table: Table, workspace: str, other: Table) -> list[str]:
+    """Other lists of members, of something else that an image belongs to: no policy tells which one decides."""
+    found = []
+    for column in key_columns(table):
+        target = table.references.get(column)
+        container = not is_user(facts, target) if target else WORKSPACE.fullmatch(snake(column).removesuffix("_id"))
+        if column == workspace or not container:
+            continue
+        for rival in facts.tables.values():
+            members = _members_of(facts, table, column, rival, Choices())
+            if members and rival.name not in (table.name, other.name) and sounds_like_members(rival.name):
+                found.append(f"is not alone: {rival.name} lists the members of {column}")
+    return found
 
 
 def _members_of(facts: Facts, table: Table, workspace: str, other: Table, choices: Choices) -> Members | None:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autotag.install.changes import plan_change, with_kept_files, with_remembered
-from autotag.install.conditions import check_condition, check_users
+from autotag.install.conditions import check_condition, check_tags, check_users
 from autotag.install.evidence import users_join, writes_unchecked
 from autotag.install.facts import Facts, read_facts
 from autotag.install.files import find_full_paths, find_rule, users_see_files
-from autotag.install.host import Ask, Choices, FileRule, Host, HostError, notes_on_rows, propose
+from autotag.install.host import Ask, Choices, FileRule, Host, HostError, notes_on_rows, notes_on_tags, propose
 from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, Migration, spending_limit
 from autotag.install.origin import storage_hosts
 from autotag.texts import name_some
@@ -72,6 +72,9 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
         check_condition(url, host.members.table, "m", host.members.where, "--members-where")
     if host.members.table and not host.caller and host.members.user_type != "uuid":
         check_users(url, host.members.table, host.members.user)
+    images = facts.tables[host.table]
+    if host.tags_type in ("json", "jsonb") and host.tags in images.columns and facts.adapter is None:
+        check_tags(url, host.table, host.tags, images.defaults.get(host.tags))
     if choices.full_paths is None:
         host = replace(host, full_paths=find_full_paths(url, host))
     notes: tuple[str, ...] = ()
@@ -81,7 +84,7 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
         hosts = storage_hosts(url, choices.project_url, folder)
         host, notes = _find_files(url, facts, replace(host, storage_hosts=hosts), choices, ask, may_ask=may_ask)
         host = replace(host, users_see_files=host.names_files and users_see_files(facts, host.files))
-    notes += (*notes_on_rows(facts.tables[host.table], host), *_notes_on_trust(facts, host))
+    notes += (*notes_on_rows(images, host), *notes_on_tags(facts, host), *_notes_on_trust(facts, host))
     change = plan_change(url, facts, host, folder) if facts.adapter is not None else None
     return Survey(facts, host, False, notes, change)
 
