@@ -3,7 +3,7 @@
 import { refreshAsked } from './asked.js'
 import { $, element, showError, supabase, token, workspace } from './client.js'
 import { COLUMNS, makeEditable, showTags } from './tags.js'
-import { uploadPhotos } from './upload-list.js'
+import { uploading, uploadPhotos } from './upload-list.js'
 
 const MAX_SHOWN = 500 // images; the newest ones
 const jobs = new Map() // uploads of this window and those announced by broadcasts, by job id
@@ -103,7 +103,7 @@ async function refetch() {
 /** Images that no upload has got as far as tagging: their window was closed. */
 function showUntagged() {
   const ids = [...assets.values()].filter((asset) => !asset.tagging_stage && !asset.tags).map((asset) => asset.id)
-  $('untagged').hidden = !ids.length
+  $('untagged').hidden = !ids.length || uploading()
   $('untagged-count').textContent = ids.length === 1 ? '1 image is not tagged.' : `${ids.length} images are not tagged.`
   $('tag-all').onclick = () => enqueue(ids)
 }

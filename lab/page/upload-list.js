@@ -8,12 +8,13 @@ const PAUSE = 2000 // milliseconds between two tries of a request
 const storage = { url: config.url, key: config.anonKey, token: async () => token, bucket: 'assets', folder: workspace }
 const running = new Set() // selections that are being uploaded, each with its AbortController
 
-addEventListener('beforeunload', (event) => { if (running.size) event.preventDefault() })
+export const uploading = () => running.size > 0
+addEventListener('beforeunload', (event) => { if (uploading()) event.preventDefault() })
 $('stop').onclick = () => { for (const { stopping } of running) stopping.abort() }
 
 /** Uploads files and returns the ids of their rows. Files that cannot be uploaded stay in the list, with the reason. */
 export async function uploadPhotos(files) {
-  if (!running.size) $('uploads').replaceChildren()
+  if (!uploading()) $('uploads').replaceChildren()
   const selection = { stopping: new AbortController(), lines: [...files].map(makeLine) }
   running.add(selection)
   showTotal()
@@ -60,7 +61,7 @@ function showTotal() {
   $('uploads-total').hidden = !lines.length
   $('uploads-total').value = bytes((line) => line.sent) / (bytes(() => 1) || 1)
   $('uploads-count').textContent = lines.length ? `${stored} of ${lines.length} photos uploaded. Keep this page open.`
-    : 'These photos were not uploaded. Choose them again to go on where it stopped.'
+    : `These photos were not uploaded.${$('uploads').querySelector('[data-state=stopped]') ? ' Choose them again to go on where they stopped.' : ''}`
 }
 
 async function storeLine(line, signal) {
@@ -75,7 +76,7 @@ async function storeLine(line, signal) {
     show(line, 'stored', there ? 'Already there' : 'Uploaded', 1)
     $('uploads').append(line.item) // those still under way are at the top
   } catch (error) {
-    show(line, 'failed', signal.aborted ? 'Stopped' : error.message)
+    show(line, ...signal.aborted ? ['stopped', 'Stopped'] : ['failed', error.message])
     line.item.querySelector('progress').hidden = true
   }
 }

@@ -1,5 +1,5 @@
-// Uploads photos in headless Chromium over a slow connection that breaks. Arguments: JSON with {mine, files, large, refused, shots,
-// chromium}. It asks the test for what only the test can break, a line each, and goes on when a line comes back; the last line is
+// Uploads photos in headless Chromium over a slow connection that breaks. Arguments: JSON with {mine, files, twice, large, refused,
+// shots, chromium}. It asks the test for what only the test can break, a line each, and goes on when a line comes back; the last line is
 // what was seen, as JSON.
 import { createRequire } from 'node:module'
 import { createInterface } from 'node:readline'
@@ -33,14 +33,14 @@ async function open() {
 }
 
 const choose = (page, files) => page.setInputFiles('#files', files)
-const states = (page) => page.$$eval('.file', (lines) => lines.map((line) => line.dataset.state))
 const stored = (page, count) => page.waitForFunction((count) => document.querySelectorAll(
   '.file[data-state=stored]').length >= count, count)
 const state = (page, name) => page.waitForFunction((name) => document.querySelector(`.file[data-state=${name}]`), name)
-/** A large photo is under way, between a quarter and three quarters. */
-const halfway = (page, name) => page.waitForFunction((name) => [...document.querySelectorAll('.file')].some((line) =>
-  line.querySelector('.name').textContent === name && line.dataset.state === 'sending'
-  && line.querySelector('progress').value > 0.25 && line.querySelector('progress').value < 0.75), name)
+/** These photos are under way: no longer at the beginning, and not at the end. */
+const underway = (page, numbers) => page.waitForFunction((names) => names.every((name) => [...document.querySelectorAll('.file')].some(
+  (line) => line.querySelector('.name').textContent === name && line.dataset.state === 'sending'
+    && line.querySelector('progress').value > 0.1 && line.querySelector('progress').value < 0.9)),
+  numbers.map((number) => given.files[number].split('/').at(-1)))
 
 async function look(page, name) {
   await page.addScriptTag({ path: axe })
@@ -55,26 +55,28 @@ try {
   const first = await open()
   await ask('lose POST') // the reply to the request that creates and ends the upload of a small photo
   await choose(first, given.files)
-  await choose(first, given.files.slice(0, 3))
+  await choose(first, given.files.slice(0, given.twice))
   await stored(first, 3)
-  await first.connect(true) // 1: no network
+  await first.connect(true) // 1: no network. Chromium lets requests end that it has sent, so their connections break, too.
+  await ask('cut')
   await state(first, 'broken')
   await look(first, 'upload-360-dark')
   await first.connect(false)
-  await halfway(first, given.large[0])
+  await underway(first, given.large.slice(0, 1))
   await ask('cut') // 2: every connection breaks
-  await stored(first, 15) // three of them twice
+  await stored(first, 15)
   await ask('restart') // 3: Storage goes away and comes back
-  await halfway(first, given.large[1])
-  seen.atClose = await states(first)
+  await underway(first, given.large.slice(1))
   await first.close()
-  seen.book = JSON.parse(await ask('book'))
+  await ask('lose object') // of a large one: Storage has all bytes of it and failed at the end
 
   // Two windows go on with the same photos. The reply to the request that ends the upload of a large one is lost.
   const [second, third] = [await open(), await open()]
   await second.setViewportSize({ width: 1440, height: 900 })
   await second.emulateMedia({ colorScheme: 'light' })
+  await second.waitForSelector('#untagged:not([hidden])')
   seen.untagged = await second.textContent('#untagged-count')
+  seen.closed = JSON.parse(await ask('book'))
   const before = seen.resumed.length
   await ask('lose PATCH')
   await Promise.all([choose(second, [...given.files, given.refused]), choose(third, given.files)])

@@ -14,7 +14,7 @@ function upload(name, size, options = {}) {
       onAfterResponse: (request, response) => {
         answers.push([request.getMethod(), response.getStatus(), response.getHeader('Upload-Offset') ?? null])
       },
-      onError: (error) => resolve({ one, error: error.originalResponse?.getBody() ?? String(error) }),
+      onError: (error) => resolve({ one, error: error.originalResponse?.getBody() || String(error) }),
       onSuccess: () => resolve({ one }),
       ...options,
       onChunkComplete: (...chunk) => options.onChunkComplete?.(one, resolve, ...chunk),
