@@ -79,15 +79,14 @@ try {
   seen.closed = JSON.parse(await ask('book'))
   const before = seen.resumed.length
   await ask('lose PATCH')
-  await Promise.all([choose(second, [...given.files, given.refused]), choose(third, given.files)])
+  const others = given.files.filter((_, number) => number !== given.large.at(-1))
+  await Promise.all([choose(second, [...given.files, given.refused]), choose(third, others)])
   await stored(second, 10)
   await look(second, 'upload-1440-light')
   for (const page of [second, third]) await page.waitForFunction(() => document.getElementById('stop').hidden)
   seen.resumedAfterReload = seen.resumed.slice(before)
   seen.left = await second.$$eval('.file', (lines) => lines.map((line) => line.innerText.replace(/\s+/g, ' ').trim()))
-  for (const page of [second, third]) {
-    await page.waitForFunction((count) => document.querySelectorAll('.image[data-stage=queued]').length === count, given.files.length)
-  }
+  await second.waitForFunction((count) => document.querySelectorAll('.image[data-stage=queued]').length === count, given.files.length)
   await look(second, 'upload-1440-left')
   console.log(JSON.stringify(seen))
 } finally {
