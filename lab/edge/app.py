@@ -20,9 +20,21 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from lab.edge.manners import BAD_GATEWAY, Manners
+from lab.edge.objects import Objects
 from lab.edge.realtime import Realtime
 from lab.edge.rest import Rest
+from lab.edge.resumable import PATH, Resumable
 from lab.edge.storage import Storage
+
+
+class _Cors(CORSMiddleware):
+    """Everything is allowed, but resumable uploads have their own list of headers, which is shorter."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "OPTIONS" and scope["path"].startswith(f"/storage/v1{PATH}"):
+            await self.app(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 def make_edge(authenticator_url: str, owner_url: str, secret: str, files: Path, manners: Manners) -> Starlette:
@@ -55,20 +67,22 @@ def make_edge(authenticator_url: str, owner_url: str, secret: str, files: Path, 
         feature = f"{request.method} {request.url.path}"
         return JSONResponse({"message": f"The local edge does not support {feature}.", "code": "LOCAL501"}, 501)
 
+    objects = Objects(pool, files)
+    uploads = [*Storage(pool, secret, objects).routes(), *Resumable(secret, objects).routes()]
     fallback = Route("/{path:path}", unsupported, methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"])
 
     return Starlette(
         lifespan=lifespan,
         routes=[
             Mount("/rest/v1", routes=[*Rest(pool, secret).routes(), fallback]),
-            Mount("/storage/v1", routes=[*Storage(pool, secret, files).routes(), fallback]),
+            Mount("/storage/v1", routes=[*uploads, fallback]),
             Route("/realtime/v1/api/broadcast", realtime.http_broadcast, methods=["POST"]),
             WebSocketRoute("/realtime/v1/websocket", realtime.websocket),
             fallback,
         ],
         middleware=[
             Middleware(Gateway, manners=manners),
-            Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]),
+            Middleware(_Cors, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]),
         ],
     )
 

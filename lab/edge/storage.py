@@ -6,14 +6,10 @@ The rows are in ``storage.objects`` under row level security; the files are in a
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-import re
 import uuid
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from email.message import Message
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
@@ -26,39 +22,25 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from lab.edge.objects import NewObject, Objects, StorageError, check_key, describe, no_bucket, timestamp
 from lab.edge.render import NOT_ENABLED, TRANSFORMS, NotRendered, render
 from lab.edge.session import as_caller
 from lab.edge.tokens import TokenError, bearer, sign, verify
 
-#: Object names that the real server accepts.
-KEY = re.compile(r"[\w/!.*'() &$=;:+,?@-]+", re.ASCII)
-
-
 StoredFile = tuple[str, str, bytes]  # path, content type, content
-
-
-class StorageError(Exception):
-    """An error response of Storage: HTTP 400, with the actual status in the body."""
-
-    def __init__(self, status: str, error: str, message: str, code: str) -> None:
-        self.body = {"statusCode": status, "error": error, "message": message, "code": code}
 
 
 def _missing() -> StorageError:
     return StorageError("404", "not_found", "Object not found", "NoSuchKey")
 
 
-def _no_bucket() -> StorageError:
-    return StorageError("404", "Bucket not found", "Bucket not found", "NoSuchBucket")
-
-
 class Storage:
     """The storage of one project."""
 
-    def __init__(self, pool: AsyncConnectionPool[AsyncConnection[Any]], secret: str, folder: Path) -> None:
+    def __init__(self, pool: AsyncConnectionPool[AsyncConnection[Any]], secret: str, objects: Objects) -> None:
         self._pool = pool
         self._secret = secret
-        self._folder = folder
+        self._objects = objects
 
     def routes(self) -> list[Route]:
         """Everything below ``/storage/v1``."""
@@ -85,15 +67,7 @@ class Storage:
             except StorageError as error:
                 return _compact(error.body, 400)
             except TokenError as error:
-                return _compact(
-                    {
-                        "statusCode": "403",
-                        "error": "Unauthorized",
-                        "message": _token_message(error),
-                        "code": "AccessDenied",
-                    },
-                    400,
-                )
+                return refuse_token(error)
             except psycopg.DataError:  # a NUL in a name
                 return _compact(
                     {"statusCode": "400", "error": "InvalidKey", "message": "Invalid key", "code": "InvalidKey"}, 400
@@ -108,23 +82,13 @@ class Storage:
     def _claims(self, request: Request) -> dict[str, Any]:
         return verify(self._secret, bearer(request.headers.get("authorization")) or request.headers.get("apikey", ""))
 
-    async def _bucket(self, name: str) -> dict[str, Any]:
-        async with as_caller(self._pool, {"role": "service_role"}) as connection:
-            cursor = await connection.execute(
-                "select public, file_size_limit, allowed_mime_types from storage.buckets where id = %s", (name,)
-            )
-            row = await cursor.fetchone()
-        if row is None:
-            raise _no_bucket()
-        return {"public": row[0], "limit": row[1], "types": row[2]}
-
     async def _object(self, claims: dict[str, Any], bucket: str, path: str) -> dict[str, Any]:
         """The row of an object, if the caller may see it.
 
         Raises:
             StorageError: the bucket or the object does not exist for the caller.
         """
-        await self._bucket(bucket)
+        await self._objects.bucket(bucket)
         return await self._row(claims, bucket, path)
 
     async def _row(self, claims: dict[str, Any], bucket: str, path: str) -> dict[str, Any]:
@@ -165,49 +129,32 @@ class Storage:
         return _compact(
             [
                 {**dict(zip(names, row[:6], strict=True)), "owner": row[2] or "", "type": "STANDARD",
-                 "created_at": _timestamp(row[6]), "updated_at": _timestamp(row[7])}
+                 "created_at": timestamp(row[6]), "updated_at": timestamp(row[7])}
                 for row in rows
             ]
         )  # fmt: skip
 
     async def _upload(self, request: Request) -> Response:
         claims, bucket, path = self._claims(request), request.path_params["bucket"], request.path_params["path"]
-        settings = await self._bucket(bucket)
-        if not KEY.fullmatch(path) or ".." in path.split("/"):
-            raise StorageError("400", "InvalidKey", f"Invalid key: {path}", "InvalidKey")
+        settings = await self._objects.bucket(bucket)
+        check_key(path)
         data, kind = await _body(request)
-        if settings["types"] and not any(fnmatch(kind, allowed) for allowed in settings["types"]):
-            raise StorageError("415", "invalid_mime_type", f"mime type {kind} is not supported", "InvalidMimeType")
-        if settings["limit"] and len(data) > settings["limit"]:
+        settings.check_kind(kind)
+        if settings.limit and len(data) > settings.limit:
             raise StorageError(
                 "413", "Payload too large", "The object exceeded the maximum allowed size", "EntityTooLarge"
             )
         upsert = request.headers.get("x-upsert") == "true" or request.method == "PUT"
-        version = str(uuid.uuid4())
-        metadata = _describe(data, kind, request.headers.get("cache-control", "max-age=3600"))
-        try:
-            async with as_caller(self._pool, claims) as connection:
-                cursor = await connection.execute(
-                    "insert into storage.objects (bucket_id, name, owner, owner_id, version, metadata)"
-                    " values (%s, %s, %s, %s, %s, %s)"
-                    + (" on conflict (bucket_id, name) do update set version = excluded.version,"
-                       " metadata = excluded.metadata, updated_at = now()" if upsert else "")
-                    + " returning id::text",
-                    (bucket, path, claims.get("sub"), claims.get("sub"), version, json.dumps(metadata)),
-                )  # fmt: skip
-                row = cast("tuple[str]", await cursor.fetchone())
-        except psycopg.errors.UniqueViolation:
-            raise StorageError("409", "Duplicate", "The resource already exists", "KeyAlreadyExists") from None
-        self._file(version).write_bytes(data)
-        return _compact({"Key": f"{bucket}/{path}", "Id": row[0]})
-
-    def _file(self, version: str) -> Path:
-        return self._folder / version
+        cache = request.headers.get("cache-control", "max-age=3600")
+        upload = NewObject(bucket, path, claims.get("sub"), str(uuid.uuid4()), describe(data, kind, cache))
+        await self._objects.may_upload(claims, upload, upsert=upsert)
+        self._objects.file(upload.version).write_bytes(data)
+        return _compact({"Key": f"{bucket}/{path}", "Id": await self._objects.complete(upload)})
 
     def _send(self, stored: dict[str, Any], cache: str | None) -> Response:
         metadata = stored["metadata"]
         headers = {"etag": metadata["eTag"], **({"cache-control": cache} if cache else {})}
-        return FileResponse(self._file(stored["version"]), media_type=metadata["mimetype"], headers=headers)
+        return FileResponse(self._objects.file(stored["version"]), media_type=metadata["mimetype"], headers=headers)
 
     async def _get(self, request: Request) -> Response:
         """Without a valid token, serves only public buckets; other buckets then seem not to exist."""
@@ -223,7 +170,7 @@ class Storage:
 
     async def _send_to(self, claims: dict[str, Any], request: Request) -> Response:
         bucket, path = request.path_params["bucket"], request.path_params["path"]
-        if (await self._bucket(bucket))["public"]:
+        if (await self._objects.bucket(bucket)).public:
             claims = {"role": "service_role"}
         stored = await self._row(claims, bucket, path)
         return self._send(stored, stored["metadata"]["cacheControl"])
@@ -234,17 +181,17 @@ class Storage:
         bucket, path = request.path_params["bucket"], request.path_params["path"]
         stored = await self._object(claims, bucket, path)
         try:
-            if not (self._folder / TRANSFORMS).exists():
+            if not self._objects.file(TRANSFORMS).exists():
                 raise NotRendered("403", "FeatureNotEnabled", NOT_ENABLED)
-            data, kind = await asyncio.to_thread(render, self._file(stored["version"]), request.query_params)
+            data, kind = await asyncio.to_thread(render, self._objects.file(stored["version"]), request.query_params)
         except NotRendered as error:
             raise StorageError(error.status, error.code, error.message, error.code) from None
         return Response(data, media_type=kind, headers={"cache-control": stored["metadata"]["cacheControl"]})
 
     async def _get_public(self, request: Request) -> Response:
         bucket, path = request.path_params["bucket"], request.path_params["path"]
-        if not (await self._bucket(bucket))["public"]:
-            raise _no_bucket()
+        if not (await self._objects.bucket(bucket)).public:
+            raise no_bucket()
         stored = await self._row({"role": "service_role"}, bucket, path)
         return self._send(stored, stored["metadata"]["cacheControl"])
 
@@ -257,7 +204,7 @@ class Storage:
                 "id": stored["id"], "name": path, "version": stored["version"], "bucket_id": bucket,
                 "size": metadata["size"], "content_type": metadata["mimetype"],
                 "cache_control": metadata["cacheControl"], "etag": metadata["eTag"], "metadata": {},
-                "last_modified": _timestamp(stored["updated_at"]), "created_at": _timestamp(stored["created_at"]),
+                "last_modified": timestamp(stored["updated_at"]), "created_at": timestamp(stored["created_at"]),
             }
         )  # fmt: skip
         described.headers.update({"etag": metadata["eTag"], "cache-control": metadata["cacheControl"]})
@@ -309,8 +256,8 @@ class Storage:
             rows = await cursor.fetchall()
         return _compact(
             [
-                {"name": name.removeprefix(start), "id": object_id, "updated_at": _timestamp(updated),
-                 "created_at": _timestamp(created), "last_accessed_at": _timestamp(accessed), "metadata": metadata}
+                {"name": name.removeprefix(start), "id": object_id, "updated_at": timestamp(updated),
+                 "created_at": timestamp(created), "last_accessed_at": timestamp(accessed), "metadata": metadata}
                 for name, object_id, updated, created, accessed, metadata in rows
             ]
         )  # fmt: skip
@@ -324,7 +271,7 @@ class Storage:
             )
             rows = await cursor.fetchall()
         for _, version in rows:
-            self._file(version).unlink(missing_ok=True)
+            self._objects.file(version).unlink(missing_ok=True)
         return _compact([{"name": name, "bucket_id": bucket} for name, _ in rows])
 
 
@@ -341,7 +288,7 @@ def put_files(connection: psycopg.Connection[Any], folder: Path, bucket: str, fi
     for path, kind, data in files:
         version = str(uuid.uuid4())
         (folder / version).write_bytes(data)
-        rows.append({"name": path, "version": version, "metadata": _describe(data, kind, "max-age=3600")})
+        rows.append({"name": path, "version": version, "metadata": describe(data, kind, "max-age=3600")})
     with connection.transaction():
         connection.execute("set local role service_role")
         connection.execute(
@@ -352,12 +299,10 @@ def put_files(connection: psycopg.Connection[Any], folder: Path, bucket: str, fi
         )
 
 
-def _describe(data: bytes, kind: str, cache: str) -> dict[str, Any]:
-    return {
-        "eTag": f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"', "size": len(data), "mimetype": kind,
-        "cacheControl": cache, "lastModified": _timestamp(datetime.now(UTC)), "contentLength": len(data),
-        "httpStatusCode": 200,
-    }  # fmt: skip
+def refuse_token(error: TokenError) -> Response:
+    """The answer to a token that is not valid."""
+    message = _token_message(error)
+    return _compact({"statusCode": "403", "error": "Unauthorized", "message": message, "code": "AccessDenied"}, 400)
 
 
 def _token_message(error: TokenError) -> str:
@@ -379,10 +324,6 @@ async def _body(request: Request) -> tuple[bytes, str]:
     header = Message()
     header["content-type"] = kind
     return await request.body(), header.get_content_type()
-
-
-def _timestamp(time: datetime) -> str:
-    return time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _compact(body: Any, status: int = 200) -> Response:

@@ -1,4 +1,4 @@
-"""The demo's page: a gallery in plain HTML and CSS with one JavaScript module and the unmodified supabase-js."""
+"""The demo's page: a gallery in plain HTML, CSS and JavaScript, with supabase-js and tus-js-client as they are."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ from starlette.staticfiles import StaticFiles
 from lab.stack import Member, Stack
 
 HERE = Path(__file__).parent
-#: npm's copy; if it does not exist, the page loads supabase-js from the CDN.
-SUPABASE_JS = HERE.parents[1] / "node_modules/@supabase/supabase-js/dist/umd/supabase.js"
-CDN = "https://cdn.jsdelivr.net/npm/@supabase/supabase-js@2/dist/umd/supabase.js"
+#: Where npm has the libraries. If a file does not exist, the page loads it from the CDN.
+PACKAGES, CDN = HERE.parents[1] / "node_modules", "https://cdn.jsdelivr.net/npm"
+LIBRARIES = {
+    "/supabase.js": ("@supabase/supabase-js", "2", "dist/umd/supabase.js"),
+    "/tus.js": ("tus-js-client", "4", "dist/tus.min.js"),
+}
 
 
 def make_page(stack: Stack) -> Starlette:
-    """The page, its configuration (the project's URL and anon key) and supabase-js."""
+    """The page, its configuration (the project's URL and anon key) and its libraries."""
 
     async def config(_: Request) -> Response:
         return JSONResponse({"url": stack.supabase_url, "anonKey": stack.anon_key})
 
-    async def library(_: Request) -> Response:
-        if SUPABASE_JS.exists():
-            return FileResponse(SUPABASE_JS, media_type="text/javascript")
-        return RedirectResponse(CDN)
+    async def library(request: Request) -> Response:
+        package, version, path = LIBRARIES[request.url.path]
+        if (copy := PACKAGES / package / path).exists():
+            return FileResponse(copy, media_type="text/javascript")
+        return RedirectResponse(f"{CDN}/{package}@{version}/{path}")
 
     return Starlette(
         routes=[
             Route("/config.json", config),
-            Route("/supabase.js", library),
+            *(Route(path, library) for path in LIBRARIES),
             Mount("/", StaticFiles(directory=HERE, html=True)),
         ]
     )

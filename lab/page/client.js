@@ -1,7 +1,7 @@
 // What every part of the page needs: the client, who looks, and how errors are shown.
 // The address has the workspace and the member's JWT: #workspace=…&token=…. /config.json has the project's URL and key.
 
-const config = await (await fetch('config.json')).json()
+export const config = await (await fetch('config.json')).json()
 const parameters = new URLSearchParams(location.hash.slice(1))
 export const workspace = parameters.get('workspace')
 export const token = parameters.get('token')

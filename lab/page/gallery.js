@@ -3,6 +3,7 @@
 import { refreshAsked } from './asked.js'
 import { $, element, showError, supabase, token, workspace } from './client.js'
 import { COLUMNS, makeEditable, showTags } from './tags.js'
+import { uploading, uploadPhotos } from './upload-list.js'
 
 const MAX_SHOWN = 500 // images; the newest ones
 const jobs = new Map() // uploads of this window and those announced by broadcasts, by job id
@@ -95,7 +96,16 @@ async function refetch() {
   if (error) return showError(error)
   const missing = data.filter((asset) => !assets.has(asset.id) && asset.storage_path)
   data.forEach(show)
+  showUntagged()
   await showPictures(missing)
+}
+
+/** Images that no upload has got as far as tagging: their window was closed. */
+function showUntagged() {
+  const ids = [...assets.values()].filter((asset) => !asset.tagging_stage && !asset.tags).map((asset) => asset.id)
+  $('untagged').hidden = !ids.length || uploading()
+  $('untagged-count').textContent = ids.length === 1 ? '1 image is not tagged.' : `${ids.length} images are not tagged.`
+  $('tag-all').onclick = () => enqueue(ids)
 }
 
 async function showPictures(rows) {
@@ -139,18 +149,12 @@ async function refreshUsage() {
 
 async function upload(files) {
   showError(null)
-  const chosen = [...files]
-  const stored = []
-  for (const file of chosen) {
-    const path = `${workspace}/${crypto.randomUUID()}${file.name.match(/\.\w{1,5}$/)?.[0] ?? ''}`
-    const { error } = await supabase.storage.from('assets').upload(path, file, { contentType: file.type })
-    if (error) showError(error)
-    else stored.push({ workspace_id: workspace, storage_path: path })
+  try {
+    const ids = await uploadPhotos(files)
+    if (ids.length) await enqueue(ids)
+  } catch (error) {
+    showError(error)
   }
-  if (!stored.length) return
-  const { data, error } = await supabase.from('assets').insert(stored).select('id')
-  if (error) return showError(error)
-  await enqueue(data.map((row) => row.id))
 }
 
 async function enqueue(ids) {
@@ -170,11 +174,11 @@ async function cancel(jobId) {
 
 // -- file input: registered before the first fetch, so that files chosen while the page loads are not lost
 
-$('files').onchange = (event) => { upload(event.target.files).then(() => { event.target.value = '' }) }
+$('files').onchange = (event) => { upload([...event.target.files]); event.target.value = '' }
 const drop = $('drop')
 for (const name of ['dragenter', 'dragover']) drop.addEventListener(name, (event) => { event.preventDefault(); drop.classList.add('over') })
 for (const name of ['dragleave', 'drop']) drop.addEventListener(name, () => drop.classList.remove('over'))
-drop.addEventListener('drop', (event) => { event.preventDefault(); upload(event.dataTransfer.files) })
+drop.addEventListener('drop', (event) => { event.preventDefault(); upload([...event.dataTransfer.files]) })
 
 // -- broadcasts
 

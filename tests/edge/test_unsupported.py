@@ -17,7 +17,7 @@ from support import Library
         ("PUT", "/rest/v1/workspaces?id=eq.1", "PUT"),
         ("POST", "/storage/v1/object/move", "/object/move"),
         ("POST", "/storage/v1/object/copy", "/object/copy"),
-        ("POST", "/storage/v1/upload/resumable", "/upload/resumable"),
+        ("POST", "/storage/v1/upload/resumable/sign", "/upload/resumable/sign"),
         ("GET", "/storage/v1/render/image/public/assets/a.jpg", "/render/image"),
         ("POST", "/auth/v1/otp", "/auth/v1/otp"),
         ("POST", "/functions/v1/hello", "/functions/v1/hello"),

@@ -67,3 +67,24 @@ create policy "members read the images of their workspaces" on storage.objects f
 create policy "members upload images to their workspaces" on storage.objects for insert to authenticated
   with check (bucket_id = 'assets' and split_part(name, '/', 1) in (
     select m.workspace_id::text from public.workspace_members m where m.user_id = (select auth.uid())));
+
+-- A file that a signed-in user uploads gets its row in the transaction that makes it an object of Storage. So there is no file without
+-- a row and no row without a file, wherever an upload breaks off (docs/frontend.md, "Uploading on a bad connection"). It needs no rights of
+-- its own: Storage tries the insert as the user first, under the policies of both tables, and repeats it as service_role when the file
+-- is there. A server's uploads have no owner: it inserts its rows itself.
+create unique index assets_file_idx on public.assets (storage_bucket, storage_path);
+
+create function public.insert_uploaded_asset() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_workspace_id public.assets.workspace_id%type := split_part(new.name, '/', 1);
+begin
+  insert into public.assets (workspace_id, storage_bucket, storage_path) values (v_workspace_id, new.bucket_id, new.name)
+  on conflict (storage_bucket, storage_path) do nothing;
+  return null;
+end $$;
+revoke execute on function public.insert_uploaded_asset from public, anon, authenticated, service_role;
+
+create trigger insert_uploaded_asset after insert on storage.objects
+  for each row when (new.bucket_id = 'assets' and new.owner_id is not null) execute function public.insert_uploaded_asset();

@@ -1,0 +1,158 @@
+"""Photos over a slow connection that breaks: all arrive, none twice, and Storage and the table agree at every moment."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autotag.http.serve import serve
+from conftest import skip
+from lab.edge.app import make_edge
+from lab.page import address, make_page
+from lab.pictures import draw
+from lab.postgres import free_port
+from lab.proxy import Proxy
+from lab.stack import HOST, Stack
+from support import PATIENCE, Library
+
+CHROMIUM = shutil.which("chromium")
+SHOTS = os.environ.get("AUTOTAG_SCREENSHOTS")
+PHOTOS, TWICE = 40, 3  # chosen, and chosen again while they are uploaded
+LARGE_SIZE = 300_000  # bytes: 2.4 s at 1 Mbit/s
+
+
+class Line:
+    """The way from the browser to an edge of its own, which can break and start anew."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+        self._port = free_port()
+        self.proxy = Proxy(f"http://{HOST}:{self._port}")
+        self.url = f"http://{HOST}:{self.proxy.port}"
+        self._edge = contextlib.AsyncExitStack()
+
+    async def start(self) -> None:
+        stack = self._stack
+        assert stack.files
+        edge = make_edge(stack.database_url("authenticator"), stack.owner_url, stack.jwt_secret, stack.files)
+        await self._edge.enter_async_context(serve(edge, HOST, self._port))
+
+    async def stop(self) -> None:
+        await self._edge.aclose()
+
+    def cut(self) -> int:
+        """Breaks every connection: how many there were."""
+        return sum(1 for _ in iter(lambda: self.proxy.reset(random.Random(1)), False))
+
+
+@pytest.fixture
+async def line(library: Library) -> AsyncIterator[Line]:
+    if CHROMIUM is None:
+        skip("there is no chromium (Debian: apt-get install chromium)")
+    made = Line(library.stack)
+    await made.start()
+    async with made.proxy.serve():
+        yield made
+        await made.stop()
+
+
+def photos(folder: Path) -> list[Path]:
+    """Small ones, and a few that take seconds: more bytes after the end of a JPEG harm nobody."""
+    paths = []
+    large = {5, 18, 19}
+    for number, drawing in enumerate(draw(PHOTOS, shrink=4)):
+        path = folder / f"{'large' if number in large else 'photo'} {number:02}{Path(drawing.name).suffix}"
+        path.write_bytes(drawing.data + random.Random(number).randbytes(LARGE_SIZE) * (number in large))
+        paths.append(path)
+    return paths
+
+
+def lose_object(stack: Stack, photo: Path) -> None:
+    """Storage has all bytes of an upload, and has failed to make them an object."""
+    assert stack.files
+    name = hashlib.sha256(photo.read_bytes()).hexdigest()[:32]
+    begun = [info for info in stack.files.glob("*.info") if name in info.read_text()]
+    assert begun
+    for info in begun:
+        info.with_suffix("").write_bytes(photo.read_bytes())
+
+
+def book(library: Library) -> dict[str, int]:
+    """What Storage and the table have, and what only one of them has."""
+    [counts] = library.sql("""
+        select count(o.id) as objects, count(a.id) as rows, count(*) filter (where o.id is null or a.id is null) as orphans,
+          count(distinct o.metadata ->> 'eTag') as photos, count(a.tagging_stage) as enqueued
+        from storage.objects o full join public.assets a on a.storage_bucket = o.bucket_id and a.storage_path = o.name""")
+    return counts
+
+
+@pytest.mark.long
+async def test_forty_photos_over_a_bad_connection(library: Library, line: Line, tmp_path: Path) -> None:
+    library.sql("update storage.buckets set file_size_limit = 400000 where id = 'assets'")
+    files, refused = photos(tmp_path), tmp_path / "too large.jpg"
+    refused.write_bytes(b"\xff\xd8" + bytes(400_000))
+    port = free_port()
+    async with serve(make_page(replace(library.stack, supabase_url=line.url)), HOST, port):
+        given = {
+            "mine": address(f"http://{HOST}:{port}", library.member), "files": [str(path) for path in files],
+            "large": [number for number, path in enumerate(files) if path.name.startswith("large")], "refused": str(refused),
+            "twice": TWICE, "shots": SHOTS, "chromium": CHROMIUM,
+        }  # fmt: skip
+        async with asyncio.timeout(2 * PATIENCE):
+            seen = await play(given, library, line)
+    assert seen["problems"] == seen["looks"] == []
+    assert line.proxy.breaks["reset"] > 0
+    assert line.proxy.cuts == 2, "two replies to the end of an upload were lost"
+    closed = seen["closed"]
+    assert 12 <= closed["objects"] < PHOTOS, "the window was closed in the middle"
+    assert closed["orphans"] == 0
+    assert closed["enqueued"] == TWICE, "the second selection of the double click was complete"
+    assert seen["untagged"] == f"{closed['objects'] - TWICE} images are not tagged.", closed
+    assert any(seen["resumed"]), "it goes on where it stopped"
+    assert any(seen["resumedAfterReload"]), "also after a reload"
+    assert seen["left"] == ["too large.jpg The file is larger than this project allows."]
+    assert book(library) == {"objects": PHOTOS, "rows": PHOTOS, "orphans": 0, "photos": PHOTOS, "enqueued": PHOTOS}
+    assert library.sql("select count(*)::int as n from autotag.tasks") == [{"n": PHOTOS}]
+
+
+async def play(given: dict[str, Any], library: Library, line: Line) -> dict[str, Any]:
+    """Runs the browser and breaks what it asks for."""
+    process = await asyncio.create_subprocess_exec(
+        "node", str(Path(__file__).with_name("uploads.mjs")), json.dumps(given),
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, limit=2**24,
+    )  # fmt: skip
+    assert process.stdin
+    assert process.stdout
+    assert process.stderr
+    while asked := (await process.stdout.readline()).decode().strip():
+        reply = "done"
+        if asked == "cut":
+            assert line.cut()
+        elif asked == "restart":
+            await line.stop()
+            await line.start()
+        elif asked == "book":
+            reply = json.dumps(book(library))
+        elif asked == "lose object":
+            lose_object(library.stack, Path(given["files"][given["large"][-1]]))
+        elif asked.startswith("lose "):
+            line.proxy.cut_reply(f"{asked.removeprefix('lose ')} /storage/v1/upload/resumable")
+        else:
+            process.stdin.close()
+            await process.wait()
+            seen: dict[str, Any] = json.loads(asked)
+            return seen
+        process.stdin.write(f"{reply}\n".encode())
+        await process.stdin.drain()
+    raise AssertionError((await process.stderr.read()).decode()[-3000:])
