@@ -81,7 +81,7 @@ const scenarios = {
     await inserted
     await uploading
     page.fetched.length = page.frames.length = 0
-    await count(page, 'completed', 60)
+    await page.waitForFunction(() => [...document.querySelectorAll('#one li')].slice(0, 60).every((item) => item.dataset.stage === 'completed'))
     await page.waitForTimeout(500) // messages on their way
     const done = page.fetched.filter(({ path, method }) => path === '/rest/v1/assets' && method === 'GET')
     const changes = await page.evaluate(() => window.changes)
