@@ -18,8 +18,8 @@ def built_package() -> Path:
     sources = [PACKAGE / "tsconfig.json", *(PACKAGE / "src").rglob("*.ts")]
     with (PACKAGE / "tsconfig.json").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several processes run tests
-        stamp = dist / ".built"
-        if not stamp.exists() or stamp.stat().st_mtime < max(path.stat().st_mtime for path in sources):
+        stamp = ROOT / "node_modules" / ".autotag-built"
+        if not (stamp.exists() and dist.exists()) or stamp.stat().st_mtime < max(path.stat().st_mtime for path in sources):
             subprocess.run([BIN / "tsc", "-p", PACKAGE / "tsconfig.json"], check=True)
             stamp.touch()
     return dist

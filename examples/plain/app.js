@@ -146,7 +146,7 @@ const quote = (tags) => `{${tags.map((tag) => `"${tag.replace(/["\\]/g, '\\$&')}
 /** Writes change(tags) if the list is still the one that the page shows; otherwise the edit is made again, to the newer list. */
 async function editTags(image, change, attempts = 5) {
   const update = supabase.from('assets').update({ tags: change(image.tags ?? []) }).eq('id', image.id)
-  const { data } = await (image.tags ? update.eq('tags', quote(image.tags)) : update.is('tags', null)).select(COLUMNS).throwOnError()
+  const { data } = await (image.tags ? update.filter('tags', 'eq', quote(image.tags)) : update.is('tags', null)).select(COLUMNS).throwOnError()
   if (data.length) return data[0]
   const { data: current } = await supabase.from('assets').select(COLUMNS).eq('id', image.id).single().throwOnError()
   if (!attempts) throw new Error('You may not change the tags of this image, or they keep changing.')

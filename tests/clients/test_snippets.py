@@ -42,12 +42,13 @@ def test_snippets_and_examples_compile(tmp_path: Path) -> None:
     places = write_snippets(tmp_path)
     assert len(places) > 20
     examples = [str(path) for name in ("react", "vue") for path in (ROOT / "examples" / name / "src").glob("*.ts*")]
-    files = [str(HERE / "types.ts"), str(HERE / "snippets.d.ts"), *(str(tmp_path / name) for name in places), *examples]
+    files = [str(HERE / "types.ts"), str(HERE / "snippets.d.ts"), str(HERE / "react-native.d.ts"),
+             *(str(tmp_path / name) for name in places), *examples]
     (tmp_path / "tsconfig.json").write_text(json.dumps({"compilerOptions": OPTIONS, "files": files}))
     done = subprocess.run([BIN / "tsc", "-p", tmp_path], capture_output=True, text=True, check=False, cwd=tmp_path)
 
     def place(found: re.Match[str]) -> str:
         document, line = places[found[1]]
-        return f"{document.relative_to(ROOT)}:{line + int(found[2])} ("
+        return f"{document.relative_to(ROOT)}:{line + int(found[2])}:{found[3]}"
 
-    assert done.returncode == 0, re.sub(r"(snippet\d+\.tsx?)\((\d+)", place, done.stdout)
+    assert done.returncode == 0, re.sub(r"(snippet\d+\.tsx?)\((\d+),(\d+)\)", place, done.stdout)

@@ -30,7 +30,7 @@ export async function editTags(
   supabase: SupabaseClient<Database>, image: Image, change: (tags: string[]) => string[], attempts = 5,
 ): Promise<Image> {
   const update = supabase.from('assets').update({ tags: change(image.tags ?? []) }).eq('id', image.id)
-  const { data } = await (image.tags ? update.eq('tags', quote(image.tags)) : update.is('tags', null)).select(COLUMNS).throwOnError()
+  const { data } = await (image.tags ? update.filter('tags', 'eq', quote(image.tags)) : update.is('tags', null)).select(COLUMNS).throwOnError()
   if (data[0]) return data[0]
   const { data: current } = await supabase.from('assets').select(COLUMNS).eq('id', image.id).single().throwOnError()
   if (!attempts) throw new Error('You may not change the tags of this image, or they keep changing.')
