@@ -31,6 +31,13 @@ def test_it_is_small_and_depends_on_nothing() -> None:
     assert "dependencies" not in json.loads((PACKAGE / "package.json").read_text())
 
 
+def test_its_units() -> None:
+    """What is shown, the channel, and lists of rows against a table in memory (units.mjs)."""
+    built_package()
+    done = subprocess.run(["node", "--test", HERE / "units.mjs"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
 async def test_its_calls_and_messages_in_node(library: Library) -> None:
     assets = await library.upload(4)
     built_package()

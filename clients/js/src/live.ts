@@ -139,7 +139,7 @@ export class Live<Id = string | number> {
 
   #deliver({ event, payload }: Message): void {
     if (!payload || typeof payload !== 'object') return
-    const told = payload as JobProgress<Id> & BatchComplete<Id>
+    const told = payload as JobProgress<Id> & BatchComplete
     this.#listsIds ||= told.asset_ids !== undefined
     this.#tell((listener) => {
       if (event === 'job-progress') listener.onProgress?.(told)

@@ -114,12 +114,16 @@ export interface Usage {
 
 interface Told<Id> {
   job_id: string
+  /** Older servers do not say it. */
+  status?: JobStatus
   completed: number
   failed: number
   image_count: number
   /** The images whose rows have changed; null: too many to list. Missing: an older server. */
   asset_ids?: Id[] | null
-  /** Added by Realtime. */
+  /** There are too many to list. */
+  many?: boolean
+  /** Added by Realtime: of the message, and of nothing else. */
   id?: string
 }
 
@@ -133,12 +137,12 @@ export interface JobProgress<Id = string | number> extends Told<Id> {
 export type JobComplete<Id = string | number> = Told<Id>
 
 /** Payload of `batch-complete`: an OpenAI Batch is over, and its rows are stored. */
-export interface BatchComplete<Id = string | number> {
+export interface BatchComplete {
   batch_id: string | null
   job_id: string
   image_count: number
+  /** OpenAI's: `completed`, `failed`, `expired` or `cancelled`. */
   status: string
-  asset_ids?: Id[] | null
   id?: string
 }
 
@@ -151,7 +155,7 @@ export type LiveStatus = 'connecting' | 'live' | 'offline' | 'refused' | 'signed
 /** What a part of the page wants to hear. */
 export interface Listener<Id = string | number> {
   onProgress?(job: JobProgress<Id>): void
-  onBatchComplete?(batch: BatchComplete<Id>): void
+  onBatchComplete?(batch: BatchComplete): void
   onJobComplete?(job: JobComplete<Id>): void
   /** Rows have changed: these, or (null) too many to list. `jobId`: the upload, where one is known. */
   onChange?(assetIds: Id[] | null, jobId: string | null): void

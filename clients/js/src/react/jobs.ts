@@ -11,9 +11,9 @@ const ended = (job: LiveJob): boolean => Boolean(job.finished_at) || job.complet
 
 /** What a message says of an upload. */
 function told(message: JobProgress | JobComplete): Partial<LiveJob> & { job_id: string } {
-  const { job_id, completed, failed, image_count } = message
+  const { job_id, completed, failed, image_count, status } = message
   const rest = 'progress' in message ? { progress: message.progress, eta: message.eta } : { progress: 100, eta: null }
-  return { job_id, completed, failed, image_count, ...rest }
+  return { job_id, completed, failed, image_count, ...status && { status }, ...rest }
 }
 
 /** A workspace's uploads that are not over, and those that have ended since. */
