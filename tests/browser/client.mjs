@@ -2,6 +2,7 @@
 // test to do something, which answers with a line; {scenario, seen | error} is what a scenario saw.
 // Arguments: JSON with {chromium, pages, client, scenarios}.
 import { createInterface } from 'node:readline'
+import { fileURLToPath } from 'node:url'
 import { chromium } from 'playwright-core'
 
 const given = JSON.parse(process.argv[2])
@@ -40,7 +41,7 @@ async function open(member, options = {}) {
     socket.on('framereceived', ({ payload }) => {
       const text = payload.toString('latin1')
       const event = /job-progress|job-complete|batch-complete/.exec(text)?.[0]
-      if (event) page.frames.push({ event, at: Date.now() })
+      if (event) page.frames.push({ event, at: Date.now(), lists: text.includes('"asset_ids"') })
     })
   })
   await page.exposeFunction('mint', (who) => ask('mint', { member: who, lifetime: options.lifetime ?? 3600 }))
@@ -91,7 +92,7 @@ const scenarios = {
     await ask('configure', { broadcast_interval: '0' })
     return {
       bytes: done.reduce((sum, { bytes }) => sum + bytes, 0), requests: done.length, messages: page.frames.length,
-      first: changes[0] - page.frames[0].at, idle: page.fetched.slice(until), problems: page.problems,
+      first: changes[0] - page.frames[0].at, lists: page.frames.some(({ lists }) => lists), idle: page.fetched.slice(until), problems: page.problems,
       order: await page.$$eval('#one li', (items) => items.slice(0, 60).every((item) => item.dataset.stage === 'completed')),
     }
   },
@@ -213,6 +214,57 @@ const scenarios = {
     return { joins: page.joins, statuses: await page.evaluate(() => window.statuses), problems: page.problems }
   },
 }
+
+// -- the examples
+
+const CDN = {
+  'supabase-js@2/dist/umd/supabase.js': '../../node_modules/@supabase/supabase-js/dist/umd/supabase.js',
+  'supabase-autotag@0.1/dist/': '../../clients/js/dist/',
+}
+
+/** Files of npm's CDN, from this repository. */
+function fromHere(route) {
+  const path = route.request().url().split('/npm/')[1].replace('@supabase/', '')
+  const [cdn, here] = Object.entries(CDN).find(([start]) => path.startsWith(start))
+  return route.fulfill({ path: fileURLToPath(new URL(here + path.slice(cdn.length), import.meta.url)), contentType: 'text/javascript' })
+}
+
+/** An example: sign in, upload two images, edit a tag, filter by it, and be refused by a quota. */
+async function example(name) {
+  const { member, files } = await ask('workspace', { files: 4, quota: 3 })
+  const context = await browser.newContext()
+  const page = await context.newPage()
+  page.setDefaultTimeout(PATIENCE)
+  const problems = []
+  page.on('pageerror', (error) => problems.push(String(error)))
+  const signed = await session(member)
+  await context.route('**/auth/v1/**', (route) => route.fulfill({ json: signed }))
+  await context.route('https://cdn.jsdelivr.net/**', fromHere)
+  await page.goto(`${given.pages}/${name}/`)
+  await page.getByLabel('E-mail').fill('ann@example.org')
+  await page.getByLabel('Password').fill('secret')
+  await page.getByRole('button', { name: 'Sign in' }).click()
+  await page.getByRole('status').filter({ hasText: 'Live' }).waitFor()
+  const images = page.getByRole('list', { name: 'Images' }).locator('> li')
+  const add = (some) => page.getByLabel('Add images').setInputFiles(some)
+  await add(files.slice(0, 2))
+  await images.nth(1).waitFor()
+  await page.waitForFunction(() => document.querySelectorAll('li[data-stage=completed]').length === 2)
+  const tags = await images.first().getByRole('list', { name: 'Tags' }).locator('> li').count()
+  await images.first().getByLabel('Add a tag').fill('aunt "mary"')
+  await images.first().getByLabel('Add a tag').press('Enter')
+  await images.first().getByText('aunt "mary"').waitFor()
+  await page.getByLabel('Filter by tag').fill('aunt "mary"')
+  await page.waitForFunction(() => document.querySelectorAll('li[data-stage]').length === 1)
+  await page.getByLabel('Filter by tag').fill('')
+  await page.waitForFunction(() => document.querySelectorAll('li[data-stage]').length === 2)
+  await add(files.slice(2))
+  await page.getByRole('alert').filter({ hasText: 'quota' }).waitFor()
+  await page.waitForFunction(() => document.querySelectorAll('li[data-stage=none]').length === 2)
+  return { tags, refusal: (await page.getByRole('alert').allTextContents()).join(''), stages: await images.evaluateAll((all) => all.map((item) => item.dataset.stage)), problems }
+}
+scenarios.plain = () => example('plain')
+scenarios.react = () => example('react')
 
 async function session(member) {
   const { token } = await ask('mint', { member: member.user, lifetime: 3600 })

@@ -23,25 +23,27 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
 from autotag.http.serve import serve
-from conftest import skip
+from conftest import ROOT, skip
 from lab.pictures import draw
 from lab.postgres import free_port
 from lab.stack import HOST, Stack
-from npm import built_package
+from npm import BIN, built_package
 from support import PATIENCE, Library, worker
 
 HERE = Path(__file__).parent
 CHROMIUM = shutil.which("chromium")
 OLD = os.environ.get("AUTOTAG_CLIENT") == "old"
-SCENARIOS = ["large", "two", "strict", "lapse", "users", "offline", "reload", "quota", "stranger"]
+SCENARIOS = ["large", "two", "strict", "lapse", "users", "offline", "reload", "quota", "stranger",
+             "plain", "react"]  # fmt: skip
 PAGE = '<!doctype html><meta charset="utf-8"><title>page</title><div id="root"></div><script type="module" src="page.js"></script>'
 
 
 class Helper:
     """What the driver asks for."""
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack, folder: Path) -> None:
         self.stack = stack
+        self.folder = folder
         self.libraries: dict[str, Library] = {}
 
     async def answer(self, request: dict[str, Any]) -> Any:
@@ -50,8 +52,10 @@ class Helper:
     async def project(self) -> dict[str, Any]:
         return {"url": self.stack.supabase_url, "anonKey": self.stack.anon_key}
 
-    async def workspace(self, images: int = 0, rows: int = 0, quota: int | None = None) -> dict[str, Any]:
-        """A member of a new workspace with stored pictures, and with older rows that are tagged."""
+    async def workspace(
+        self, images: int = 0, rows: int = 0, quota: int | None = None, files: int = 0
+    ) -> dict[str, Any]:
+        """A member of a new workspace with stored pictures, with older rows that are tagged, and with files to upload."""
         library = Library(self.stack)
         member = library.member
         self.libraries[member.user] = library
@@ -64,7 +68,11 @@ class Helper:
         if quota:
             library.sql("insert into autotag.quotas (workspace_id, scope, period, max_images)"
                         " values (%s, 'workspace', 'day', %s)", member.workspace, quota)  # fmt: skip
-        return {"member": {"user": member.user, "workspace": member.workspace}, "paths": [path for path, _ in stored]}
+        drawn = [(self.folder / drawing.name, drawing.data) for drawing in draw(files)] if files else []
+        for path, data in drawn:
+            path.write_bytes(data)
+        return {"member": {"user": member.user, "workspace": member.workspace}, "paths": [path for path, _ in stored],
+                "files": [str(path) for path, _ in drawn]}  # fmt: skip
 
     async def mint(self, member: str, lifetime: float) -> dict[str, Any]:
         token = self.stack.token(member, lifetime=lifetime, aal="aal1", session_id="s")
@@ -82,9 +90,9 @@ class Helper:
             await library.finished(job)
 
 
-async def play(stack: Stack, pages: str, scenarios: list[str]) -> dict[str, dict[str, Any]]:
+async def play(stack: Stack, pages: str, scenarios: list[str], folder: Path) -> dict[str, dict[str, Any]]:
     """What each scenario saw."""
-    helper, outcomes = Helper(stack), {}
+    helper, outcomes = Helper(stack, folder), {}
     given = {"chromium": CHROMIUM, "pages": pages, "client": "old" if OLD else "package", "scenarios": scenarios,
              "patience": int(os.environ.get("AUTOTAG_PATIENCE", "60000"))}  # fmt: skip
     process = await asyncio.create_subprocess_exec(
@@ -103,15 +111,32 @@ async def play(stack: Stack, pages: str, scenarios: list[str]) -> dict[str, dict
     return outcomes
 
 
-@contextlib.asynccontextmanager
-async def pages(folder: Path) -> AsyncIterator[str]:
-    """The address of the page, bundled."""
-    built_package()
+async def run(*command: str | Path, cwd: Path, **environment: str) -> None:
     process = await asyncio.create_subprocess_exec(
-        "node", str(HERE / "client" / "build.mjs"), str(HERE / "client" / "page.jsx"), str(folder / "page.js")
+        *command, cwd=cwd, env={"PATH": os.environ["PATH"], **environment}, stdout=asyncio.subprocess.DEVNULL
     )
-    assert await process.wait() == 0
+    assert await process.wait() == 0, command
+
+
+@contextlib.asynccontextmanager
+async def pages(stack: Stack, folder: Path) -> AsyncIterator[str]:
+    """The address of the page and, in folders, the examples: bundled, and with the stack's address in them."""
+    built_package()
+    (folder / "plain").mkdir(parents=True)
+    elsewhere, key = "http://supabase.test", "sb_publishable_test"
+    await asyncio.gather(
+        run("node", HERE / "client" / "build.mjs", HERE / "client" / "page.jsx", folder / "page.js", cwd=ROOT),
+        *(run(BIN / "vite", "build", "--base=./", f"--outDir={folder / name}", cwd=ROOT / "examples" / name,
+              VITE_SUPABASE_URL=elsewhere, VITE_SUPABASE_PUBLISHABLE_KEY=key) for name in ("react", "vue")),
+    )  # fmt: skip
     (folder / "index.html").write_text(PAGE)
+    for path in (ROOT / "examples" / "plain").iterdir():
+        (folder / "plain" / path.name).write_bytes(path.read_bytes())
+    (folder / "plain" / "config.js").write_text(f"export const url = '{elsewhere}'; export const key = '{key}'")
+    for path in folder.rglob("*.js"):
+        text = path.read_text()
+        if elsewhere in text:
+            path.write_text(text.replace(elsewhere, stack.supabase_url).replace(key, stack.anon_key))
     port = free_port()
     async with serve(Starlette(routes=[Mount("/", StaticFiles(directory=folder, html=True))]), HOST, port):
         yield f"http://{HOST}:{port}"
@@ -123,8 +148,8 @@ async def test_what_users_see(stack: Stack, tmp_path: Path, subtests: pytest.Sub
         skip("there is no chromium (Debian: apt-get install chromium)")
     stack.simulator.plan.batch_latency = (2, 3)
     only = os.environ.get("AUTOTAG_SCENARIOS", ",".join(SCENARIOS)).split(",")
-    async with pages(tmp_path) as address, worker(stack):
-        outcomes = await play(stack, address, only)
+    async with pages(stack, tmp_path / "pages") as address, worker(stack):
+        outcomes = await play(stack, address, only, tmp_path)
     for name in only:
         with subtests.test(name):
             outcome = outcomes[name]
@@ -137,6 +162,7 @@ async def test_what_users_see(stack: Stack, tmp_path: Path, subtests: pytest.Sub
 
 def large(seen: dict[str, Any]) -> None:
     assert seen["order"], "the newest rows come first"
+    assert seen["lists"], "messages list the rows that have changed"
     assert seen["bytes"] <= 40_000, "only changed rows are fetched"
     assert seen["requests"] <= seen["messages"], "at most one request for each message"
     assert seen["first"] <= 1000, "milliseconds from the first message to the first change on the page, at 400 kbit/s"
@@ -176,5 +202,11 @@ def stranger(seen: dict[str, Any]) -> None:
     assert [status for status in seen["statuses"] if "refused" in status] == ["refused: refused"]
 
 
+def example(seen: dict[str, Any]) -> None:
+    assert seen["tags"] >= 4
+    assert "allows 1 more image today" in seen["refusal"]
+    assert sorted(seen["stages"]) == ["completed"] * 2 + ["none"] * 2
+
+
 CHECKS = {"large": large, "two": one_join, "strict": one_join, "lapse": lapse, "users": users, "offline": nothing_more,
-          "reload": reload, "quota": quota, "stranger": stranger}  # fmt: skip
+          "reload": reload, "quota": quota, "stranger": stranger, "plain": example, "react": example}  # fmt: skip

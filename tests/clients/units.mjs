@@ -3,9 +3,12 @@
 import assert from 'node:assert/strict'
 import { readFileSync } from 'node:fs'
 import { describe, mock, test } from 'node:test'
-import { QueryClient } from '@tanstack/react-query'
+import { QueryClient, QueryClientProvider } from '@tanstack/react-query'
+import { createElement } from 'react'
+import { renderToString } from 'react-dom/server'
 import { createAutotag, describeStage, ENGLISH } from '../../clients/js/dist/index.js'
 import { Live, userOf } from '../../clients/js/dist/live.js'
+import { AutotagProvider, useAssets, useJob, useTagging } from '../../clients/js/dist/react/index.js'
 import { AssetList, changingColumns, WRITTEN } from '../../clients/js/dist/react/assets.js'
 
 const token = (claims) => `x.${Buffer.from(JSON.stringify(claims)).toString('base64url')}.x`
@@ -154,6 +157,12 @@ describe('the channel', () => {
     mock.timers.tick(1000)
     await settled()
     assert.equal(client.channels.length, 1)
+    client.signed('TOKEN_REFRESHED', { user: { id: 'ann' } }) // once an hour: ann may be a member by now
+    mock.timers.tick(1)
+    await settled()
+    assert.equal(client.channels.length, 2)
+    last().say('CHANNEL_ERROR', new Error('Unauthorized: You do not have permissions'))
+    assert.deepEqual(heard.statuses, ['connecting', 'refused refused'])
     client.user = 'ben'
     client.signed('SIGNED_IN', { user: { id: 'ben' } })
     mock.timers.tick(1)
@@ -201,6 +210,17 @@ describe('the channel', () => {
     const { client, heard } = await listening({}, (client) => { client.user = null; return new Live(client, 'w') })
     assert.equal(client.channels.length, 0)
     assert.equal(heard.statuses.at(-1), 'signed-out')
+    over()
+  })
+
+  test('a part of the page that comes when the channel is there already is told to fetch', async () => {
+    const { live, last } = await listening()
+    let syncs = 0
+    live.listen({ onSync: () => { syncs++ } })
+    assert.equal(syncs, 0)
+    last().say('SUBSCRIBED')
+    live.listen({ onSync: () => { syncs += 10 } })
+    assert.equal(syncs, 11)
     over()
   })
 
@@ -300,7 +320,7 @@ class Table {
           .map((row) => columns === '*' ? { ...row } : { id: row.id, tagging_stage: row.tagging_stage, tags: row.tags })
         for (let i = table.pick(4); i > 0; i--) await new Promise(setImmediate)
         table.running--
-        return table.pick(20) ? { data: found, error: null, status: 200 } : { data: null, error: { message: 'TypeError: fetch failed', code: '' }, status: 0 }
+        return table.calm || table.pick(20) ? { data: found, error: null, status: 200 } : { data: null, error: { message: 'TypeError: fetch failed', code: '' }, status: 0 }
       },
       then(resolve, reject) { return builder.run().then(resolve, reject) },
     }
@@ -332,7 +352,8 @@ describe('a list of rows', () => {
       for (let i = pick(25); i > 0; i--) insert()
       list.start()
       await load()
-      const told = (ids) => { if (pick(4)) listener.onChange(ids, `job${pick(3)}`); else listener.onChange(null, `new job ${seed} ${next++}`) }
+      const lists = seed % 2 // every change is told with its ids; otherwise some are not, and a subscription ends the history
+      const told = (ids) => { if (lists || pick(4)) listener.onChange(ids, `job${pick(3)}`); else listener.onChange(null, `new job ${seed} ${next++}`) }
       for (let step = 0; step < 25; step++) {
         const ids = [...table.rows.keys()]
         const some = () => ids.length ? [ids[pick(ids.length)]] : []
@@ -343,11 +364,12 @@ describe('a list of rows', () => {
         else if (what === 5) { const [id] = some(); table.rows.delete(id); if (id) told([id]) }
         else if (what === 6) void list.loadMore().catch(() => undefined)
         else if (what === 7) void load()
-        else listener.onSync()
+        else if (!lists) listener.onSync()
         for (let i = pick(6); i > 0; i--) await new Promise(setImmediate)
       }
+      table.calm = true
       live.liveSince = Infinity
-      listener.onSync() // the last thing that happens is a subscription
+      if (!lists) listener.onSync()
       const shown = () => queries.getQueryData(['a'])
       const right = () => {
         const data = shown()
@@ -356,7 +378,7 @@ describe('a list of rows', () => {
         assert.ok(data.rows.length >= Math.min(5, wanted.length), `seed ${seed}: at least a page`)
         if (!data.hasMore) assert.equal(data.rows.length, wanted.length, `seed ${seed}: there are more`)
       }
-      for (let patience = 200; ; patience--) {
+      for (let patience = 1000; ; patience--) {
         for (let i = 0; i < 20; i++) await new Promise(setImmediate)
         try { right(); break } catch (error) { if (!patience) throw error; await new Promise((resolve) => setTimeout(resolve, 20)) }
       }
@@ -366,6 +388,53 @@ describe('a list of rows', () => {
     }
     mock.restoreAll()
   })
+})
+
+test('without ids, a row that looks done is fetched once for each upload, and one that is being tagged each time', async () => {
+  const table = new Table(() => 1)
+  let listener
+  const live = { liveSince: 0, listen: (given) => { listener = given; return () => undefined } }
+  const queries = new QueryClient()
+  const list = new AssetList(queries, ['a'], live, { query: () => table.query(() => true), key: 'id', orderBy: 'at', ascending: false, pageSize: 2, written: WRITTEN })
+  for (let id = 1; id <= 6; id++) table.rows.set(id, { id, at: id, tagging_stage: 'completed', tags: 'seen' })
+  list.start()
+  await queries.fetchQuery({ queryKey: ['a'], queryFn: () => list.load() })
+  await list.loadMore()
+  await list.loadMore()
+  const stages = () => queries.getQueryData(['a']).rows.map((row) => row.tagging_stage)
+  for (const stage of ['queued', 'processing', 'completed']) {
+    table.rows.set(1, { ...table.rows.get(1), tagging_stage: stage })
+    listener.onChange(null, 'job')
+    await until(() => stages().at(-1) === stage)
+  }
+  assert.equal(stages().length, 6)
+  const { requests } = table
+  listener.onChange(null, 'job')
+  await until(() => table.requests > requests)
+  queries.clear()
+})
+
+async function until(holds) {
+  for (let patience = 1000; !holds(); patience--) {
+    assert.ok(patience, String(holds))
+    await new Promise((resolve) => setTimeout(resolve, 5))
+  }
+}
+
+test('on a server, hooks render what they are given and ask for nothing', () => {
+  const client = new Client()
+  const builder = { url: new URL('http://x/assets?select=id,created_at,tags'), schema: 'public', then() { throw new Error('fetched') } }
+  const row = { id: 'a', created_at: '2026-11-29', tagging_stage: 'queued', tags: null }
+  function Page() {
+    const { rows } = useAssets({ query: () => builder, initialRows: [row] })
+    const { status, jobs } = useTagging()
+    const { job } = useJob(null)
+    return createElement('p', null, `${describeStage(rows[0]).text}, ${status}, ${jobs.length}, ${job}`)
+  }
+  const page = createElement(AutotagProvider, { supabase: client, workspaceId: 'w' }, createElement(Page))
+  const html = renderToString(createElement(QueryClientProvider, { client: new QueryClient() }, page))
+  assert.equal(html, '<p>Queued for tagging, connecting, 0, undefined</p>')
+  assert.deepEqual(client.order, [])
 })
 
 test('calls need no channel, and one client has one channel for each workspace', async () => {

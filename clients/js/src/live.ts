@@ -66,6 +66,7 @@ export class Live<Id = string | number> {
       void this.connect()
     }
     own.onStatus?.(this.status, this.error)
+    if (this.status === 'live') own.onSync?.() // what it shows may be from before it listened
     return () => {
       if (!this.#listeners.delete(own) || this.#listeners.size) return
       clearTimeout(this.#lastListener)
