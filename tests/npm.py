@@ -19,7 +19,9 @@ def built_package() -> Path:
     with (PACKAGE / "tsconfig.json").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several processes run tests
         stamp = ROOT / "node_modules" / ".autotag-built"
-        if not (stamp.exists() and dist.exists()) or stamp.stat().st_mtime < max(path.stat().st_mtime for path in sources):
+        if not (stamp.exists() and dist.exists()) or stamp.stat().st_mtime < max(
+            path.stat().st_mtime for path in sources
+        ):
             subprocess.run([BIN / "tsc", "-p", PACKAGE / "tsconfig.json"], check=True)
             stamp.touch()
     return dist

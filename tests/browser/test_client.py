@@ -38,6 +38,9 @@ SCENARIOS = ["large", "two", "strict", "lapse", "users", "offline", "reload", "q
 PAGE = '<!doctype html><meta charset="utf-8"><title>page</title><div id="root"></div><script type="module" src="page.js"></script>'
 
 
+ELSEWHERE, KEY = "http://supabase.test", "sb_publishable_test"  # of the examples, until they are pointed at the stack
+
+
 class Helper:
     """What the driver asks for."""
 
@@ -96,7 +99,11 @@ async def play(stack: Stack, pages: str, scenarios: list[str], folder: Path) -> 
     given = {"chromium": CHROMIUM, "pages": pages, "client": "old" if OLD else "package", "scenarios": scenarios,
              "patience": int(os.environ.get("AUTOTAG_PATIENCE", "60000"))}  # fmt: skip
     process = await asyncio.create_subprocess_exec(
-        "node", str(HERE / "client.mjs"), json.dumps(given), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        "node",
+        str(HERE / "client.mjs"),
+        json.dumps(given),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -118,25 +125,29 @@ async def run(*command: str | Path, cwd: Path, **environment: str) -> None:
     assert await process.wait() == 0, command
 
 
+def point(folder: Path, stack: Stack) -> None:
+    """Writes what needs no bundler, and the stack's address into all of it."""
+    (folder / "index.html").write_text(PAGE)
+    for path in (ROOT / "examples" / "plain").iterdir():
+        (folder / "plain" / path.name).write_bytes(path.read_bytes())
+    (folder / "plain" / "config.js").write_text(f"export const url = '{ELSEWHERE}'; export const key = '{KEY}'")
+    for path in folder.rglob("*.js"):
+        text = path.read_text()
+        if ELSEWHERE in text:
+            path.write_text(text.replace(ELSEWHERE, stack.supabase_url).replace(KEY, stack.anon_key))
+
+
 @contextlib.asynccontextmanager
 async def pages(stack: Stack, folder: Path) -> AsyncIterator[str]:
     """The address of the page and, in folders, the examples: bundled, and with the stack's address in them."""
     built_package()
     (folder / "plain").mkdir(parents=True)
-    elsewhere, key = "http://supabase.test", "sb_publishable_test"
     await asyncio.gather(
         run("node", HERE / "client" / "build.mjs", HERE / "client" / "page.jsx", folder / "page.js", cwd=ROOT),
         *(run(BIN / "vite", "build", "--base=./", f"--outDir={folder / name}", cwd=ROOT / "examples" / name,
-              VITE_SUPABASE_URL=elsewhere, VITE_SUPABASE_PUBLISHABLE_KEY=key) for name in ("react", "vue")),
+              VITE_SUPABASE_URL=ELSEWHERE, VITE_SUPABASE_PUBLISHABLE_KEY=KEY) for name in ("react", "vue")),
     )  # fmt: skip
-    (folder / "index.html").write_text(PAGE)
-    for path in (ROOT / "examples" / "plain").iterdir():
-        (folder / "plain" / path.name).write_bytes(path.read_bytes())
-    (folder / "plain" / "config.js").write_text(f"export const url = '{elsewhere}'; export const key = '{key}'")
-    for path in folder.rglob("*.js"):
-        text = path.read_text()
-        if elsewhere in text:
-            path.write_text(text.replace(elsewhere, stack.supabase_url).replace(key, stack.anon_key))
+    point(folder, stack)
     port = free_port()
     async with serve(Starlette(routes=[Mount("/", StaticFiles(directory=folder, html=True))]), HOST, port):
         yield f"http://{HOST}:{port}"

@@ -17,16 +17,32 @@ LARGEST_CORE = 6_000  # bytes, gzipped
 
 def test_it_is_small_and_depends_on_nothing() -> None:
     dist = built_package()
-    said = subprocess.run(["node", HERE / "size.mjs", dist / "index.js"], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        ["node", HERE / "size.mjs", dist / "index.js"], capture_output=True, text=True, check=True
+    ).stdout
     size = json.loads(said)
-    packed = subprocess.run(["npm", "pack", "--dry-run", "--json", "--ignore-scripts"], cwd=PACKAGE, capture_output=True, text=True, check=True)
+    packed = subprocess.run(
+        ["npm", "pack", "--dry-run", "--json", "--ignore-scripts"],
+        cwd=PACKAGE,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     told = json.loads(packed.stdout)
     [tarball] = told if isinstance(told, list) else told.values()
     print(f"core: {size['minified']} bytes minified, {size['gzipped']} gzipped; tarball: {tarball['size']} bytes")
     assert size["gzipped"] < LARGEST_CORE
     assert size["imports"] == [], "the core imports nothing, not even supabase-js: it gets the client"
     files = {file["path"] for file in tarball["files"]}
-    assert {"LICENSE", "README.md", "package.json", "dist/index.js", "dist/index.d.ts", "dist/react/index.js", "dist/react/index.d.ts"} <= files
+    assert {
+        "LICENSE",
+        "README.md",
+        "package.json",
+        "dist/index.js",
+        "dist/index.d.ts",
+        "dist/react/index.js",
+        "dist/react/index.d.ts",
+    } <= files
     assert all(path.startswith("dist/") or path in ("LICENSE", "README.md", "package.json") for path in files)
     assert "dependencies" not in json.loads((PACKAGE / "package.json").read_text())
 

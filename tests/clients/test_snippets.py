@@ -11,7 +11,12 @@ from conftest import ROOT
 from npm import BIN, PACKAGE, built_package
 
 HERE = Path(__file__).parent
-DOCUMENTS = [ROOT / "README.md", PACKAGE / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *(ROOT / "examples").glob("*.md")]
+DOCUMENTS = [
+    ROOT / "README.md",
+    PACKAGE / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *(ROOT / "examples").glob("*.md"),
+]
 SNIPPET = re.compile(r"^ *```(js|jsx|ts|tsx)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 OPTIONS = {
     "strict": True, "noEmit": True, "target": "ES2022", "lib": ["ES2023", "DOM", "DOM.Iterable"], "module": "ESNext",
@@ -42,8 +47,13 @@ def test_snippets_and_examples_compile(tmp_path: Path) -> None:
     places = write_snippets(tmp_path)
     assert len(places) > 20
     examples = [str(path) for name in ("react", "vue") for path in (ROOT / "examples" / name / "src").glob("*.ts*")]
-    files = [str(HERE / "types.ts"), str(HERE / "snippets.d.ts"), str(HERE / "react-native.d.ts"),
-             *(str(tmp_path / name) for name in places), *examples]
+    files = [
+        str(HERE / "types.ts"),
+        str(HERE / "snippets.d.ts"),
+        str(HERE / "react-native.d.ts"),
+        *(str(tmp_path / name) for name in places),
+        *examples,
+    ]
     (tmp_path / "tsconfig.json").write_text(json.dumps({"compilerOptions": OPTIONS, "files": files}))
     done = subprocess.run([BIN / "tsc", "-p", tmp_path], capture_output=True, text=True, check=False, cwd=tmp_path)
 

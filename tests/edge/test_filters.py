@@ -50,7 +50,9 @@ async def test_groups_and_containment(rows: Library) -> None:
         assert "".join(row["storage_bucket"][0] for row in found) == wanted, (name, value)
 
 
-@pytest.mark.parametrize("value", ["storage_bucket.eq.a", "(storage_bucket)", "(and(storage_bucket.eq.a)", "(" * 99 + ")" * 99])
+@pytest.mark.parametrize(
+    "value", ["storage_bucket.eq.a", "(storage_bucket)", "(and(storage_bucket.eq.a)", "(" * 99 + ")" * 99]
+)
 async def test_groups_that_are_none(rows: Library, value: str) -> None:
     answer = await get(rows, **{"or": value})
     assert answer.status_code == 400, answer.text
@@ -58,7 +60,9 @@ async def test_groups_that_are_none(rows: Library, value: str) -> None:
 
 
 async def test_an_answer_has_a_thousand_rows_at_most(library: Library) -> None:
-    library.sql("insert into public.assets (workspace_id) select %s from generate_series(1, 1001)", library.member.workspace)
+    library.sql(
+        "insert into public.assets (workspace_id) select %s from generate_series(1, 1001)", library.member.workspace
+    )
     for query in ({}, {"limit": "5000"}):
         answer = await get(library, select="id", **query)
         assert len(answer.json()) == 1000

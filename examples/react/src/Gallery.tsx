@@ -43,6 +43,7 @@ export function Gallery({ workspaceId }: { workspaceId: string }) {
     <section>
       <p role="status">{status === 'live' ? 'Live' : error?.hint || 'Connecting…'}</p>
       <p role="alert">{problem || (refusal && `${refusal.message} ${refusal.hint}`)}</p>
+      {enqueue.data?.image_count === 0 && <p role="status">These images are being tagged, or were a moment ago.</p>}
       <input type="file" aria-label="Add images" multiple accept="image/*" onChange={(event) => add(event.target.files)} />
       <input type="search" aria-label="Filter by tag" value={tag} onChange={(event) => setTag(event.target.value)} />
       <ul aria-label="Uploads">
