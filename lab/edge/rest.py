@@ -1,7 +1,8 @@
 """PostgREST: RPC calls and table rows in ``public``, with the caller's role and claims.
 
-Supported: select (columns), the filters eq neq gt gte lt lte like ilike is in cs cd ov, groups (or, and) of them, order,
-limit, offset, ranges, counts, single objects, insert, update, delete, and RPC by POST and GET. Anything else gets a 501.
+Supported: select (columns), the filters eq neq gt gte lt lte like ilike is in cs cd ov, groups (or, and) of them,
+order, limit, offset, ranges, counts, single objects, insert, update, delete, and RPC by POST and GET. Anything else
+gets a 501.
 """
 
 from __future__ import annotations
