@@ -1,5 +1,5 @@
 // Upload, progress, tags and a filter by tag, in plain JavaScript: no bundler and no framework.
-import { createAutotag, describeStage } from 'https://cdn.jsdelivr.net/npm/supabase-autotag@0.1/dist/index.js'
+import { createAutotag, describeStage, oneAtATime } from 'https://cdn.jsdelivr.net/npm/supabase-autotag@0.1/dist/index.js'
 import { key, url } from './config.js'
 
 const SHOWN = 100 // images; the newest ones
@@ -48,28 +48,18 @@ function gallery(workspaceId) {
   const autotag = createAutotag(supabase, { workspaceId })
   const images = new Map()
 
-  // One request at a time; what changes meanwhile goes into the next one.
-  let fetching = false
-  let changed // ids; null: all; undefined: none
-  async function refresh(ids) {
-    changed = ids && changed !== null ? new Set([...changed ?? [], ...ids]) : null
-    if (fetching) return
-    fetching = true
-    while (changed !== undefined) {
-      const wanted = changed
-      changed = undefined
-      let query = supabase.from('assets').select(COLUMNS).eq('workspace_id', workspaceId)
-        .order('created_at', { ascending: false }).order('id').limit(SHOWN)
-      if (wanted && wanted.size <= 100) query = query.in('id', [...wanted])
-      if ($('tag').value) query = query.contains('tags', quote([$('tag').value]))
-      const { data, error } = await query
-      if (error) { complain(error); break }
-      for (const id of wanted ?? images.keys()) images.delete(id)
-      for (const image of data) images.set(image.id, image)
-      show()
-    }
-    fetching = false
-  }
+  const refresh = oneAtATime(async (ids) => {
+    let query = supabase.from('assets').select(COLUMNS).eq('workspace_id', workspaceId)
+      .order('created_at', { ascending: false }).order('id').limit(SHOWN)
+    if (ids && ids.length > 100) ids = null // an address has its limits
+    if (ids) query = query.in('id', ids)
+    if ($('tag').value) query = query.contains('tags', quote([$('tag').value]))
+    const { data, error } = await query
+    if (error) return complain(error)
+    for (const id of ids ?? images.keys()) images.delete(id)
+    for (const image of data) images.set(image.id, image)
+    show()
+  })
 
   function show() {
     const rows = [...images.values()].sort((a, b) => b.created_at.localeCompare(a.created_at) || a.id.localeCompare(b.id))

@@ -8,6 +8,7 @@ import os
 import subprocess
 from pathlib import Path
 
+from conftest import ROOT
 from npm import PACKAGE, built_package
 from support import PATIENCE, Library, worker
 
@@ -45,6 +46,15 @@ def test_it_is_small_and_depends_on_nothing() -> None:
     } <= files
     assert all(path.startswith("dist/") or path in ("LICENSE", "README.md", "package.json") for path in files)
     assert "dependencies" not in json.loads((PACKAGE / "package.json").read_text())
+
+
+def test_the_gallery_has_the_core_as_it_is(tmp_path: Path) -> None:
+    built_package()
+    subprocess.run(["node", PACKAGE / "bundle.mjs", tmp_path / "autotag.js"], check=True)
+    current = (ROOT / "lab" / "page" / "autotag.js").read_text()
+    assert current == (tmp_path / "autotag.js").read_text(), (
+        "run npm --prefix clients/js run bundle, and commit the file"
+    )
 
 
 def test_its_units() -> None:

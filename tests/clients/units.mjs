@@ -6,7 +6,7 @@ import { describe, mock, test } from 'node:test'
 import { QueryClient, QueryClientProvider } from '@tanstack/react-query'
 import { createElement } from 'react'
 import { renderToString } from 'react-dom/server'
-import { createAutotag, describeStage, ENGLISH } from '../../clients/js/dist/index.js'
+import { createAutotag, describeStage, ENGLISH, oneAtATime } from '../../clients/js/dist/index.js'
 import { Live, userOf } from '../../clients/js/dist/live.js'
 import { AutotagProvider, useAssets, useJob, useTagging } from '../../clients/js/dist/react/index.js'
 import { AssetList, changingColumns, WRITTEN } from '../../clients/js/dist/react/assets.js'
@@ -420,6 +420,30 @@ async function until(holds) {
     await new Promise((resolve) => setTimeout(resolve, 5))
   }
 }
+
+test('one fetch at a time, and what changes meanwhile goes into the next one', async () => {
+  const asked = []
+  const ends = []
+  const changed = oneAtATime(async (ids) => { asked.push(ids); await new Promise((resolve, reject) => ends.push({ resolve, reject })) })
+  const all = [changed([1]), changed([2]), changed([2, 3])]
+  assert.deepEqual(asked, [[1]])
+  ends[0].resolve()
+  await settled()
+  assert.deepEqual(asked, [[1], [2, 3]])
+  changed([4])
+  changed(null)
+  changed([5])
+  ends[1].resolve()
+  await settled()
+  assert.deepEqual(asked.at(-1), null)
+  ends[2].resolve()
+  await Promise.all(all)
+  const failed = changed([6])
+  ends[3].reject(new Error('offline'))
+  await assert.rejects(failed, { message: 'offline' })
+  void changed([7])
+  assert.deepEqual(asked.at(-1), [7])
+})
 
 test('on a server, hooks render what they are given and ask for nothing', () => {
   const client = new Client()

@@ -5,6 +5,7 @@ import type {
   WorkspaceIdOf,
 } from './types.js'
 
+export { oneAtATime } from './changes.js'
 export { AutotagError } from './errors.js'
 export { describeEta, describeStage, ENGLISH } from './stage.js'
 export type { DescribeOptions, StageColumns, StageDescription, StageTexts } from './stage.js'

@@ -158,11 +158,11 @@ export interface Listener<Id = string | number> {
   onBatchComplete?(batch: BatchComplete): void
   onJobComplete?(job: JobComplete<Id>): void
   /** Rows have changed: these, or (null) too many to list. `jobId`: the upload, where one is known. */
-  onChange?(assetIds: Id[] | null, jobId: string | null): void
+  onChange?(assetIds: Id[] | null, jobId: string | null): unknown
   /** Messages may have been missed: fetch what you show. Also called when the first subscription is complete. */
-  onSync?(): void
+  onSync?(): unknown
   /** This page has enqueued images; their rows are `queued`. `since`: when the call began (Date.now()). */
-  onEnqueued?(assetIds: readonly Id[], since: number): void
+  onEnqueued?(assetIds: readonly Id[], since: number): unknown
   onStatus?(status: LiveStatus, error: AutotagErrorLike | null): void
   /** Another user has signed in, or nobody is signed in: forget what the former user saw. */
   onUserChange?(): void

@@ -1,4 +1,4 @@
-import { AutotagError, createAutotag } from 'supabase-autotag'
+import { AutotagError, createAutotag, oneAtATime } from 'supabase-autotag'
 import type { LiveStatus } from 'supabase-autotag'
 import { onUnmounted, ref, shallowRef } from 'vue'
 import type { Database } from './database'
@@ -16,33 +16,21 @@ export function useImages(workspaceId: string) {
   const status = ref<LiveStatus>('connecting')
   const problem = ref('')
 
-  let fetching = false
-  let changed: Set<string> | null | undefined // ids; null: all; undefined: none
-  /** One request at a time; what changes meanwhile goes into the next one. */
-  async function refresh(ids: string[] | null) {
-    changed = ids && changed !== null ? new Set([...changed ?? [], ...ids]) : null
-    if (fetching) return
-    fetching = true
-    try {
-      while (changed !== undefined) {
-        const wanted: Set<string> | null = changed
-        changed = undefined
-        const newest = supabase.from('assets').select(COLUMNS).eq('workspace_id', workspaceId)
-          .order('created_at', { ascending: false }).order('id').limit(SHOWN)
-        const { data, error } = await (wanted && wanted.size <= 100 ? newest.in('id', [...wanted]) : newest)
-        if (error) { problem.value = error.message; break }
-        const known = new Map((wanted ? images.value : []).map((image) => [image.id, image]))
-        for (const image of data) known.set(image.id, image)
-        images.value = [...known.values()].sort((a, b) => b.created_at.localeCompare(a.created_at) || a.id.localeCompare(b.id)).slice(0, SHOWN)
-      }
-    } finally {
-      fetching = false
-    }
-  }
+  const refresh = oneAtATime<string>(async (changed) => {
+    const ids = changed && changed.length <= 100 ? changed : null // an address has its limits
+    const newest = supabase.from('assets').select(COLUMNS).eq('workspace_id', workspaceId)
+      .order('created_at', { ascending: false }).order('id').limit(SHOWN)
+    const { data, error } = await (ids ? newest.in('id', ids) : newest)
+    if (error) { problem.value = error.message; return }
+    const rows = new Map((ids ? images.value : []).map((image) => [image.id, image]))
+    for (const id of ids ?? []) rows.delete(id)
+    for (const image of data) rows.set(image.id, image)
+    images.value = [...rows.values()].sort((a, b) => b.created_at.localeCompare(a.created_at) || a.id.localeCompare(b.id)).slice(0, SHOWN)
+  })
 
   onUnmounted(autotag.subscribe({
-    onChange: (ids) => { void refresh(ids) },
-    onEnqueued: (ids) => { void refresh([...ids]) },
+    onChange: refresh,
+    onEnqueued: refresh,
     onSync: () => { void refresh(null) },
     onStatus: (now) => { status.value = now },
     onUserChange: () => { images.value = [] },
