@@ -97,9 +97,15 @@ export class AssetList<Row extends AnyRow> {
   }
 
   start(): void {
+    const [client, queryKey] = [this.#client, this.#queryKey]
     this.#stopListening = this.#live.listen({
       onChange: (ids, jobId) => this.changed(ids, jobId),
-      onSync: () => { if (this.#loadBegan < this.#live.liveSince) { this.#everything = true; void this.#pump() } },
+      onSync: () => {
+        if (!this.#data) void client.refetchQueries({ queryKey, exact: true }, { cancelRefetch: false }) // its first load has failed
+        if (this.#loadBegan >= this.#live.liveSince) return
+        this.#everything = true
+        void this.#pump()
+      },
       onEnqueued: (ids, since) => this.#enqueued(ids, since),
       onUserChange: () => this.#forget(),
     })
