@@ -284,7 +284,12 @@ describe('the columns that autotag writes', () => {
 /** Random numbers that are the same each time. */
 function random(seed) {
   let state = seed
-  return (below) => { state = (state * 1103515245 + 12345) % 2147483648; return Math.floor(state / 2147483648 * below) }
+  return (below) => { // mulberry32
+    state = (state + 0x6d2b79f5) | 0
+    let mixed = Math.imul(state ^ (state >>> 15), 1 | state)
+    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed
+    return ((mixed ^ (mixed >>> 14)) >>> 0) % below
+  }
 }
 
 class Table {

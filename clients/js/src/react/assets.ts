@@ -253,7 +253,10 @@ export class AssetList<Row extends AnyRow> {
     try {
       const rows = await this.#byId(chunk, chunk.every((id) => known.has(id)))
       const now = this.#data
-      if (now && generation === this.#generation) this.#write(this.#merge(now, rows, new Set<unknown>(chunk)), now.hasMore)
+      if (!now || generation !== this.#generation) return
+      const merged = this.#merge(now, rows, new Set<unknown>(chunk))
+      this.#head ||= now.hasMore && merged.length < this.source.pageSize // deleted or filtered out: fill the page again
+      this.#write(merged, now.hasMore)
     } catch (error) {
       if (generation === this.#generation) for (const id of chunk) this.#ids.add(id)
       throw error
