@@ -104,10 +104,11 @@ def _order(version: str) -> tuple[int, ...]:
 
 
 def _set_version(version: str) -> None:
-    """Writes the version into the schema and the package."""
+    """Writes the version into the schema and the packages."""
     for path, pattern in (
         (schema.SCHEMAS / "version.sql", r"(select ')[^']+('::text)"),
         (schema.ROOT / "worker" / "autotag" / "__init__.py", r'(__version__ = ")[^"]+(")'),
+        (schema.ROOT / "clients" / "js" / "package.json", r'("version": ")[^"]+(")'),
     ):
         path.write_text(re.sub(pattern, rf"\g<1>{version}\g<2>", path.read_text(), count=1))
 

@@ -9,8 +9,12 @@ from typing import Any
 from psycopg import sql
 
 OPERATORS = {"eq": "=", "neq": "<>", "gt": ">", "gte": ">=", "lt": "<", "lte": "<=", "like": "like", "ilike": "ilike"}
+CONTAINERS = {"cs": "@>", "cd": "<@", "ov": "&&"}
 RESERVED = {"select", "order", "limit", "offset", "columns", "on_conflict"}
 LOGICAL = {"or", "and", "not.or", "not.and"}
+#: Rows of one answer at most, as in hosted projects (PostgREST's db-max-rows).
+MAX_ROWS = 1000
+DEEPEST = 50  # groups of conditions in each other
 IDENTIFIER = re.compile(r"\w+", re.ASCII)
 
 
@@ -74,9 +78,9 @@ def parse_query(items: list[tuple[str, str]], table: str | None = None) -> Query
                 raise RestError(400, "PGRST100", f'"failed to parse {name} ({value})"')
             setattr(query, name, int(value))
         elif name in LOGICAL:
-            raise unsupported(f"the filter {name}")
+            query.where.append(_group(query, f"{name}{value}", table))
         elif name not in RESERVED:
-            _filter(query, name, value, table)
+            query.where.append(_filter(query, name, value, table))
     return query
 
 
@@ -101,16 +105,59 @@ def _order(term: str, table: str | None) -> sql.Composable:
     return sql.SQL("{} " + " ".join(allowed[modifier] for modifier in modifiers)).format(_identifier(name, table))
 
 
-def _filter(query: Query, name: str, value: str, table: str | None) -> None:
+def _group(query: Query, text: str, table: str | None, depth: int = 0) -> sql.Composable:
+    """The conditions of ``or(…)`` or ``and(…)``, which may have groups in them."""
+    head, _, rest = text.partition("(")
+    if not rest.endswith(")") or depth > DEEPEST:
+        raise RestError(400, "PGRST100", f'"failed to parse logic tree ({text[:60]})"')
+    clauses = []
+    for part in _parts(rest[:-1]):
+        if part.split("(")[0] in LOGICAL:
+            clauses.append(_group(query, part, table, depth + 1))
+            continue
+        name, _, value = part.partition(".")
+        if not value:
+            raise RestError(400, "PGRST100", f'"failed to parse logic tree ({text[:60]})"')
+        clauses.append(_filter(query, name, value, table, quoted=True))
+    joined = sql.SQL("({})").format(sql.SQL(f" {head.removeprefix('not.')} ").join(clauses))
+    return sql.SQL("not ") + joined if head.startswith("not.") else joined
+
+
+def _parts(text: str) -> list[str]:
+    """Splits at the commas that are neither in quotes nor in brackets."""
+    parts, depth, quoted, escaped = [""], 0, False, False
+    for character in text:
+        if character == "," and not depth and not quoted:
+            parts.append("")
+            continue
+        parts[-1] += character
+        if not escaped and character == '"':
+            quoted = not quoted
+        elif not quoted:
+            depth += (character in "({") - (character in ")}")
+        escaped = character == "\\" and not escaped
+    return parts
+
+
+def _unquoted(value: str) -> str:
+    """A value without the quotes that it has in a group of conditions."""
+    return re.sub(r"\\(.)", r"\1", value[1:-1]) if len(value) > 1 and value[0] == value[-1] == '"' else value
+
+
+def _filter(query: Query, name: str, value: str, table: str | None, *, quoted: bool = False) -> sql.Composable:
     column = _identifier(name, table)
     operator, _, operand = value.partition(".")
     negate = operator == "not"
     if negate:
         operator, _, operand = operand.partition(".")
+    operand = _unquoted(operand) if quoted else operand
     if operator in OPERATORS:
         if operator in ("like", "ilike"):
             operand = operand.replace("*", "%")
         clause = sql.SQL("{} " + OPERATORS[operator] + " %s").format(column)
+        query.values.append(operand)
+    elif operator in CONTAINERS:
+        clause = sql.SQL("{} " + CONTAINERS[operator] + " %s").format(column)
         query.values.append(operand)
     elif operator == "is" and operand in ("null", "true", "false", "unknown"):
         clause = sql.SQL("{} is " + operand).format(column)
@@ -122,4 +169,4 @@ def _filter(query: Query, name: str, value: str, table: str | None) -> None:
             clause = sql.SQL("{} is null and false").format(column)
     else:
         raise unsupported(f"the filter {operator[:30]!r}")
-    query.where.append(sql.SQL("not (") + clause + sql.SQL(")") if negate else clause)
+    return sql.SQL("not (") + clause + sql.SQL(")") if negate else clause

@@ -1,7 +1,8 @@
 """PostgREST: RPC calls and table rows in ``public``, with the caller's role and claims.
 
-Supported: select (columns), the filters eq neq gt gte lt lte like ilike is in, order, limit, offset, ranges, counts,
-single objects, insert, update, delete, and RPC by POST and GET. Anything else gets a 501.
+Supported: select (columns), the filters eq neq gt gte lt lte like ilike is in cs cd ov, groups (or, and) of them,
+order, limit, offset, ranges, counts, single objects, insert, update, delete, and RPC by POST and GET. Anything else
+gets a 501.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from lab.edge.query import Query, RestError, parse_query, unsupported
+from lab.edge.query import MAX_ROWS, Query, RestError, parse_query, unsupported
 from lab.edge.session import as_caller
 from lab.edge.tokens import TokenError, bearer, verify
 
@@ -215,6 +216,7 @@ class Rest:
         preferences = _preferences(request)
         async with as_caller(self._pool, claims) as connection:
             table = await self._table(connection, request)
+            query.limit = min(MAX_ROWS if query.limit is None else query.limit, MAX_ROWS)
             rows = sql.SQL("select {} from {} as {}{}").format(
                 query.columns(), table, sql.Identifier(request.path_params["table"]), query.clauses()
             )

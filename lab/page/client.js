@@ -1,11 +1,14 @@
 // What every part of the page needs: the client, who looks, and how errors are shown.
 // The address has the workspace and the member's JWT: #workspace=…&token=…. /config.json has the project's URL and key.
 
+import { createAutotag } from './autotag.js'
+
 export const config = await (await fetch('config.json')).json()
 const parameters = new URLSearchParams(location.hash.slice(1))
 export const workspace = parameters.get('workspace')
 export const token = parameters.get('token')
 export const supabase = window.supabase.createClient(config.url, config.anonKey, { accessToken: async () => token })
+export const autotag = createAutotag(supabase, { workspaceId: workspace })
 
 export const $ = (id) => document.getElementById(id)
 

@@ -1,37 +1,19 @@
-// A gallery of tagged images. docs/frontend.md explains the essential twenty lines: enqueue, listen, refetch.
+// A gallery of tagged images, with the npm package (autotag.js is its core; docs/frontend.md).
 
 import { refreshAsked } from './asked.js'
-import { $, element, showError, supabase, token, workspace } from './client.js'
+import { describeEta, describeStage, oneAtATime } from './autotag.js'
+import { $, autotag, element, showError, supabase, token, workspace } from './client.js'
 import { COLUMNS, makeEditable, showTags } from './tags.js'
 import { uploading, uploadPhotos } from './upload-list.js'
 
 const MAX_SHOWN = 500 // images; the newest ones
+const MOST_IDS = 100 // in an address
+const WITH_BAR = ['submitted', 'processing', 'completing']
 const jobs = new Map() // uploads of this window and those announced by broadcasts, by job id
 const assets = new Map() // rows by id, which is a number or text, as the project's keys are
 const RETRY = { completed: 'Tag again', failed: 'Try again' } // what the button says
 
 // -- rendering
-
-/** The text of a stage, and the value of its progress bar if it has one. */
-function describe(asset) {
-  switch (asset.tagging_stage) {
-    case 'queued': return { text: 'Queued for tagging' }
-    case 'preparing': return { text: 'Preparing images…' }
-    case 'submitted': return { text: 'Submitted to AI', bar: asset.tagging_progress }
-    case 'processing': return { text: `AI analyzing${timeLeft(asset.tagging_eta)}`, bar: asset.tagging_progress }
-    case 'completing': return { text: 'Saving tags…', bar: 90 }
-    case 'completed': return { text: 'Tagged' }
-    case 'failed': return { text: 'Not tagged' }
-    default: return { text: 'Not tagged yet' }
-  }
-}
-
-function timeLeft(eta) {
-  if (!eta) return ''
-  const minutes = Math.ceil((new Date(eta) - Date.now()) / 60_000)
-  if (minutes < 1) return ' (less than a minute)'
-  return minutes < 90 ? ` (~${minutes} min)` : ` (~${Math.round(minutes / 60)} h)`
-}
 
 /** The element of an image. */
 const card = (id) => document.querySelector(`[data-asset="${CSS.escape(id)}"]`)
@@ -43,15 +25,15 @@ function show(asset) {
     item = $('image').content.firstElementChild.cloneNode(true)
     item.dataset.asset = asset.id
     item.querySelector('.retry').onclick = () => enqueue([asset.id])
-    item.removeTag = makeEditable(item, () => assets.get(asset.id), (row) => { show(row); refresh() })
+    item.removeTag = makeEditable(item, () => assets.get(asset.id), (row) => { show(row); refresh([row.id]) })
     $('images').append(item)
   }
-  const { text, bar } = describe(asset)
+  const { text, progress: part } = describeStage(asset)
   item.dataset.stage = asset.tagging_stage ?? 'none'
   item.querySelector('.badge').textContent = text
   const progress = item.querySelector('progress')
-  progress.hidden = bar === undefined
-  progress.value = bar ?? 0
+  progress.hidden = !WITH_BAR.includes(asset.tagging_stage)
+  progress.value = part ?? 0
   progress.setAttribute('aria-label', text)
   showTags(item, asset, item.removeTag)
   const error = item.querySelector('.error')
@@ -82,23 +64,25 @@ function showJob(job) {
   const finished = done === current.image_count
   item.querySelector('.left').textContent = finished
     ? current.failed ? `done, ${current.failed} not tagged` : 'done'
-    : timeLeft(current.eta).trim().replace(/^\(|\)$/g, '')
-  item.querySelector('.cancel').hidden = finished
+    : current.status === 'cancelling' ? 'cancelling…' : describeEta(current.eta) ?? ''
+  item.querySelector('.cancel').hidden = finished || current.status === 'cancelling'
   if (finished) progress.value = 100
   $('jobs-section').hidden = false
 }
 
 // -- fetching: after each broadcast and each (re)subscription, never by polling
 
-async function refetch() {
-  const { data, error } = await supabase.from('assets').select(COLUMNS)
-    .eq('workspace_id', workspace).order('created_at', { ascending: false }).limit(MAX_SHOWN)
+/** Fetches these rows, or (null) all that are shown. */
+export const refresh = oneAtATime(async (changed) => {
+  const ids = changed && changed.length <= MOST_IDS ? changed : null
+  const query = supabase.from('assets').select(COLUMNS).eq('workspace_id', workspace).order('created_at', { ascending: false }).limit(MAX_SHOWN)
+  const { data, error } = await (ids ? query.in('id', ids) : query)
   if (error) return showError(error)
   const missing = data.filter((asset) => !assets.has(asset.id) && asset.storage_path)
   data.forEach(show)
   showUntagged()
   await showPictures(missing)
-}
+})
 
 /** Images that no upload has got as far as tagging: their window was closed. */
 function showUntagged() {
@@ -115,18 +99,6 @@ async function showPictures(rows) {
     const url = data?.[i]?.signedUrl
     if (url) card(row.id).querySelector('img').src = url
   }
-}
-
-let fetching = null
-let again = false
-/** Runs one fetch at a time. Calls during a fetch cause one more fetch after it, and end with that one. */
-export function refresh() {
-  if (fetching) { again = true; return fetching }
-  fetching = refetch().finally(() => {
-    fetching = null
-    if (again) { again = false; return refresh() }
-  })
-  return fetching
 }
 
 async function refreshUsage() {
@@ -159,17 +131,20 @@ async function upload(files) {
 
 async function enqueue(ids) {
   showError(null)
-  const { data, error } = await supabase.rpc('enqueue_tagging', { asset_ids: ids })
-  if (error) showError(error)
-  else if (data.image_count) showJob(data)
-  else showError({ message: 'Nothing to do: these images are being tagged, or were tagged a moment ago.', hint: 'Try again in a minute.' })
-  await refresh()
+  try {
+    const made = await autotag.enqueue(ids)
+    if (made.image_count) showJob(made)
+    else showError({ message: 'Nothing to do: these images are being tagged, or were tagged a moment ago.', hint: 'Try again in a minute.' })
+  } catch (error) {
+    showError(error)
+    await refresh(ids)
+  }
 }
 
 async function cancel(jobId) {
-  const { error } = await supabase.rpc('cancel_tagging', { job_id: jobId })
-  if (error) showError(error)
-  await refresh()
+  try {
+    await autotag.cancel(jobId)
+  } catch (error) { showError(error) }
 }
 
 // -- file input: registered before the first fetch, so that files chosen while the page loads are not lost
@@ -186,16 +161,18 @@ if (!workspace || !token) {
   showError({ message: 'This address has no workspace or token.', hint: 'Open an address that ./scripts/demo --serve printed.' })
 } else {
   $('files').disabled = false
-  await supabase.realtime.setAuth(token)
-  supabase.channel(`tagging:${workspace}`, { config: { private: true } })
-    .on('broadcast', { event: 'job-progress' }, ({ payload }) => { showJob(payload); refresh() })
-    .on('broadcast', { event: 'batch-complete' }, refresh)
-    .on('broadcast', { event: 'job-complete' }, ({ payload }) => { showJob(payload); refresh(); refreshUsage() })
-    .subscribe((status) => {
-      $('connection').textContent = status === 'SUBSCRIBED' ? 'Live' : 'Disconnected. Reconnecting…'
-      if (status === 'SUBSCRIBED') refresh() // broadcasts may have been missed, but the rows have every change
-    })
-  addEventListener('focus', refresh) // people's edits in other windows are not broadcast
-  await refresh()
+  autotag.subscribe({
+    onChange: refresh,
+    onEnqueued: refresh,
+    onSync() {
+      refresh(null)
+      autotag.jobs({ onlyLive: true }).then((jobs) => jobs.forEach(showJob), () => {}) // otherwise with their next message
+    },
+    onProgress: showJob,
+    onJobComplete(job) { showJob(job); refreshUsage() },
+    onStatus(status) { $('connection').textContent = status === 'live' ? 'Live' : 'Disconnected. Reconnecting…' },
+  })
+  addEventListener('focus', () => refresh(null)) // people's edits in other windows are not broadcast
+  await refresh(null)
   await Promise.all([refreshUsage(), refreshAsked()])
 }

@@ -13,7 +13,7 @@ from support import Library
     [
         ("GET", "/rest/v1/workspaces?select=id,assets(id)", "assets(id)"),
         ("GET", "/rest/v1/workspaces?name=fts.cat", "fts"),
-        ("GET", "/rest/v1/workspaces?or=(name.eq.a,name.eq.b)", "or"),
+        ("GET", "/rest/v1/workspaces?or=(name.eq.a,name.fts.b)", "fts"),
         ("PUT", "/rest/v1/workspaces?id=eq.1", "PUT"),
         ("POST", "/storage/v1/object/move", "/object/move"),
         ("POST", "/storage/v1/object/copy", "/object/copy"),

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from autotag import __version__
 from conftest import ROOT
 
 GITHUB = ROOT / ".github"
@@ -109,6 +110,7 @@ def test_no_more_rights_than_needed() -> None:
     more = {(w, n): job["permissions"] for w, n, job in jobs() if "permissions" in job}
     assert more == {
         ("release.yml", "pypi"): {"id-token": "write"},
+        ("release.yml", "npm"): {"id-token": "write"},
         ("release.yml", "image"): {"contents": "read", "packages": "write"},
         ("release.yml", "github"): {"contents": "write"},
     }
@@ -124,9 +126,20 @@ def test_nothing_is_published_before_all_tests_have_passed() -> None:
     release = PARSED["release.yml"]["jobs"]
     assert release["ci"]["uses"] == "./.github/workflows/ci.yml"
     assert "workflow_call" in PARSED["ci.yml"][True], "YAML reads the key `on` as true"
-    for name in ("pypi", "image"):
+    for name in ("pypi", "npm", "image"):
         assert set(release[name]["needs"]) == {"ci", "build"}
-    assert set(release["github"]["needs"]) == {"pypi", "image"}
+    assert set(release["github"]["needs"]) == {"pypi", "npm", "image"}
+
+
+def test_both_packages_have_the_same_version() -> None:
+    assert json.loads((ROOT / "clients" / "js" / "package.json").read_text())["version"] == __version__
+
+
+def test_npm_says_where_its_package_comes_from() -> None:
+    """Provenance: npm signs which commit and workflow have made it. It wants the repository's address in the package."""
+    [publish] = [step["run"] for step in PARSED["release.yml"]["jobs"]["npm"]["steps"] if "run" in step]
+    assert "publish npm/*.tgz --provenance" in publish
+    assert "repository" in json.loads((ROOT / "clients" / "js" / "package.json").read_text())
 
 
 def test_the_container_has_what_the_tests_install() -> None:

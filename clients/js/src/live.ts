@@ -1,0 +1,297 @@
+import type { RealtimeChannel } from '@supabase/supabase-js'
+import { AutotagError } from './errors.js'
+import type { AnyClient, BatchComplete, JobComplete, JobProgress, Listener, LiveStatus } from './types.js'
+
+const LINGER = 1_000 // ms between the last listener's end and that of the channel: StrictMode and routes come back
+const FIRST_DELAY = 1_000 // ms before the channel is joined again; doubled with each failure
+const LONGEST_DELAY = 30_000
+const STEADY = 10_000 // ms after which a subscription counts as a success
+const LONG_HIDDEN = 30_000 // ms in the background after which messages may have been missed
+
+type AccessToken = () => Promise<string | null>
+type Message = { event: string, payload: unknown }
+
+/** Who a token speaks for; null: nobody. A key of the server, which is no user, stands for itself. */
+export function userOf(token: string | null | undefined): string | null {
+  if (!token || token.startsWith('sb_publishable_')) return null
+  try {
+    const part = token.split('.')[1]!.replace(/-/g, '+').replace(/_/g, '/')
+    const claims = JSON.parse(atob(part)) as { sub?: string, role?: string }
+    return claims.sub ?? (claims.role === 'anon' ? null : claims.role ?? null)
+  } catch {
+    return token
+  }
+}
+
+/**
+ * The one private channel of a workspace, shared by all parts of a page. It joins with the newest token, joins again when the
+ * channel ends, and leaves when nobody listens or another user has signed in.
+ */
+export class Live<Id = string | number> {
+  status: LiveStatus = 'connecting'
+  error: AutotagError | null = null
+  /** When the last subscription was complete. Rows that were fetched after it have missed nothing. */
+  liveSince = Infinity
+  readonly #listeners = new Set<Listener<Id>>()
+  readonly #supabase: AnyClient
+  readonly #topic: string
+  readonly #accessToken: AccessToken | undefined
+  #channel: RealtimeChannel | null = null
+  #left: Promise<unknown> = Promise.resolve()
+  #turn = 0 // of joining; what an earlier turn still reports is not heard
+  #failures = 0
+  #user: string | null | undefined // undefined: not known yet
+  #refused: string | null = null // the user whose refusal has been reported
+  #timer: ReturnType<typeof setTimeout> | undefined
+  #lastListener: ReturnType<typeof setTimeout> | undefined
+  #stopWatching: (() => void) | null = null
+  #hasAuth = false
+  #hiddenAt = 0
+  #listsIds = false // the server lists the ids of changed rows
+  #checked: Promise<unknown> = Promise.resolve()
+
+  constructor(supabase: AnyClient, workspaceId: string | number, accessToken?: AccessToken) {
+    this.#supabase = supabase
+    this.#topic = `tagging:${workspaceId}`
+    this.#accessToken = accessToken
+  }
+
+  /** Adds a listener, and returns the function that removes it. */
+  listen(listener: Listener<Id>): () => void {
+    const own = { ...listener } // the same object twice is two listeners
+    this.#listeners.add(own)
+    clearTimeout(this.#lastListener)
+    if (!this.#stopWatching) {
+      this.#stopWatching = this.#watch()
+      void this.connect()
+    }
+    own.onStatus?.(this.status, this.error)
+    if (this.status === 'live') own.onSync?.() // what it shows may be from before it listened
+    return () => {
+      if (!this.#listeners.delete(own) || this.#listeners.size) return
+      clearTimeout(this.#lastListener)
+      this.#lastListener = setTimeout(() => this.#stop(), LINGER)
+    }
+  }
+
+  /** Joins anew with the newest token. */
+  async connect(): Promise<void> {
+    this.#leave()
+    if (!this.#listeners.size) return
+    const turn = this.#turn
+    if (this.status !== 'refused') this.#say('connecting')
+    await this.#left
+    if (turn !== this.#turn) return
+    let user: string | null
+    try {
+      user = userOf(await this.#authorize())
+    } catch (error) {
+      if (turn === this.#turn) this.#fail(String(error))
+      return
+    }
+    if (turn !== this.#turn) return
+    this.#meet(user)
+    if (user === null) {
+      this.#say('signed-out')
+      this.#again(LONGEST_DELAY) // an event says it sooner, where there are events
+      return
+    }
+    const channel = this.#supabase.channel(this.#topic, { config: { private: true } })
+    if (channel.state !== 'closed') { // its own subscribe() would be ignored
+      this.#fail(`Another part of this page uses the topic ${this.#topic}.`, 'topic_in_use', 'Let it use subscribe() of supabase-autotag, too.')
+      return
+    }
+    this.#channel = channel
+    channel
+      .on('broadcast', { event: '*' }, (message) => { if (turn === this.#turn) this.#receive(message as unknown as Message) })
+      .subscribe((status, error) => {
+        if (turn !== this.#turn) return
+        if (status === 'SUBSCRIBED') {
+          this.#refused = null
+          this.liveSince = Date.now()
+          this.#say('live')
+          this.sync()
+        } else if (status === 'CHANNEL_ERROR' && /^"?Unauthorized\b/.test(error?.message ?? '')) {
+          this.#refuse(user, error!.message)
+        } else {
+          this.#fail(error?.message ?? status)
+        }
+      })
+  }
+
+  sync(): void { this.#tell((listener) => listener.onSync?.()) }
+
+  enqueued(assetIds: readonly Id[], since: number): void { this.#tell((listener) => listener.onEnqueued?.(assetIds, since)) }
+
+  changed(assetIds: Id[] | null, jobId: string | null): void { this.#tell((listener) => listener.onChange?.(assetIds, jobId)) }
+
+  // -- messages
+
+  #receive(message: Message): void {
+    if (this.#hasAuth) return this.#deliver(message)
+    // A token provider sends no event when its user changes, so each message waits for its answer.
+    const turn = this.#turn
+    this.#checked = this.#checked.then(() => this.#token()).then((token) => {
+      if (turn !== this.#turn) return
+      if (userOf(token) === this.#user) this.#deliver(message)
+      else void this.connect()
+    }).catch((error: unknown) => { if (turn === this.#turn) this.#fail(String(error)) })
+  }
+
+  #deliver({ event, payload }: Message): void {
+    if (!payload || typeof payload !== 'object') return
+    const told = payload as JobProgress<Id> & BatchComplete
+    this.#listsIds ||= told.asset_ids !== undefined
+    this.#tell((listener) => {
+      if (event === 'job-progress') listener.onProgress?.(told)
+      else if (event === 'job-complete') listener.onJobComplete?.(told as JobComplete<Id>)
+      else if (event === 'batch-complete') listener.onBatchComplete?.(told)
+    })
+    // The rows of a batch are told by its job's messages, where the server lists ids.
+    if (told.asset_ids === undefined && this.#listsIds && event === 'batch-complete') return
+    if (told.asset_ids?.length !== 0) this.changed(told.asset_ids ?? null, told.job_id ?? null)
+  }
+
+  #tell(say: (listener: Listener<Id>) => void): void {
+    for (const listener of [...this.#listeners]) {
+      try {
+        say(listener)
+      } catch (error) { // one part of the page must not silence the others
+        setTimeout(() => { throw error })
+      }
+    }
+  }
+
+  #say(status: LiveStatus, error: AutotagError | null = null): void {
+    if (status === this.status && error?.message === this.error?.message) return
+    this.status = status
+    this.error = error
+    this.#tell((listener) => listener.onStatus?.(status, error))
+  }
+
+  // -- joining and leaving
+
+  /** The newest token, without telling the socket. */
+  async #token(): Promise<string | null> {
+    const realtime = this.#supabase.realtime
+    return this.#accessToken ? await this.#accessToken() : await realtime.accessToken?.() ?? realtime.accessTokenValue
+  }
+
+  /** Gives the socket the newest token before it joins: without one, the first join of a page is refused. */
+  async #authorize(): Promise<string | null> {
+    const realtime = this.#supabase.realtime
+    if (!this.#accessToken) {
+      await realtime.setAuth()
+      return realtime.accessTokenValue
+    }
+    const token = await this.#accessToken()
+    if (token) await realtime.setAuth(token)
+    return token
+  }
+
+  /** Takes note of who is signed in. */
+  #meet(user: string | null): void {
+    const former = this.#user
+    this.#user = user
+    if (former === undefined || former === user) return
+    this.#refused = null
+    this.#failures = 0
+    this.#tell((listener) => listener.onUserChange?.())
+  }
+
+  #leave(): void {
+    this.#turn++
+    clearTimeout(this.#timer)
+    this.#timer = undefined
+    this.liveSince = Infinity
+    const channel = this.#channel
+    this.#channel = null
+    // A channel that is not quite gone would be handed out again for the same topic.
+    if (channel) this.#left = Promise.resolve(this.#supabase.removeChannel(channel)).catch(() => undefined)
+  }
+
+  #fail(message: string, code = 'channel', hint = ''): void {
+    if (Date.now() - this.liveSince > STEADY) this.#failures = 0
+    this.#leave()
+    const delay = Math.min(FIRST_DELAY * 2 ** this.#failures++, LONGEST_DELAY)
+    if (this.#offline()) this.#say('offline')
+    else this.#say('connecting', new AutotagError(code, message, hint))
+    this.#again(delay * (0.75 + Math.random() / 2))
+  }
+
+  #refuse(user: string, message: string): void {
+    this.#leave()
+    const known = this.#refused === user
+    this.#refused = user
+    if (known && this.status === 'refused') return
+    this.#say('refused', new AutotagError('refused', message, 'Only members of the workspace receive its messages.'))
+  }
+
+  #again(delay: number): void {
+    clearTimeout(this.#timer)
+    this.#timer = setTimeout(() => { void this.connect() }, delay)
+  }
+
+  #stop(): void {
+    this.#leave()
+    this.#stopWatching?.()
+    this.#stopWatching = null
+    this.#user = undefined
+    this.#refused = null
+    this.#failures = 0
+    this.status = 'connecting'
+    this.error = null
+  }
+
+  // -- what happens around the page
+
+  #offline(): boolean { return globalThis.navigator?.onLine === false }
+
+  #watch(): () => void {
+    const now = (): void => { this.#failures = 0; if (this.status !== 'refused') void this.connect() }
+    const seen = (): void => {
+      if (document.visibilityState === 'hidden') { this.#hiddenAt = Date.now(); return }
+      const long = this.#hiddenAt && Date.now() - this.#hiddenAt > LONG_HIDDEN
+      this.#hiddenAt = 0
+      if (this.status !== 'live') now()
+      else if (long) this.sync()
+    }
+    const lost = (): void => { this.#leave(); this.#say('offline') }
+    const page = typeof document === 'undefined' ? null : document
+    const view = typeof window === 'undefined' || !window.addEventListener ? null : window
+    page?.addEventListener?.('visibilitychange', seen)
+    view?.addEventListener('online', now)
+    view?.addEventListener('offline', lost)
+    const unsubscribe = this.#watchAuth()
+    return () => {
+      page?.removeEventListener?.('visibilitychange', seen)
+      view?.removeEventListener('online', now)
+      view?.removeEventListener('offline', lost)
+      unsubscribe()
+    }
+  }
+
+  #watchAuth(): () => void {
+    this.#hasAuth = false
+    if (this.#accessToken) return () => undefined
+    try {
+      const { data } = this.#supabase.auth.onAuthStateChange((event, session) => {
+        if (event === 'INITIAL_SESSION') return // joining reads it
+        const user = session?.user.id ?? null
+        const changed = this.#user !== undefined && user !== this.#user
+        if (changed) { // at once: what arrives from now on is for nobody
+          this.#leave()
+          this.#meet(user)
+          this.#say(user ? 'connecting' : 'signed-out')
+        }
+        // supabase-js gives a new token to channels that have joined. It must not be called from within this callback.
+        const waits = this.#timer !== undefined || (this.status === 'refused' && event === 'TOKEN_REFRESHED')
+        if (user && (changed || waits)) this.#again(0)
+      })
+      this.#hasAuth = true
+      return () => data.subscription.unsubscribe()
+    } catch { // the option `accessToken` of supabase-js: there is no `auth`
+      return () => undefined
+    }
+  }
+}

@@ -1,0 +1,2 @@
+// In your app, this file is generated: supabase gen types --lang typescript --linked > src/database.ts
+export type { Database } from '../../../supabase/types/database'

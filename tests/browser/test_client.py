@@ -1,0 +1,223 @@
+"""The npm package in headless Chromium: what a user sees with 2,000 images, on a slow line, with lapsed tokens, after signing out.
+
+All scenarios share one browser, one stack and one worker; each has a workspace of its own. ``AUTOTAG_CLIENT=old`` runs them with the
+snippets that the documents had before the package.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.staticfiles import StaticFiles
+
+from autotag.http.serve import serve
+from conftest import ROOT, skip
+from lab.pictures import draw
+from lab.postgres import free_port
+from lab.stack import HOST, Stack
+from npm import BIN, built_package
+from support import PATIENCE, Library, worker
+
+HERE = Path(__file__).parent
+CHROMIUM = shutil.which("chromium")
+OLD = os.environ.get("AUTOTAG_CLIENT") == "old"
+SCENARIOS = ["large", "two", "strict", "lapse", "users", "offline", "reload", "quota", "stranger",
+             "plain", "react"]  # fmt: skip
+PAGE = '<!doctype html><meta charset="utf-8"><title>page</title><div id="root"></div><script type="module" src="page.js"></script>'
+
+
+ELSEWHERE, KEY = "http://supabase.test", "sb_publishable_test"  # of the examples, until they are pointed at the stack
+
+
+class Helper:
+    """What the driver asks for."""
+
+    def __init__(self, stack: Stack, folder: Path) -> None:
+        self.stack = stack
+        self.folder = folder
+        self.libraries: dict[str, Library] = {}
+
+    async def answer(self, request: dict[str, Any]) -> Any:
+        return await getattr(self, request.pop("do"))(**request)
+
+    async def project(self) -> dict[str, Any]:
+        return {"url": self.stack.supabase_url, "anonKey": self.stack.anon_key}
+
+    async def workspace(
+        self, images: int = 0, rows: int = 0, quota: int | None = None, files: int = 0
+    ) -> dict[str, Any]:
+        """A member of a new workspace with stored pictures, with older rows that are tagged, and with files to upload."""
+        library = Library(self.stack)
+        member = library.member
+        self.libraries[member.user] = library
+        stored = await library.upload_files(list(draw(images))) if images else []
+        if rows:
+            library.sql(
+                "insert into public.assets (workspace_id, storage_path, created_at, tagging_stage, tagging_progress, tags)"
+                " select %s, %s || '/' || i, now() - i * interval '1 minute', 'completed', 100, '{barn,field}'"
+                " from generate_series(1, %s) i", member.workspace, member.workspace, rows)  # fmt: skip
+        if quota:
+            library.sql("insert into autotag.quotas (workspace_id, scope, period, max_images)"
+                        " values (%s, 'workspace', 'day', %s)", member.workspace, quota)  # fmt: skip
+        drawn = [(self.folder / drawing.name, drawing.data) for drawing in draw(files)] if files else []
+        for path, data in drawn:
+            path.write_bytes(data)
+        return {"member": {"user": member.user, "workspace": member.workspace}, "paths": [path for path, _ in stored],
+                "files": [str(path) for path, _ in drawn]}  # fmt: skip
+
+    async def mint(self, member: str, lifetime: float) -> dict[str, Any]:
+        token = self.stack.token(member, lifetime=lifetime, aal="aal1", session_id="s")
+        ends = jwt.decode(token, options={"verify_signature": False})["exp"]
+        return {"token": token, "until": (ends - 1) * 1000}
+
+    async def configure(self, **columns: Any) -> None:
+        self.stack.configure(**columns)
+
+    async def enqueue(self, member: dict[str, str], paths: list[str], wait: bool = False) -> None:
+        """Another window of the member uploads; `wait`: until the upload is over."""
+        library = self.libraries[member["user"]]
+        job = library.enqueue(library.insert(paths))
+        if wait:
+            await library.finished(job)
+
+
+async def play(stack: Stack, pages: str, scenarios: list[str], folder: Path) -> dict[str, dict[str, Any]]:
+    """What each scenario saw."""
+    helper, outcomes = Helper(stack, folder), {}
+    given = {"chromium": CHROMIUM, "pages": pages, "client": "old" if OLD else "package", "scenarios": scenarios,
+             "patience": int(os.environ.get("AUTOTAG_PATIENCE", "60000"))}  # fmt: skip
+    process = await asyncio.create_subprocess_exec(
+        "node",
+        str(HERE / "client.mjs"),
+        json.dumps(given),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    async with asyncio.timeout(len(scenarios) * PATIENCE):
+        async for line in process.stdout:
+            told = json.loads(line)
+            if "do" in told:
+                process.stdin.write(json.dumps(await helper.answer(told)).encode() + b"\n")
+            else:
+                outcomes[told.pop("scenario")] = told
+        await process.wait()
+    return outcomes
+
+
+async def run(*command: str | Path, cwd: Path, **environment: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=cwd, env={"PATH": os.environ["PATH"], **environment}, stdout=asyncio.subprocess.DEVNULL
+    )
+    assert await process.wait() == 0, command
+
+
+def point(folder: Path, stack: Stack) -> None:
+    """Writes what needs no bundler, and the stack's address into all of it."""
+    (folder / "index.html").write_text(PAGE)
+    for path in (ROOT / "examples" / "plain").iterdir():
+        (folder / "plain" / path.name).write_bytes(path.read_bytes())
+    (folder / "plain" / "config.js").write_text(f"export const url = '{ELSEWHERE}'; export const key = '{KEY}'")
+    for path in folder.rglob("*.js"):
+        text = path.read_text()
+        if ELSEWHERE in text:
+            path.write_text(text.replace(ELSEWHERE, stack.supabase_url).replace(KEY, stack.anon_key))
+
+
+@contextlib.asynccontextmanager
+async def pages(stack: Stack, folder: Path) -> AsyncIterator[str]:
+    """The address of the page and, in folders, the examples: bundled, and with the stack's address in them."""
+    built_package()
+    (folder / "plain").mkdir(parents=True)
+    await asyncio.gather(
+        run("node", HERE / "client" / "build.mjs", HERE / "client" / "page.jsx", folder / "page.js", cwd=ROOT),
+        *(run(BIN / "vite", "build", "--base=./", f"--outDir={folder / name}", cwd=ROOT / "examples" / name,
+              VITE_SUPABASE_URL=ELSEWHERE, VITE_SUPABASE_PUBLISHABLE_KEY=KEY) for name in ("react", "vue")),
+    )  # fmt: skip
+    point(folder, stack)
+    port = free_port()
+    async with serve(Starlette(routes=[Mount("/", StaticFiles(directory=folder, html=True))]), HOST, port):
+        yield f"http://{HOST}:{port}"
+
+
+@pytest.mark.long
+async def test_what_users_see(stack: Stack, tmp_path: Path, subtests: pytest.Subtests) -> None:
+    if CHROMIUM is None:
+        skip("there is no chromium (Debian: apt-get install chromium)")
+    stack.simulator.plan.batch_latency = (2, 3)
+    only = os.environ.get("AUTOTAG_SCENARIOS", ",".join(SCENARIOS)).split(",")
+    async with pages(stack, tmp_path / "pages") as address, worker(stack):
+        outcomes = await play(stack, address, only, tmp_path)
+    for name in only:
+        with subtests.test(name):
+            outcome = outcomes[name]
+            print(name, json.dumps(outcome)[:1500], file=sys.stderr)
+            assert "error" not in outcome, outcome["error"]
+            seen = outcome["seen"]
+            assert seen.pop("problems") == []
+            CHECKS[name](seen)
+
+
+def large(seen: dict[str, Any]) -> None:
+    assert seen["order"], "the newest rows come first"
+    assert seen["lists"], "messages list the rows that have changed"
+    assert seen["bytes"] <= 40_000, "only changed rows are fetched"
+    assert seen["requests"] <= seen["messages"], "at most one request for each message"
+    assert seen["first"] <= 1000, "milliseconds from the first message to the first change on the page, at 400 kbit/s"
+    assert seen["idle"] == [], "nothing is polled"
+
+
+def one_join(seen: dict[str, Any]) -> None:
+    assert seen["joins"] == 1, "all parts of the page share one channel"
+
+
+def lapse(seen: dict[str, Any]) -> None:
+    assert seen["joins"] >= 3, "each time that a token has lapsed"
+
+
+def users(seen: dict[str, Any]) -> None:
+    assert seen["out"]["frames"] == 0, "nothing arrives for a user who has signed out"
+    assert seen["other"]["frames"] == 0, "nor for the next one"
+    assert seen["out"]["shown"] == seen["other"]["shown"] == []
+    assert sum("refused" in status for status in seen["statuses"]) == 1
+
+
+def nothing_more(_: dict[str, Any]) -> None:
+    pass
+
+
+def reload(seen: dict[str, Any]) -> None:
+    assert sorted(seen["stages"]) == ["completed"] * 5 + ["failed"] * 7
+
+
+def quota(seen: dict[str, Any]) -> None:
+    assert seen["refusal"].startswith("The daily quota of this workspace allows 3 more images today. Upload fewer")
+    assert seen["texts"] == ["Not tagged"] * 5
+
+
+def stranger(seen: dict[str, Any]) -> None:
+    assert seen["joins"] == 1, "a refusal is not tried again for ever"
+    assert [status for status in seen["statuses"] if "refused" in status] == ["refused: refused"]
+
+
+def example(seen: dict[str, Any]) -> None:
+    assert seen["tags"] >= 4
+    assert "allows 1 more image today" in seen["refusal"]
+    assert sorted(seen["stages"]) == ["completed"] * 2 + ["none"] * 2
+
+
+CHECKS = {"large": large, "two": one_join, "strict": one_join, "lapse": lapse, "users": users, "offline": nothing_more,
+          "reload": reload, "quota": quota, "stranger": stranger, "plain": example, "react": example}  # fmt: skip

@@ -1,0 +1,480 @@
+// Units of the npm package, with node:test: what to show, the channel with a client that misbehaves as Realtime does, and lists of rows
+// against a table in memory. Run by test_package.py.
+import assert from 'node:assert/strict'
+import { readFileSync } from 'node:fs'
+import { describe, mock, test } from 'node:test'
+import { QueryClient, QueryClientProvider } from '@tanstack/react-query'
+import { createElement } from 'react'
+import { renderToString } from 'react-dom/server'
+import { createAutotag, describeStage, ENGLISH, oneAtATime } from '../../clients/js/dist/index.js'
+import { Live, userOf } from '../../clients/js/dist/live.js'
+import { AutotagProvider, useAssets, useJob, useTagging } from '../../clients/js/dist/react/index.js'
+import { AssetList, changingColumns, WRITTEN } from '../../clients/js/dist/react/assets.js'
+
+const token = (claims) => `x.${Buffer.from(JSON.stringify(claims)).toString('base64url')}.x`
+
+describe('what to show', () => {
+  const now = Date.parse('2026-11-29T12:00:00Z')
+  const at = (seconds) => new Date(now + seconds * 1000).toISOString()
+  const text = (stage, eta, options) => describeStage({ tagging_stage: stage, tagging_progress: 40, tagging_eta: eta }, { now, ...options }).text
+
+  test('the words are those of docs/frontend.md', () => {
+    const page = readFileSync(new URL('../../docs/frontend.md', import.meta.url), 'utf8')
+    const rows = [...page.matchAll(/^\| (?:`((?!tagging_)\w+)`|null) \| ([^|:]+?)(?::[^|]*)? \|/gm)]
+    assert.equal(rows.length, 8)
+    for (const [, stage, words] of rows) assert.equal(text(stage ?? null, at(0.5)).replace(/~\d+ min/, '~X min'), words)
+  })
+
+  test('a time that has passed is never negative', () => {
+    assert.equal(text('processing', at(-960)), 'AI analyzing (any moment now)')
+    assert.equal(text('processing', at(0)), 'AI analyzing (any moment now)')
+    assert.equal(text('processing', at(170)), 'AI analyzing (~3 min)')
+    assert.equal(text('processing', at(7200)), 'AI analyzing (~2 h)')
+    assert.equal(text('processing', null), 'AI analyzing')
+  })
+
+  test('progress is a part of one, and there only while there is something to wait for', () => {
+    const progress = (stage, percent = 40) => describeStage({ tagging_stage: stage, tagging_progress: percent }).progress
+    assert.deepEqual(['queued', 'submitted', 'completing', 'completed', 'failed', null].map((stage) => progress(stage)), [0.4, 0.4, 0.9, 1, null, null])
+    assert.deepEqual([progress('processing', null), progress('processing', 250), progress('processing', -1)], [0, 1, 0])
+    assert.equal(describeStage({}).live, false)
+  })
+
+  test('every text can be translated, and a stage of a later version has one', () => {
+    const german = Object.fromEntries(Object.entries(ENGLISH).map(([name, said]) => [name, typeof said === 'string' ? `de ${name}` : (value) => `de ${name} ${value}`]))
+    for (const stage of ['queued', 'preparing', 'submitted', 'completing', 'completed', 'failed']) assert.equal(text(stage, null, { texts: german }), `de ${stage}`)
+    assert.equal(text(null, null, { texts: german }), 'de none')
+    assert.equal(text('processing', at(90), { texts: german }), 'de processing de minutes 2')
+    assert.equal(text('processing', at(-90), { texts: { soon: 'gleich' } }), 'AI analyzing (gleich)')
+    assert.equal(text('polishing', null), ENGLISH.other)
+  })
+})
+
+/** A client of supabase-js, whose channel does what the test says. */
+class Client {
+  channels = []
+  order = []
+  user = 'ann'
+  constructor({ sessions = false } = {}) {
+    const self = this
+    this.realtime = {
+      accessTokenValue: null,
+      accessToken: async () => self.user && token({ sub: self.user }),
+      async setAuth() { self.order.push('setAuth'); this.accessTokenValue = await this.accessToken() },
+    }
+    this.auth = sessions
+      ? { onAuthStateChange: (callback) => { self.signed = callback; return { data: { subscription: { unsubscribe() {} } } } } }
+      : new Proxy({}, { get() { throw new Error('supabase.auth is not possible') } })
+  }
+
+  channel(topic) {
+    const made = {
+      topic, state: this.taken ? 'joined' : 'closed',
+      on(type, filter, callback) { made.hear = (event, payload) => callback({ type, event, payload }); return made },
+      subscribe(callback) { made.say = callback; made.state = 'joining'; return made },
+    }
+    this.order.push('join')
+    this.channels.push(made)
+    return made
+  }
+
+  async removeChannel(channel) { channel.removed = true; channel.say?.('CLOSED'); return 'ok' }
+}
+
+const settled = async () => { for (let i = 0; i < 20; i++) await Promise.resolve() }
+
+describe('the channel', () => {
+  async function listening(options, live = null) {
+    mock.timers.enable({ apis: ['setTimeout', 'Date'] })
+    mock.method(Math, 'random', () => 0.5)
+    const client = new Client(options)
+    const own = live?.(client) ?? new Live(client, 'w')
+    const heard = { statuses: [], messages: [], changes: [], syncs: 0, users: 0 }
+    const stop = own.listen({
+      onStatus: (status, error) => heard.statuses.push(error ? `${status} ${error.code}` : status),
+      onProgress: (message) => heard.messages.push(message), onChange: (ids) => heard.changes.push(ids),
+      onSync: () => { heard.syncs++ }, onUserChange: () => { heard.users++ },
+    })
+    await settled()
+    return { client, live: own, heard, stop, last: () => client.channels.at(-1) }
+  }
+  const over = () => { mock.timers.reset(); mock.restoreAll() }
+
+  test('the token comes before the join, and all listeners share one channel until a second after the last', async () => {
+    const { client, live, stop } = await listening()
+    assert.deepEqual(client.order, ['setAuth', 'join'])
+    const second = live.listen({})
+    await settled()
+    stop()
+    mock.timers.tick(5000)
+    assert.equal(client.channels.length, 1)
+    second()
+    mock.timers.tick(900)
+    const third = live.listen({}) // StrictMode comes back at once
+    mock.timers.tick(5000)
+    assert.equal(client.channels[0].removed, undefined)
+    third()
+    mock.timers.tick(1000)
+    assert.equal(client.channels[0].removed, true)
+    over()
+  })
+
+  for (const [status, error] of [['CLOSED'], ['TIMED_OUT'], ['CHANNEL_ERROR', new Error('socket closed: 1006')],
+    ['CHANNEL_ERROR', new Error('InvalidJWTToken: Token has expired 3 seconds ago')]]) {
+    test(`after ${status} ${error?.message ?? ''} it joins again, with growing pauses and a new token`, async () => {
+      const { client, last, heard } = await listening()
+      last().say('SUBSCRIBED')
+      const pauses = []
+      for (let i = 0; i < 7; i++) {
+        last().say(status, error)
+        await settled()
+        const before = client.channels.length
+        let waited = 0
+        while (client.channels.length === before) { mock.timers.tick(500); waited += 500; await settled() }
+        pauses.push(waited / 1000)
+      }
+      assert.deepEqual(pauses, [1, 2, 4, 8, 16, 30, 30])
+      assert.equal(client.order.filter((step) => step === 'setAuth').length, 8)
+      last().say('SUBSCRIBED')
+      assert.equal(heard.syncs, 2, 'each subscription fetches what was missed')
+      mock.timers.tick(20_000)
+      last().say(status, error)
+      mock.timers.tick(1000)
+      await settled()
+      assert.equal(client.channels.length, 9, 'a steady subscription begins anew with the pauses')
+      over()
+    })
+  }
+
+  test('a refusal is reported once and not tried again, until another user comes', async () => {
+    const { client, last, heard } = await listening({ sessions: true })
+    last().say('CHANNEL_ERROR', new Error('"Unauthorized: You do not have permissions to read from this Channel topic: tagging:w"'))
+    mock.timers.tick(3_600_000)
+    await settled()
+    assert.deepEqual(heard.statuses, ['connecting', 'refused refused'])
+    assert.equal(client.channels.length, 1)
+    client.signed('SIGNED_IN', { user: { id: 'ann' } }) // a tab that gets the focus says this
+    mock.timers.tick(1000)
+    await settled()
+    assert.equal(client.channels.length, 1)
+    client.signed('TOKEN_REFRESHED', { user: { id: 'ann' } }) // once an hour: ann may be a member by now
+    mock.timers.tick(1)
+    await settled()
+    assert.equal(client.channels.length, 2)
+    last().say('CHANNEL_ERROR', new Error('Unauthorized: You do not have permissions'))
+    assert.deepEqual(heard.statuses, ['connecting', 'refused refused'])
+    client.user = 'ben'
+    client.signed('SIGNED_IN', { user: { id: 'ben' } })
+    mock.timers.tick(1)
+    await settled()
+    last().say('SUBSCRIBED')
+    assert.equal(heard.statuses.at(-1), 'live')
+    over()
+  })
+
+  test('after a sign-out nothing is heard, not even what was on its way', async () => {
+    const { client, last, heard } = await listening({ sessions: true })
+    last().say('SUBSCRIBED')
+    last().hear('job-progress', { job_id: 'j', asset_ids: ['a'] })
+    client.user = null
+    client.signed('SIGNED_OUT', null)
+    last().hear('job-progress', { job_id: 'j', asset_ids: ['b'] })
+    await settled()
+    assert.deepEqual(heard.changes, [['a']])
+    assert.equal(client.channels[0].removed, true)
+    assert.deepEqual([heard.users, heard.statuses.at(-1)], [1, 'signed-out'])
+    over()
+  })
+
+  test('the user of a token provider changes without an event: their message is the first that is not heard', async () => {
+    const { client, last, heard } = await listening()
+    last().say('SUBSCRIBED')
+    last().hear('job-progress', { job_id: 'j', asset_ids: ['a'] })
+    await settled()
+    const former = last()
+    client.user = 'ben'
+    former.hear('job-progress', { job_id: 'j', asset_ids: ['b'] })
+    await settled()
+    assert.deepEqual(heard.changes, [['a']])
+    assert.equal(former.removed, true)
+    assert.equal(heard.users, 1)
+    over()
+  })
+
+  test('the server\'s own key joins, a publishable one and nobody do not', async () => {
+    assert.equal(userOf(token({ role: 'anon' })), null)
+    assert.equal(userOf('sb_publishable_x'), null)
+    assert.equal(userOf(null), null)
+    assert.equal(userOf(token({ role: 'service_role' })), 'service_role')
+    assert.equal(userOf('sb_secret_x'), 'sb_secret_x')
+    const { client, heard } = await listening({}, (client) => { client.user = null; return new Live(client, 'w') })
+    assert.equal(client.channels.length, 0)
+    assert.equal(heard.statuses.at(-1), 'signed-out')
+    over()
+  })
+
+  test('a part of the page that comes when the channel is there already is told to fetch', async () => {
+    const { live, last } = await listening()
+    let syncs = 0
+    live.listen({ onSync: () => { syncs++ } })
+    assert.equal(syncs, 0)
+    last().say('SUBSCRIBED')
+    live.listen({ onSync: () => { syncs += 10 } })
+    assert.equal(syncs, 11)
+    over()
+  })
+
+  test('a part of the page that uses the topic by itself is named', async () => {
+    const { client, heard } = await listening({}, (client) => { client.taken = true; return new Live(client, 'w') })
+    assert.equal(heard.statuses.at(-1), 'connecting topic_in_use')
+    client.taken = false
+    mock.timers.tick(1000)
+    await settled()
+    client.channels.at(-1).say('SUBSCRIBED')
+    assert.equal(heard.statuses.at(-1), 'live')
+    over()
+  })
+
+  test('messages without ids (an older server) say that anything may have changed; with ids, a batch adds nothing', async () => {
+    const { last, heard } = await listening()
+    last().say('SUBSCRIBED')
+    last().hear('batch-complete', { batch_id: 'b', job_id: 'j' })
+    await settled()
+    last().hear('job-progress', { job_id: 'j', asset_ids: null, many: true })
+    await settled()
+    last().hear('batch-complete', { batch_id: 'b', job_id: 'j' })
+    last().hear('job-complete', { job_id: 'j', asset_ids: [1] })
+    last().hear('job-complete', { job_id: 'j', asset_ids: [] })
+    last().hear('job-complete', null)
+    await settled()
+    assert.deepEqual(heard.changes, [null, null, [1]])
+    over()
+  })
+
+  test('a listener that throws does not silence the others', async () => {
+    const { live, last, heard } = await listening()
+    live.listen({ onSync() { throw new Error('theirs') } })
+    live.listen({ onSync() { heard.after = true } })
+    last().say('SUBSCRIBED')
+    assert.equal(heard.after, true)
+    assert.throws(() => mock.timers.tick(1), { message: 'theirs' }, 'the page hears of it, too')
+    over()
+  })
+})
+
+describe('the columns that autotag writes', () => {
+  const cases = {
+    'id, created_at, tagging_stage, tags': 'id,tagging_stage,tags',
+    'id::text, stage:tagging_stage, members(id, name), tags': 'id::text,stage:tagging_stage,tags',
+    '*': `id,${WRITTEN.join()}`,
+    '*, owner:users(name)': null,
+    'photo:id, tags': 'tags', // the key's name is that of the result
+  }
+  for (const [select, columns] of Object.entries(cases)) {
+    test(select, () => {
+      const compact = select.replace(/\s/g, '') // as supabase-js sends it
+      if (select.startsWith('photo')) assert.equal(changingColumns(compact, 'photo', WRITTEN), 'photo:id,tags')
+      else assert.equal(changingColumns(compact, 'id', WRITTEN), columns)
+    })
+  }
+})
+
+// -- lists of rows against a table in memory
+
+/** Random numbers that are the same each time. */
+function random(seed) {
+  let state = seed
+  return (below) => { // mulberry32
+    state = (state + 0x6d2b79f5) | 0
+    let mixed = Math.imul(state ^ (state >>> 15), 1 | state)
+    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed
+    return ((mixed ^ (mixed >>> 14)) >>> 0) % below
+  }
+}
+
+class Table {
+  rows = new Map()
+  requests = 0
+  running = 0
+  most = 0
+  constructor(pick) { this.pick = pick }
+
+  query(filter) {
+    const table = this
+    const conditions = [filter]
+    let limit = 1000
+    let columns = '*'
+    const below = (row, value, id) => row.at === null ? value === null && row.id < id : value !== null && (row.at < value || (row.at === value && row.id < id))
+    const builder = {
+      url: new URL('http://x/images?select=*'),
+      select(list) { columns = list; return builder },
+      in(_, ids) { conditions.push((row) => ids.includes(row.id)); return builder },
+      is() { return { lt: (_, id) => { conditions.push((row) => row.at === null && row.id < id); return builder } } },
+      or(text) {
+        const [, value, id] = /^at\.lt\."(\d+)",and\(at\.eq\."\d+",id\.lt\."(\d+)"\),at\.is\.null$/.exec(text)
+        conditions.push((row) => row.at === null || below(row, Number(value), Number(id)))
+        return builder
+      },
+      order() { return builder },
+      limit(count) { limit = count; return builder },
+      async run() {
+        table.requests++
+        table.most = Math.max(table.most, ++table.running)
+        for (let i = table.pick(4); i > 0; i--) await new Promise(setImmediate)
+        const found = [...table.rows.values()].filter((row) => conditions.every((holds) => holds(row))).sort(order).slice(0, limit)
+          .map((row) => columns === '*' ? { ...row } : { id: row.id, tagging_stage: row.tagging_stage, tags: row.tags })
+        for (let i = table.pick(4); i > 0; i--) await new Promise(setImmediate)
+        table.running--
+        return table.calm || table.pick(20) ? { data: found, error: null, status: 200 } : { data: null, error: { message: 'TypeError: fetch failed', code: '' }, status: 0 }
+      },
+      then(resolve, reject) { return builder.run().then(resolve, reject) },
+    }
+    return builder
+  }
+}
+
+const order = (a, b) => (a.at === null) - (b.at === null) || b.at - a.at || b.id - a.id
+const STAGES = [null, 'queued', 'submitted', 'processing', 'completed', 'failed']
+
+describe('a list of rows', () => {
+  test('shows after any history what the table has', { timeout: 60_000 }, async () => {
+    mock.method(console, 'warn', () => undefined)
+    for (let seed = 1; seed <= 150; seed++) {
+      const pick = random(seed)
+      const table = new Table(pick)
+      const filter = pick(2) ? () => true : (row) => row.tags !== 'hidden'
+      let listener
+      const live = { liveSince: 0, listen: (given) => { listener = given; return () => undefined } }
+      const queries = new QueryClient({ defaultOptions: { queries: { retry: 3, retryDelay: 1 } } })
+      const list = new AssetList(queries, ['a'], live, { query: () => table.query(filter), key: 'id', orderBy: 'at', ascending: false, pageSize: 5, written: WRITTEN })
+      const load = () => queries.fetchQuery({ queryKey: ['a'], queryFn: () => list.load(), staleTime: 0 }).catch(() => undefined)
+      let next = 1
+      const insert = () => {
+        const row = { id: next++, at: pick(8) ? pick(30) : null, tagging_stage: null, tags: pick(4) ? 'seen' : 'hidden' }
+        table.rows.set(row.id, row)
+        return row
+      }
+      for (let i = pick(25); i > 0; i--) insert()
+      list.start()
+      await load()
+      const lists = seed % 2 // every change is told with its ids; otherwise some are not, and a subscription ends the history
+      const told = (ids) => { if (lists || pick(4)) listener.onChange(ids, `job${pick(3)}`); else listener.onChange(null, `new job ${seed} ${next++}`) }
+      for (let step = 0; step < 25; step++) {
+        const ids = [...table.rows.keys()]
+        const some = () => ids.length ? [ids[pick(ids.length)]] : []
+        const what = pick(9)
+        if (what === 0) { const row = insert(); if (filter(row)) list.put([{ ...row }]); told([row.id]) }
+        else if (what === 1) told([insert().id])
+        else if (what < 5) { for (const id of some()) table.rows.set(id, { ...table.rows.get(id), tagging_stage: STAGES[pick(6)], tags: pick(4) ? 'seen' : 'hidden' }); told(ids.length ? ids : []) }
+        else if (what === 5) { const [id] = some(); table.rows.delete(id); if (id) told([id]) }
+        else if (what === 6) void list.loadMore().catch(() => undefined)
+        else if (what === 7) void load()
+        else if (!lists) listener.onSync()
+        for (let i = pick(6); i > 0; i--) await new Promise(setImmediate)
+      }
+      table.calm = true
+      live.liveSince = Infinity
+      if (!lists) listener.onSync()
+      const shown = () => queries.getQueryData(['a'])
+      const right = () => {
+        const data = shown()
+        const wanted = [...table.rows.values()].filter(filter).sort(order)
+        assert.deepEqual(data.rows, wanted.slice(0, data.rows.length), `seed ${seed}: the rows`)
+        assert.ok(data.rows.length >= Math.min(5, wanted.length), `seed ${seed}: at least a page`)
+        if (!data.hasMore) assert.equal(data.rows.length, wanted.length, `seed ${seed}: there are more`)
+      }
+      for (let patience = 1000; ; patience--) {
+        for (let i = 0; i < 20; i++) await new Promise(setImmediate)
+        try { right(); break } catch (error) { if (!patience) throw error; await new Promise((resolve) => setTimeout(resolve, 20)) }
+      }
+      assert.ok(table.most <= 1, `seed ${seed}: one request at a time`)
+      list.stop()
+      queries.clear()
+    }
+    mock.restoreAll()
+  })
+})
+
+test('without ids, a row that looks done is fetched once for each upload, and one that is being tagged each time', async () => {
+  const table = new Table(() => 1)
+  let listener
+  const live = { liveSince: 0, listen: (given) => { listener = given; return () => undefined } }
+  const queries = new QueryClient()
+  const list = new AssetList(queries, ['a'], live, { query: () => table.query(() => true), key: 'id', orderBy: 'at', ascending: false, pageSize: 2, written: WRITTEN })
+  for (let id = 1; id <= 6; id++) table.rows.set(id, { id, at: id, tagging_stage: 'completed', tags: 'seen' })
+  list.start()
+  await queries.fetchQuery({ queryKey: ['a'], queryFn: () => list.load() })
+  await list.loadMore()
+  await list.loadMore()
+  const stages = () => queries.getQueryData(['a']).rows.map((row) => row.tagging_stage)
+  for (const stage of ['queued', 'processing', 'completed']) {
+    table.rows.set(1, { ...table.rows.get(1), tagging_stage: stage })
+    listener.onChange(null, 'job')
+    await until(() => stages().at(-1) === stage)
+  }
+  assert.equal(stages().length, 6)
+  const { requests } = table
+  listener.onChange(null, 'job')
+  await until(() => table.requests > requests)
+  queries.clear()
+})
+
+async function until(holds) {
+  for (let patience = 1000; !holds(); patience--) {
+    assert.ok(patience, String(holds))
+    await new Promise((resolve) => setTimeout(resolve, 5))
+  }
+}
+
+test('one fetch at a time, and what changes meanwhile goes into the next one', async () => {
+  const asked = []
+  const ends = []
+  const changed = oneAtATime(async (ids) => { asked.push(ids); await new Promise((resolve, reject) => ends.push({ resolve, reject })) })
+  const all = [changed([1]), changed([2]), changed([2, 3])]
+  assert.deepEqual(asked, [[1]])
+  ends[0].resolve()
+  await settled()
+  assert.deepEqual(asked, [[1], [2, 3]])
+  changed([4])
+  changed(null)
+  changed([5])
+  ends[1].resolve()
+  await settled()
+  assert.deepEqual(asked.at(-1), null)
+  ends[2].resolve()
+  await Promise.all(all)
+  const failed = changed([6])
+  ends[3].reject(new Error('offline'))
+  await assert.rejects(failed, { message: 'offline' })
+  void changed([7])
+  assert.deepEqual(asked.at(-1), [7])
+})
+
+test('on a server, hooks render what they are given and ask for nothing', () => {
+  const client = new Client()
+  const builder = { url: new URL('http://x/assets?select=id,created_at,tags'), schema: 'public', then() { throw new Error('fetched') } }
+  const row = { id: 'a', created_at: '2026-11-29', tagging_stage: 'queued', tags: null }
+  function Page() {
+    const { rows } = useAssets({ query: () => builder, initialRows: [row] })
+    const { status, jobs } = useTagging()
+    const { job } = useJob(null)
+    return createElement('p', null, `${describeStage(rows[0]).text}, ${status}, ${jobs.length}, ${job}`)
+  }
+  const page = createElement(AutotagProvider, { supabase: client, workspaceId: 'w' }, createElement(Page))
+  const html = renderToString(createElement(QueryClientProvider, { client: new QueryClient() }, page))
+  assert.equal(html, '<p>Queued for tagging, connecting, 0, undefined</p>')
+  assert.deepEqual(client.order, [])
+})
+
+test('calls need no channel, and one client has one channel for each workspace', async () => {
+  const client = new Client()
+  client.rpc = async (name, args) => ({ data: { name, args }, error: null, status: 200 })
+  const [one, two] = [createAutotag(client, { workspaceId: 7 }), createAutotag(client, { workspaceId: 7 })]
+  assert.deepEqual(await one.jobs({ before: new Date(0) }), {
+    name: 'tagging_jobs', args: { workspace_id: 7, only_live: false, limit: 50, before: '1970-01-01T00:00:00.000Z' },
+  })
+  const stops = [one.subscribe({}), two.subscribe({})]
+  await settled()
+  assert.equal(client.channels.length, 1)
+  for (const stop of stops) stop()
+})
