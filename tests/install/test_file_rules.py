@@ -269,6 +269,8 @@ def test_colleagues_are_said_where_a_rule_is_about_persons(postgres: LocalPostgr
         + """
         alter table public.assets enable row level security;
         grant insert on public.assets to authenticated;
+        create policy r on public.assets for select to authenticated using (exists (
+          select 1 from public.workspace_members m where m.workspace_id = assets.workspace_id and m.user_id = auth.uid()));
         create policy p on public.assets for insert to authenticated with check (storage_path is not null);""",
     )
     insert(url, [{"storage_path": "{u1}/a.jpg", "uploaded_by": "{u1}"}])

@@ -41,6 +41,9 @@ def tables(project: tuple[psycopg.Connection[Any], str]) -> Iterator[Any]:
 
     def create(statements: str, key: str = "uuid") -> str:
         connection.execute((statements + MEMBERS.format(key)).encode())
+        connection.execute(
+            "grant select on all tables in schema public to authenticated"
+        )  # by default only of postgres
         return url
 
     yield create
