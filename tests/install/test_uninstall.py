@@ -12,7 +12,7 @@ from autotag.install.answers import HostError
 from autotag.install.host import Choices
 from autotag.install.migrations import apply_migrations
 from autotag.install.survey import refuse_to_ask, survey
-from autotag.install.uninstall import InUse, make_plan, uninstall
+from autotag.install.uninstall import InUse, drop_autotag, make_plan
 from cli_tools import supabase
 from forked import run_command
 from lab.postgres import LocalPostgres
@@ -84,7 +84,7 @@ def test_nothing_of_autotag_is_left_and_the_host_is_intact(url: str, keep: bool,
     plan = make_plan(url)
     assert plan.yours == [], "autotag's own are not the host's"
     assert plan.unfinished == 1
-    done = uninstall(url, keep_stages=keep, drop_results=drop)
+    done = drop_autotag(url, keep_stages=keep, drop_results=drop)
     stays = {"column assets.tags"} | (set() if drop else {"column assets.tagging_result"})
     stays |= {f"column assets.tagging_{name}" for name in ("stage", "progress", "eta", "error") if keep}
     assert objects(url) - before == stays
@@ -107,11 +107,11 @@ def test_what_the_host_uses_is_shown_and_stops_it(url: str) -> None:
     assert set(make_plan(url).yours) == set(USES)
     for missing in USES:
         with pytest.raises(InUse, match=missing.split("(")[0]):
-            uninstall(url, also=set(USES) - {missing})
+            drop_autotag(url, also=set(USES) - {missing})
     assert objects(url) == before
     kept_by_stages = {"view tagged_photos", "index by_stage", "trigger shown on table assets"}
     assert set(make_plan(url, keep_stages=True).yours) == set(USES) - kept_by_stages
-    uninstall(url, also=set(USES))
+    drop_autotag(url, also=set(USES))
     left = objects(url)
     assert {"function upload()", "relation albums", "relation counters", "relation photos", "column albums.n"} <= left
     assert (
@@ -129,7 +129,7 @@ def test_a_removal_by_hand_is_noticed_and_finished(url: str, tmp_path: Path) -> 
         apply_migrations(url)
     with pytest.raises(HostError, match="run autotag uninstall"):
         survey(url, Choices(), refuse_to_ask, may_ask=False)
-    uninstall(url)
+    drop_autotag(url)
     install(url)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from email.utils import formatdate
@@ -12,6 +13,7 @@ from test_images import JPEG
 
 from autotag.errors import TaggingError
 from autotag.images import urls
+from autotag.images.files import Download, Space
 from autotag.images.urls import Urls
 
 A, B = "https://a.example.com/1.jpg", "https://b.example.com/1.jpg"
@@ -30,12 +32,18 @@ class Hosts:
         return answer if isinstance(answer, httpx.Response) else answer(request)
 
     def source(self) -> Urls:
-        return Urls(frozenset({"a.example.com", "b.example.com"}), 100_000, httpx.MockTransport(self))
+        return Urls(frozenset({"a.example.com", "b.example.com"}), httpx.MockTransport(self))
+
+
+async def fetched(source: Urls, url: str) -> bytes:
+    async with Download(Space(100_000), 100_000) as download:
+        file = await source.fetch(url, download)
+        return os.pread(file.descriptor, 100_000, 0)
 
 
 async def trouble(source: Urls, url: str = A) -> TaggingError:
     with pytest.raises(TaggingError) as caught:
-        await source.fetch(url)
+        await fetched(source, url)
     return caught.value
 
 
@@ -64,9 +72,9 @@ async def test_a_busy_host_waits_and_no_other(
         assert len({e.retry_after for e in errors}) == 2, "they do not come back at the same time"
         assert "a.example.com" in errors[0].message
         assert len(hosts.asked) == 1, "the second image of the host is not asked for"
-        assert await source.fetch(B) == JPEG
+        assert await fetched(source, B) == JPEG
         clock[0] += seconds + 1
-        assert await source.fetch(A) == JPEG
+        assert await fetched(source, A) == JPEG
 
 
 async def test_a_503_without_a_time_is_an_error_of_the_moment() -> None:
@@ -107,14 +115,14 @@ async def test_a_redirect_is_the_next_hosts_business(clock: list[float]) -> None
     hosts = Hosts(httpx.Response(302, headers={"location": B}), httpx.Response(429, headers={"retry-after": "9"}))
     async with hosts.source() as source:
         assert "b.example.com" in (await trouble(source)).message
-        assert await source.fetch(A) == JPEG
+        assert await fetched(source, A) == JPEG
         assert (await trouble(source, B)).code == "host_busy"
 
 
 async def test_five_redirects_are_followed_each_with_the_same_headers() -> None:
     hosts = Hosts(*[httpx.Response(307, headers={"location": f"/{n}"}) for n in range(5)])
     async with hosts.source() as source:
-        assert await source.fetch(A) == JPEG
+        assert await fetched(source, A) == JPEG
     assert {request.headers["user-agent"] for request in hosts.asked} == {urls.USER_AGENT}
     assert "https://" in urls.USER_AGENT
 
@@ -129,6 +137,6 @@ def by_accept(request: httpx.Request) -> httpx.Response:
 async def test_no_format_is_asked_for_that_is_dear_or_unreadable() -> None:
     hosts = Hosts(by_accept)
     async with hosts.source() as source:
-        await source.fetch(A)
+        await fetched(source, A)
     assert by_accept(hosts.asked[0]).headers["content-type"] == "image/webp"
     assert "*/*" in hosts.asked[0].headers["accept"], "a host that serves application/octet-stream answers, too"

@@ -28,6 +28,7 @@ ALLOWED = {
         "migrations",
         "preview",
         "tag_index",
+        "uninstall",
     )
 }
 #: Every module of ours that is no test, by its name.

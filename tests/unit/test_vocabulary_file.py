@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autotag.operate.vocabulary_file import FileError, read_vocabulary, write_csv
+from autotag.texts import visible_text
 
 HEADED = "tag,aliases,description,parent\n"
 
@@ -67,7 +68,7 @@ def test_what_is_no_vocabulary_is_refused_with_its_place(data: bytes, message: s
         read_vocabulary(data)
 
 
-WORD = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S"]), min_size=1, max_size=15)
+WORD = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S"]), min_size=1, max_size=15).map(visible_text).filter(bool)
 
 
 @settings(max_examples=150, deadline=None)

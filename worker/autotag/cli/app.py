@@ -35,7 +35,7 @@ app = typer.Typer(
 COMMANDS: dict[str, list[tuple[Callable[..., None], str]]] = {
     "Install": [
         (init.init, init.HELP_END), (migrate.migrate, migrate.HELP_END), (doctor.doctor, doctor.HELP_END),
-        (uninstall.uninstall_command, uninstall.HELP_END),
+        (uninstall.uninstall, uninstall.HELP_END),
     ],
     "Run": [(worker.worker, worker.HELP_END)],
     "Operate": [

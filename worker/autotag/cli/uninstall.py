@@ -11,7 +11,7 @@ from autotag.cli import options
 from autotag.cli.console import count, fail, say, say_json
 from autotag.cli.errors import FAILED, LOCAL_DATABASE, WRONG_USAGE, explain_install_errors
 from autotag.cli.questions import on_terminal
-from autotag.install.uninstall import InUse, Plan, make_plan, uninstall
+from autotag.install.uninstall import DROP_ROLES, InUse, Plan, drop_autotag, make_plan
 
 HELP_END = options.help_end(
     environment=[options.OWNER_URL],
@@ -39,7 +39,7 @@ Cascade = Annotated[
 ]
 
 
-def uninstall_command(
+def uninstall(
     database_url: options.DatabaseUrl = LOCAL_DATABASE,
     dry_run: DryRun = False,
     keep_stages: KeepStages = False,
@@ -67,16 +67,16 @@ def uninstall_command(
             drops = typer.confirm("Drop this?")
         if drops:
             try:
-                plan = uninstall(url, keep_stages=keep_stages, drop_results=drop_results, also=cascade)
+                plan = drop_autotag(url, keep_stages=keep_stages, drop_results=drop_results, also=cascade)
             except InUse as error:  # made since the plan was shown
                 raise fail(f"Your database uses what would be dropped: {error}; nothing was dropped.", FAILED) from None
     if as_json:
         say_json({**asdict(plan), "blocked_by": blocked, "dropped": drops})
     elif drops:
         say("autotag is uninstalled. autotag init or autotag migrate installs it again.")
-        say("Delete the files supabase/migrations/*_autotag_*.sql, or supabase db push installs it again.")
+        say("Now delete the files supabase/migrations/*_autotag_*.sql, or supabase db push installs it again.")
         say("The roles belong to the whole server and stay; to drop them:")
-        say("  drop role <the workers' logins>, autotag_worker, autotag_operator;")
+        say(f"  {DROP_ROLES}")
     if blocked and not dry_run:
         raise fail(
             "Your own objects use autotag, so nothing was dropped. Change them, or name each with --cascade.", FAILED

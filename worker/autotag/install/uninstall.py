@@ -15,6 +15,7 @@ from psycopg import sql
 STAGE_COLUMNS = ("tagging_stage", "tagging_progress", "tagging_eta", "tagging_error")
 STAGE_CHECKS = ("assets_tagging_stage_check", "assets_tagging_progress_check")
 RESULT_COLUMN = "tagging_result"
+DROP_ROLES = "drop role <the workers' logins>, autotag_worker, autotag_operator;"
 LOCK_TIMEOUT = "2s"  # for the table of images, so that no session queues behind this one for long
 #: The functions that autotag has in public. One of the host's with the same name does not call autotag.
 RPCS = (
@@ -138,7 +139,7 @@ class InUse(Exception):
 
 
 def make_plan(url: str, *, keep_stages: bool = False, drop_results: bool = False) -> Plan:
-    """What `uninstall` would drop. Changes nothing.
+    """What `drop_autotag` would drop. Changes nothing.
 
     Args:
         url: connection URL of the database's owner.
@@ -152,7 +153,7 @@ def make_plan(url: str, *, keep_stages: bool = False, drop_results: bool = False
         return _plan(connection, keep_stages=keep_stages, drop_results=drop_results)
 
 
-def uninstall(url: str, *, keep_stages: bool = False, drop_results: bool = False, also: Collection[str] = ()) -> Plan:
+def drop_autotag(url: str, *, keep_stages: bool = False, drop_results: bool = False, also: Collection[str] = ()) -> Plan:
     """Drops what is autotag's, in one transaction, and returns what that was.
 
     Args:
