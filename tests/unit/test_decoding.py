@@ -125,10 +125,10 @@ async def test_the_children_go_on_without_their_nursery_being_there(decoder: Dec
 
 
 async def test_a_large_image_is_decoded_alone_and_what_never_fits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "COMMON_COST", 20_000_000)
+    monkeypatch.setattr(decode, "COMMON_COST", 44_000_000)
     budget = Budget(10**9, 1_000_000)
     async with Decoder(budget) as decoder:
-        large = flat_png(4000, 3000)
+        large = flat_png(5000, 3000)
         await asyncio.gather(*(common(decoder, PHOTO, tenant) for tenant in "ab"))  # each place has a child
         first = await common(decoder, large)
         assert isinstance(first, Costly)
@@ -142,7 +142,7 @@ async def test_a_large_image_is_decoded_alone_and_what_never_fits_is_refused(mon
             most = max(most, len(child_pids()))
             await asyncio.sleep(0.005)
         assert most <= decode.CHILDREN
-        assert (await running).width == (await other).width == 4000
+        assert (await running).width == (await other).width == 5000
         with pytest.raises(TaggingError, match="AUTOTAG_MEMORY") as caught:
             decoder.check(Costly(50_000, 50_000, budget.heavy + 1))
         assert caught.value.code == "image_too_large"

@@ -68,7 +68,11 @@ def test_what_is_no_vocabulary_is_refused_with_its_place(data: bytes, message: s
         read_vocabulary(data)
 
 
-WORD = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S"]), min_size=1, max_size=15).map(visible_text).filter(bool)
+WORD = (
+    st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S"]), min_size=1, max_size=15)
+    .map(visible_text)
+    .filter(bool)
+)
 
 
 @settings(max_examples=150, deadline=None)

@@ -93,6 +93,7 @@ def _warm_up() -> None:
     from PIL import Image
 
     importlib.import_module("autotag.images.prepare")
+    importlib.import_module("autotag.images.vips").start()
     Image.init()
     Image.new("RGB", (8, 8)).save(io.BytesIO(), "JPEG")
 

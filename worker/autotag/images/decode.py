@@ -35,7 +35,7 @@ MAX_GROWTH = 24_000_000  # bytes that a child may keep of earlier images; then i
 WORKER_IDLE, NURSERY_IDLE, CHILD_IDLE = 140_000_000, 25_000_000, 12_000_000
 FILES = 64_000_000  # bytes of the files that are downloaded or prepared at the same time, if no single one is larger
 COMMON_COST = 64_000_000  # bytes that an image of the common lane may cost, if the worker has enough memory
-MIN_COMMON_COST = 16_000_000  # a photo of two megapixels as a PNG
+MIN_COMMON_COST = 44_000_000  # a photo of two megapixels as a PNG
 
 ROOM_PATIENCE = 60.0  # seconds that a heavy image waits for memory that calls in flight use
 ROOM_INTERVAL = 0.2  # seconds between two looks

@@ -102,7 +102,7 @@ def prepare_bytes(data: bytes, side: int, max_cost: int) -> Prepared:
     try:
         decoded = opened.decode(*target)
         jpeg = encode(decoded, opened.orientation, shape)
-    except TaggingError:
+    except (TaggingError, MemoryError):
         raise
     except Exception:  # noqa: BLE001
         # Decoders raise many exception types for broken files (OSError, SyntaxError, struct.error, …).
@@ -125,7 +125,7 @@ def _open(data: bytes, side: int) -> Opened:
     kind = kind_of(data)
     try:
         return OPENERS[kind](data, side)
-    except TaggingError:
+    except (TaggingError, MemoryError):
         raise
     except Exception:  # noqa: BLE001 (as above)
         raise damaged() from None

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 PATCH = 32  # pixels
 #: Max change of a picture's proportions, to fit the grid.
 MAX_DISTORTION = 0.03
+#: Min share of the pixels that the grid must leave; a small side has few shapes, so some pictures are sent off the grid.
+MIN_KEPT = 0.8
 #: Max ratio of the sides, and min pixels of the short side: no model can read a strip of 18 × 512, and some refuse it.
 MAX_RATIO = 10
 MIN_SHORT_SIDE = 64
@@ -62,7 +64,8 @@ def _on_grid(width: int, height: int, side: int) -> Shape | None:
             score = across * down * (1 - 5 * distortion)
             if distortion <= MAX_DISTORTION and score > best_score:
                 best, best_score = Shape(across * PATCH, down * PATCH), score
-    return best
+    whole = _scaled(width, height, side)
+    return best if best and best.width * best.height >= MIN_KEPT * whole.width * whole.height else None
 
 
 def _scaled(width: int, height: int, side: int) -> Shape:

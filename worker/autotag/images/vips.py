@@ -190,9 +190,14 @@ def _library() -> tuple[Any, Any]:
     return ffi, lib
 
 
-def _error(ffi: Any = None, lib: Any = None) -> VipsError:
+def start() -> None:
+    """Loads libvips, so that the processes which are forked afterwards share its memory."""
+    _library()
+
+
+def _error(ffi: Any = None, lib: Any = None) -> VipsError | MemoryError:
     if ffi is None:
         ffi, lib = _library()
     text = bytes(ffi.string(lib.vips_error_buffer())).decode(errors="replace").strip()
     lib.vips_error_clear()
-    return VipsError(text)
+    return MemoryError(text) if "out of memory" in text else VipsError(text)

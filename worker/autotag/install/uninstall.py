@@ -153,7 +153,9 @@ def make_plan(url: str, *, keep_stages: bool = False, drop_results: bool = False
         return _plan(connection, keep_stages=keep_stages, drop_results=drop_results)
 
 
-def drop_autotag(url: str, *, keep_stages: bool = False, drop_results: bool = False, also: Collection[str] = ()) -> Plan:
+def drop_autotag(
+    url: str, *, keep_stages: bool = False, drop_results: bool = False, also: Collection[str] = ()
+) -> Plan:
     """Drops what is autotag's, in one transaction, and returns what that was.
 
     Args:
