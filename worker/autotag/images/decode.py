@@ -91,7 +91,8 @@ class Decoder:
         self._budget = budget
         self._places = Turns(CHILDREN, by_time=True)
         self._heavy = Turns(1, by_time=True)
-        self._idle: list[Child] = []
+        self._children: set[Child] = set()  # of the common lane
+        self._idle: list[Child] = []  # those that wait for an image
 
     async def __aenter__(self) -> Decoder:
         NURSERY.start()
@@ -99,7 +100,7 @@ class Decoder:
 
     async def __aexit__(self, *_: object) -> None:
         while self._idle:
-            await self._idle.pop().close()
+            await self._end(self._idle.pop())
 
     async def decode(self, file: ImageFile, side: int, tenant: str) -> Decoded | Costly | None:
         """Decodes an image in the common lane, unless it costs too much for it. None: it ended its child.
@@ -113,13 +114,13 @@ class Decoder:
                 decoded = await child.decode(file, side, self._budget.heavy, cpu=COMMON_CPU, wall=COMMON_WALL)
             except ChildDied as died:
                 log.warning("image_child_ended", workspace=tenant, reason=died.reason, tries=1)
-                await child.close()
+                await self._end(child)
                 return None
             except TaggingError:
                 await self._return(child)
                 raise
             except BaseException:  # cancelled: its answer would be taken for the next image's
-                await child.close()
+                await self._end(child)
                 raise
             await self._return(child)
             return decoded
@@ -163,8 +164,8 @@ class Decoder:
         """
         cost = self._budget.common if first is None else first.cost
         async with self._places.place(tenant):
-            while len(self._idle) >= CHILDREN:
-                await self._idle.pop().close()  # this one takes its place and its memory
+            while self._idle and len(self._children) >= CHILDREN:
+                await self._end(self._idle.pop())  # this one takes its place and its memory
             for tries in range(1 if first else 2, TRIES + 1):
                 await self._wait_for_room(cost)
                 try:
@@ -206,14 +207,20 @@ class Decoder:
         if self._idle:
             return self._idle.pop()
         try:
-            return await Child.start(self._budget.common)
+            child = await Child.start(self._budget.common)
         except (ChildDied, OSError) as error:
             log.error("image_child_not_started", error=str(error))
             raise TaggingError("transient", "internal_error", "The image could not be prepared.") from None
+        self._children.add(child)
+        return child
+
+    async def _end(self, child: Child) -> None:
+        await child.close()
+        self._children.discard(child)
 
     async def _return(self, child: Child) -> None:
         if child.broken or child.images >= MAX_IMAGES or child.grown > MAX_GROWTH:
-            await child.close()
+            await self._end(child)
         else:
             self._idle.append(child)
 

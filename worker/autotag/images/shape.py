@@ -11,7 +11,7 @@ from dataclasses import dataclass
 PATCH = 32  # pixels
 #: Max change of a picture's proportions, to fit the grid.
 MAX_DISTORTION = 0.03
-#: Min share of the pixels that the grid must leave. A small side has few shapes, so some pictures are sent off the grid.
+#: Min share of the pixels that the grid must leave. A small side has few shapes, so some are sent off the grid.
 MIN_KEPT = 0.8
 #: Max ratio of the sides, and min pixels of the short side: no model can read a strip of 18 × 512, and some refuse it.
 MAX_RATIO = 10
