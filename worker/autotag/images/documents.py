@@ -7,12 +7,10 @@ which it could open another file.
 from __future__ import annotations
 
 import base64
+import importlib
 import re
 from functools import partial
 from typing import Any
-
-import pypdfium2
-from pypdfium2 import raw
 
 from autotag.errors import TaggingError, image_error
 from autotag.images import vips
@@ -29,15 +27,21 @@ PDF_COST, SVG_COST = 60_000_000, 60_000_000  # bytes beside the pictures in them
 _EMBEDDED = re.compile(rb"data:image/[\w.+-]*;base64,([A-Za-z0-9+/=\s]+)")
 
 
+def _pdfium() -> Any:
+    """PDFium's bindings. They are imported with the first PDF: that takes 0.1 s, and most processes never see one."""
+    return importlib.import_module("pypdfium2")
+
+
 def open_pdf(data: bytes, side: int) -> Opened:
     """Reads a PDF's first page.
 
     Raises:
         TaggingError: it is damaged, has no page, or needs a password.
     """
+    pdfium = _pdfium()
     try:
-        document = pypdfium2.PdfDocument(data)
-    except pypdfium2.PdfiumError as error:
+        document = pdfium.PdfDocument(data)
+    except pdfium.PdfiumError as error:
         if "assword" in str(error):
             raise image_error("unsupported_format", "This is a PDF with a password.") from None
         raise damaged() from None
@@ -49,7 +53,7 @@ def open_pdf(data: bytes, side: int) -> Opened:
         across, down = page.get_size()
         size = _nominal(across, down, side)
         pictures = 0
-        for number, found in enumerate(page.get_objects(filter=[raw.FPDF_PAGEOBJ_IMAGE], max_depth=5)):
+        for number, found in enumerate(page.get_objects(filter=[pdfium.raw.FPDF_PAGEOBJ_IMAGE], max_depth=5)):
             width, height = found.get_px_size()
             pictures += width * height * 8
             if number > MAX_OBJECTS:
@@ -66,7 +70,7 @@ def _nominal(width: float, height: float, side: int) -> tuple[int, int]:
 
 
 def _render_page(data: bytes, pages: int, width: int, height: int) -> Decoded:
-    document = pypdfium2.PdfDocument(data)
+    document = _pdfium().PdfDocument(data)
     try:
         document.init_forms()
         page = document[0]
