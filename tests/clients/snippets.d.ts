@@ -26,6 +26,8 @@ declare global {
   const workspaceId: string
   const typed: string
   const files: File[]
+  const supabaseUrl: string
+  const publishableKey: string
   function show(value: unknown): void
   function complain(text: string): void
   function refetchAssets(assetIds?: string[] | null): void
