@@ -416,7 +416,7 @@ async def test_a_picture_that_was_replaced_meanwhile_is_tagged_again(library: Li
 
 async def test_a_row_that_is_deleted_or_moves_meanwhile_ends_alone(library: Library, neighbour: Library) -> None:
     assets, others = await library.upload(8), await neighbour.upload(8, seed=2)
-    library.stack.simulator.plan.latency = (0.5, 1.0)
+    library.stack.simulator.plan.latency = (1.5, 2.0)
     jobs = library.enqueue(assets), neighbour.enqueue(others)
     async with working(library):
         await until(lambda: stages(library)[assets[0]] == "processing", "a call on its way")
