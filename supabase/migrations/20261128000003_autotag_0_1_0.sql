@@ -6411,8 +6411,7 @@ begin
       probe_at = case when p.account_error is null or v_taken.ids = '{}' then p.probe_at
         else v_now + v_settings.account_probe_interval end,
       -- if this worker does not report, another one checks the model in 10 minutes
-      checked_at = case when look_up is null then p.checked_at else v_now - v_settings.model_check_interval + interval '10 min' end
-  where p.id;
+      checked_at = case when look_up is null then p.checked_at else v_now - v_settings.model_check_interval + interval '10 min' end where p.id;
   wait := case when v_taken.again then 0
     else autotag.real_seconds(autotag.next_batch_claim(v_provider, files <> '[]', v_now) - v_now) end;
 end $$;
@@ -6706,13 +6705,14 @@ end $$;
 
 -- Shows on the host's rows of a batch's images that OpenAI has it (submitted) or works on it (processing), and when they are expected
 -- to be done: at most p_limit images after task p_after. Returns the last task shown; null: there are no more, or the batch is in
--- another state. A row that is held or that raises is left out. It holds nothing while it waits for the upload. Locks: job, assets (show).
+-- another state. A row that is held or that raises is left out. Locks: job (skip locked), assets (show).
 create or replace function autotag.show_batch(p_worker uuid, p_batch uuid, p_after bigint, p_limit integer) returns bigint
-language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '1s'
+language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_batch autotag.batches;
   v_page record;
+  v_has_job boolean;
   v_stage text;
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
@@ -6724,11 +6724,14 @@ begin
   from (
     select x.id, x.asset_id from autotag.tasks x where x.batch_id = p_batch and x.id > p_after and x.finished_at is null
     order by x.id limit greatest(least(p_limit, 10000), 0)) t;
-  perform from autotag.jobs j where j.id = v_batch.job_id for no key update;
+  perform from autotag.jobs j where j.id = v_batch.job_id for no key update skip locked;
+  v_has_job := found;
   v_stage := case when v_batch.running_at is null then 'submitted' else 'processing' end;
   perform autotag.show(v_batch.workspace_id, v_page.assets, v_stage, autotag.stage_progress(v_stage),
     (autotag.batch_eta(v_batch, autotag.now())).p50);
-  perform autotag.broadcast_progress(v_batch.job_id, null, coalesce(v_page.assets, '{}'));
+  if v_has_job then   -- otherwise a session of the tenant holds it, and a later message tells of these images
+    perform autotag.broadcast_progress(v_batch.job_id, null, coalesce(v_page.assets, '{}'));
+  end if;
   return v_page.last;
 end $$;
 

@@ -87,8 +87,7 @@ begin
       probe_at = case when p.account_error is null or v_taken.ids = '{}' then p.probe_at
         else v_now + v_settings.account_probe_interval end,
       -- if this worker does not report, another one checks the model in 10 minutes
-      checked_at = case when look_up is null then p.checked_at else v_now - v_settings.model_check_interval + interval '10 min' end
-  where p.id;
+      checked_at = case when look_up is null then p.checked_at else v_now - v_settings.model_check_interval + interval '10 min' end where p.id;
   wait := case when v_taken.again then 0
     else autotag.real_seconds(autotag.next_batch_claim(v_provider, files <> '[]', v_now) - v_now) end;
 end $$;

@@ -7,7 +7,6 @@ which it could open another file.
 from __future__ import annotations
 
 import base64
-import importlib
 import re
 from functools import partial
 from typing import Any
@@ -29,7 +28,9 @@ _EMBEDDED = re.compile(rb"data:image/[\w.+-]*;base64,([A-Za-z0-9+/=\s]+)")
 
 def _pdfium() -> Any:
     """PDFium's bindings. They are imported with the first PDF: that takes 0.1 s, and most processes never see one."""
-    return importlib.import_module("pypdfium2")
+    import pypdfium2
+
+    return pypdfium2
 
 
 def open_pdf(data: bytes, side: int) -> Opened:
