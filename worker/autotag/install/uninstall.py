@@ -236,7 +236,8 @@ def _drop(connection: Connection, plan: Plan) -> None:
         connection.execute(f"drop policy {identity}".encode())
     for identity, _ in connection.execute(_FUNCTIONS, (list(RPCS),)).fetchall():
         connection.execute(f"drop function {identity} cascade".encode())
-    for kind, _, name in (label.partition(" ") for label in plan.objects):  # views first: they have columns of the types
+    for label in plan.objects:
+        kind, _, name = label.partition(" ")
         if kind in ("view", "type"):
             connection.execute(f"drop {kind} if exists {name} cascade".encode())
     connection.execute("drop schema if exists autotag cascade")
