@@ -197,6 +197,13 @@ def _traces(scene: Scene) -> list[Attempt]:
     return found
 
 
+def take_announcements(scene: Scene) -> int:
+    """Deletes what the public topic says of uploads that ended without a batch, which names nobody; and their number."""
+    return len(scene.victim.sql(
+        "delete from realtime.messages where topic = 'batch-updates' and event = 'batch-complete' and not private"
+        """ and payload - 'id' = '{"batch_id": null}' returning id"""))  # fmt: skip
+
+
 def cheating(scene: Scene) -> list[str]:
     """What the member's rows show that only a worker may write, and limits that have moved."""
     own = scene.member
