@@ -12,7 +12,7 @@ from autotag.install.answers import HostError
 from autotag.install.host import Choices
 from autotag.install.migrations import apply_migrations
 from autotag.install.survey import refuse_to_ask, survey
-from autotag.install.uninstall import InUse, drop_autotag, make_plan
+from autotag.install.uninstall import TYPES, InUse, drop_autotag, make_plan
 from cli_tools import supabase
 from forked import run_command
 from lab.postgres import LocalPostgres
@@ -37,6 +37,10 @@ USES = {
     "policy mine on table photos": "create policy mine on public.photos using (autotag.is_member(workspace_id))",
     "index by_stage": "create index by_stage on public.assets (tagging_stage)",
     "column image of table albums": "create table public.albums (n integer, image autotag.asset_id)",
+    "column stages of table queues": "create table public.queues (n integer, stages public.tagging_stage[])",
+    "column answer of table calls": "create table public.calls (n integer, answer public.tagging_cancel_result)",
+    "function chosen(tagging_strategy_name)": "create function public.chosen(public.tagging_strategy_name) returns text"
+    " language sql as 'select $1::text'",
     "default value for column c of table counters": "create table public.counters (c timestamptz default autotag.now())",
     "trigger shown on table assets": "create trigger shown after update of tagging_stage on public.assets for each row"
     " execute function public.nothing()",
@@ -67,6 +71,7 @@ def objects(url: str) -> set[str]:
         found = connection.execute("""
             select 'schema ' || nspname from pg_namespace where nspname not like 'pg\\_%' and nspname <> 'supabase_migrations'
             union all select 'function ' || oid::regprocedure from pg_proc where pronamespace = 'public'::regnamespace
+            union all select 'type ' || oid::regtype from pg_type where typnamespace = 'public'::regnamespace and typtype = 'e'
             union all select 'relation ' || oid::regclass from pg_class where relnamespace = 'public'::regnamespace
             union all select 'column ' || c.relname || '.' || a.attname from pg_attribute a join pg_class c on c.oid = a.attrelid
               where c.relnamespace = 'public'::regnamespace and c.relkind = 'r' and a.attnum > 0 and not a.attisdropped
@@ -114,6 +119,7 @@ def test_what_the_host_uses_is_shown_and_stops_it(url: str) -> None:
     drop_autotag(url, also=set(USES))
     left = objects(url)
     assert {"function upload()", "relation albums", "relation counters", "relation photos", "column albums.n"} <= left
+    assert {"column queues.n", "column calls.n"} <= left
     assert (
         not {"relation tagged_photos", "relation limits", "policy mine", "relation by_stage", "column albums.image"}
         & left
@@ -121,7 +127,8 @@ def test_what_the_host_uses_is_shown_and_stops_it(url: str) -> None:
 
 
 def test_a_removal_by_hand_is_noticed_and_finished(url: str, tmp_path: Path) -> None:
-    """What supabase db push has applied stays in its history, so it would never apply it again."""
+    """What supabase db push has applied stays in its history, so it would never apply it again. The enums stay, too."""
+    before = objects(url)
     install(url)
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("drop schema autotag cascade")
@@ -129,8 +136,21 @@ def test_a_removal_by_hand_is_noticed_and_finished(url: str, tmp_path: Path) -> 
         apply_migrations(url)
     with pytest.raises(HostError, match="run autotag uninstall"):
         survey(url, Choices(), refuse_to_ask, may_ask=False)
+    left = {f"type {name}" for name in TYPES}
+    assert left <= objects(url)
     drop_autotag(url)
+    assert not left & objects(url)
+    assert before <= objects(url)
     install(url)
+
+
+def test_an_enum_of_the_hosts_with_such_a_name_stays(url: str) -> None:
+    """Without the schema a name alone does not say whose an enum is."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("create type public.tagging_stage as enum ('queued', 'done')")
+    assert make_plan(url).empty
+    drop_autotag(url)
+    assert "type tagging_stage" in objects(url)
 
 
 async def test_the_cli_pushes_again_after_it(url: str, tmp_path: Path) -> None:

@@ -65,11 +65,17 @@ async def test_outsiders(scene: Scene, caller: str) -> None:
 async def test_a_member(scene: Scene) -> None:
     """Who may use five images a day gets five, whatever they try, by the provider's book too."""
     assets = await member.furnish(scene)
+    member.take_announcements(scene)
     before = scene.snapshot("member")
     attempts = [*member.tables(scene), *member.rpcs(scene), *member.limits(scene, assets)]
     assert len(attempts) >= LEAST
     async with scene.victim_listens():
         found = await run(scene, attempts)
+    ended = scene.member.sql(
+        "select id from autotag.jobs where workspace_id = %s and finished_at is not null",
+        scene.member.member.workspace,
+    )
+    assert 0 < member.take_announcements(scene) <= len(ended)
     found += await scene.findings(before, "member") + member.cheating(scene)
     assert_nothing(found)
     async with worker(scene.stack):

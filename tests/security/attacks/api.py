@@ -44,6 +44,8 @@ SCHEMAS = ("autotag", "storage", "auth", "realtime", "cron", "extensions", "pg_c
            "supabase_migrations", "vault", "", "PUBLIC", "public,autotag", "\"autotag\"", "public\x00")  # fmt: skip
 
 
+KEYS = ("id", "workspace_id")  # a public table without them is a view that stands for the type of a result
+
 WAYS_EACH = 12  # of those below, for each function
 
 
@@ -98,6 +100,24 @@ def tables(scene: Scene, *schemas: str) -> list[str]:
         list(schemas),
     )
     return [row["name"] for row in rows]
+
+
+def views(scene: Scene) -> list[str]:
+    return [row["name"] for row in scene.victim.sql(
+        "select schemaname || '.' || viewname as name from pg_views where schemaname in ('autotag', 'public')")]  # fmt: skip
+
+
+def columns(scene: Scene) -> dict[str, list[str]]:
+    """Of each table and view in public."""
+    rows = scene.victim.sql("select table_name as name, array_agg(column_name::text order by ordinal_position) as columns"
+                            " from information_schema.columns where table_schema = 'public' group by 1 order by 1")  # fmt: skip
+    return {row["name"]: row["columns"] for row in rows}
+
+
+def workspace_key(table: str, names: list[str]) -> str:
+    """The column to filter a table by. Without one of that name the answer would only be that it is missing."""
+    key = "id" if table == "workspaces" else "workspace_id"
+    return key if key in names else names[0]
 
 
 def theirs(scene: Scene, name: str, kind: str) -> Any:
@@ -155,7 +175,7 @@ def rpcs(scene: Scene, caller: str, *, own: bool = False) -> list[Attempt]:
 
 def rows(scene: Scene, caller: str) -> list[Attempt]:
     """Every table × every verb, filter and preference."""
-    token, found, own = scene.token(caller), [], _own(scene, caller)
+    token, found, own, columns_of = scene.token(caller), [], _own(scene, caller), columns(scene)
     workspace, asset = scene.ids["workspace"], scene.ids["asset"]
     nothing = REFUSED if caller == "anon" else UNSEEN
 
@@ -164,7 +184,12 @@ def rows(scene: Scene, caller: str) -> list[Attempt]:
 
     for table in tables(scene, "public"):
         name = table.removeprefix("public.")
-        key = "id" if name == "workspaces" else "workspace_id"
+        key = workspace_key(name, columns_of[name])
+        if key not in KEYS:  # a type of results: nobody's rows
+            add(f"{name} whole", MEANT, "GET", name)
+            add(f"{name} with {key}", MEANT, "POST", name, body={key: None})
+            add(f"{name} to no {key}", MEANT, "PATCH", name, body={key: None}, query=f"{key}=not.is.null")
+            add(f"{name} of any {key}", MEANT, "DELETE", name, query=f"{key}=not.is.null")
         for query in (f"{key}=eq.{workspace}", f"{key}=eq.{workspace}&select={key}", f"{key}=in.({workspace})",
                       f"{key}=not.is.null&{key}=neq.{own}", f"{key}=gt.00000000-0000-0000-0000-000000000000&{key}=neq.{own}"):  # fmt: skip
             add(f"{name}?{query}", nothing + r"|206 \[\]", "GET", name, query=query)
@@ -346,7 +371,7 @@ def tokens(scene: Scene, caller: str) -> list[Attempt]:
 
 def statements(scene: Scene, caller: str) -> list[Attempt]:
     """SQL in the caller's role: every table × every verb, every function, and what only owners do."""
-    found, own = [], _own(scene, caller)
+    found, own, seen = [], _own(scene, caller), views(scene)
     denied = DENIED + "|rows 0"
 
     def add(statement: str, expect: str = denied, *arguments: object) -> None:
@@ -360,13 +385,20 @@ def statements(scene: Scene, caller: str) -> list[Attempt]:
         mine = "" if caller in ("anon", "nobody") else f" t where strpos(to_jsonb(t)::text, '{own}') = 0"
         add(f"select * from {table}{mine}")
         add(f"insert into {table} default values")
-        add(f"insert into {table} overriding user value select * from {table}{mine}")
+        # 42601: a view can have the same column twice
+        add(
+            f"insert into {table} overriding user value select * from {table}{mine}",
+            f"{denied}|42601" if table in seen else denied,
+        )
         add(f"delete from {table}{mine}")
         column = scene.victim.sql(
             "select attname from pg_attribute where attrelid = %s::regclass and attnum > 0 order by attnum desc limit 1",
             table,
         )
         add(f'update {table} set "{column[0]["attname"]}" = default')
+        if table in seen:
+            add(f'insert into {table} ("{column[0]["attname"]}") values (null)')
+            add(f"drop view {table}", DENIED)
         if not table.startswith(("autotag.", "public.")):
             continue  # Supabase gives its roles more on its own tables than its API lets them do
         add(f"grant all on {table} to public", ANY)  # without the right to it Postgres only warns
@@ -376,7 +408,7 @@ def statements(scene: Scene, caller: str) -> list[Attempt]:
             # Postgres lets whoever may delete rows lock their table, for as long as their statement runs.
             may_lock = verb.startswith("do $$ begin lock") and table == "public.assets" and caller != "anon"
             # 42809: a view has none of what a table has
-            refused = rf"{DENIED}|42809" if table == "public.workspace_rate_limits" else DENIED
+            refused = f"{DENIED}|42809" if table in seen else DENIED
             add(verb.format(table), ANY if may_lock else refused)
     for schema in ("autotag", "public"):
         for name, types in functions(scene, schema):

@@ -54,6 +54,11 @@ def _png(width: int, height: int, *extra: bytes, colour: int = 2, data: bytes = 
     )
 
 
+def _icon(body: bytes) -> bytes:
+    """A Windows icon of one picture, which its directory says is of 16 by 16 pixels."""
+    return b"\0\0\1\0\1\0" + bytes([16, 16, 0, 0]) + struct.pack("<HHII", 1, 32, len(body), 22) + body
+
+
 def scan_bomb(scans: int, side: int = 4000) -> bytes:
     """A progressive JPEG: each scan is a few bytes, and goes over all pixels."""
     blocks = (side // 8) ** 2
@@ -98,7 +103,7 @@ def files() -> Iterator[tuple[str, bytes, str]]:
         "zipped svg": gzip.compress(svg), "zip bomb": zipped.getvalue(), "gzip bomb": gzip.compress(b"\0" * 50_000_000),
         "pdf": b"%PDF-1.7\n1 0 obj\n<</Type/Catalog/OpenAction<</S/JavaScript/JS(app.alert(1))>>>>", "program": b"\x7fELF" + b"\0" * 500,
         "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%id) (r) file\n", "billion laughs": b'<!DOCTYPE l [<!ENTITY a "aaaa">]><l>&a;</l>',
-        "film": b"\0\0\0\x18ftypmp42" + b"\0" * 300, "icon": _save(small.resize((32, 32)), "ICO"), "half a jpeg": jpeg[: len(jpeg) // 2],
+        "film": b"\0\0\0\x18ftypmp42" + b"\0" * 300, "icon that contains itself": _icon(b"\0\0\1\0\1\0" + b"\0" * 40), "half a jpeg": jpeg[: len(jpeg) // 2],
         "half a png": png[: len(png) // 2], "half a webp": webp[: len(webp) // 2], "head of a jpeg": jpeg[:30], "head of a gif": b"GIF89a",
         "head of a png": png[:20], "head of a bmp": b"BM" + b"\xff" * 60, "head of a tiff": b"II*\0\x08\0\0\0", "riff": b"RIFF\xff\xff\xff\xffWEBPVP8 ",
         "heic that is none": b"\0\0\0\x1cftypheic\0\0\0\0mif1heic" + b"\xff" * 200, "avif that is none": b"\0\0\0\x1cftypavif\0\0\0\0" + b"\0" * 200,
@@ -110,7 +115,7 @@ def files() -> Iterator[tuple[str, bytes, str]]:
     for name, data in {
         "png of 60,000 a side": _png(60_000, 60_000), "png of 2^31 a side": _png(2**31 - 1, 2**31 - 1), "gif of 65,535 a side": gif[:6] + b"\xff\xff\xff\xff" + gif[10:],
         "bmp of 2^31 a side": bmp[:18] + huge + huge + bmp[26:], "jpeg of 65,500 a side": scan_bomb(1, 4000).replace(struct.pack(">HH", 4000, 4000), struct.pack(">HH", 65_500, 65_500)),
-        "file that is too large": jpeg + b"\0" * (BYTES_MOST + 1), "one line of 30 million": _png(30_000_000, 1), "one column of 30 million": _png(1, 30_000_000),
+        "file that is too large": jpeg + b"\0" * (BYTES_MOST + 1), "icon of 60,000 a side": _icon(_png(60_000, 60_000)), "one line of 30 million": _png(30_000_000, 1), "one column of 30 million": _png(1, 30_000_000),
     }.items():  # fmt: skip
         yield name, data, LARGE + "|" + NO_IMAGE
     comment, text = PngImagePlugin.PngInfo(), PngImagePlugin.PngInfo()
@@ -132,6 +137,7 @@ def files() -> Iterator[tuple[str, bytes, str]]:
         "upside-down bmp": bmp[:22] + struct.pack("<i", -struct.unpack("<i", bmp[22:26])[0]) + bmp[26:],
     }.items():  # fmt: skip
         yield name, data, either
+    yield "icon", _save(small.resize((32, 32)), "ICO"), FOUND
 
 
 def places(scene: Scene) -> Iterator[tuple[str, dict[str, str], str]]:

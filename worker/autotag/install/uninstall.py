@@ -31,7 +31,17 @@ VIEWS = (
     "tagging_limit_result", "tagging_usage_result", "tagging_profile_result", "tagging_vocabulary_result",
     "tagging_vocabulary_change", "tagging_webhook_result",
 )  # fmt: skip
-TYPES = ("tagging_stage", "tagging_strategy_name", "tagging_request_type", "tagging_job_status")
+#: With their labels: an enum that a removal by hand has left is autotag's only if it has just these.
+TYPES = {
+    "tagging_stage": ["queued", "preparing", "submitted", "processing", "completing", "completed", "failed"],
+    "tagging_strategy_name": ["realtime", "realtime-chunked", "batch", "batch-parallel"],
+    "tagging_request_type": ["realtime", "batch"],
+    "tagging_job_status": ["running", "cancelling", "completed", "cancelled"],
+}
+_ENUMS = """
+    select t.typname::text, array_agg(e.enumlabel::text order by e.enumsortorder)
+    from pg_type t join pg_enum e on e.enumtypid = t.oid
+    where t.typnamespace = 'public'::regnamespace and t.typname = any (%s) group by t.typname order by 1"""
 _FUNCTIONS = """
     select p.oid::regprocedure::text, 'function ' || p.oid::regprocedure from pg_proc p
     where p.pronamespace = 'public'::regnamespace and p.proname = any (%s)
@@ -49,7 +59,7 @@ _HISTORY = """
     select version, version || '_' || name from supabase_migrations.schema_migrations
     where name like 'autotag\\_%' and name <> 'autotag_host_baseline' order by 1"""
 _JOBS = "select jobid, jobname::text from cron.job where jobname like 'autotag-%' order by 2"
-_HAS_RELATION, _HAS_TYPE = "select to_regclass(%s) is not null", "select to_regtype(%s) is not null"
+_HAS_RELATION = "select to_regclass(%s) is not null"
 _HAS_COLUMN = (
     "select exists (select from pg_attribute where attrelid = %s::regclass and attname = %s and not attisdropped)"
 )
@@ -78,7 +88,7 @@ _DEPENDENTS = """
     left join pg_policy p on f.class = 'pg_policy'::regclass and p.oid = f.id
     left join pg_constraint c on f.class = 'pg_constraint'::regclass and c.oid = f.id
     cross join lateral pg_identify_object(f.class, f.id, f.part) o
-    where (f.class, f.id, f.part) not in (select class, id, part from own where id is not null)
+    where not exists (select from own o where o.class = f.class and o.id = f.id and o.part in (0, f.part))
       and coalesce(o.schema, '') not in ('autotag', 'pg_toast') and o.type not in ('toast table', 'default acl')
       and coalesce(g.tgname not like 'autotag\\_%%' and not g.tgisinternal, true)
       and coalesce(p.polname not like 'autotag: %%'
@@ -192,15 +202,15 @@ def _plan(connection: Connection, *, keep_stages: bool, drop_results: bool) -> P
         if _exists(connection, _HAS_COLUMN, (table, column))
     ]
     views = [name for name in VIEWS if schema and _exists(connection, _HAS_RELATION, (f"public.{name}",))]
-    types = [name for name in TYPES if schema and _exists(connection, _HAS_TYPE, (f"public.{name}",))]
+    enums = connection.execute(_ENUMS, (list(TYPES),)).fetchall()
+    types = [name for name, labels in enums if schema or labels == TYPES[name]]
     names = [row[0] for row in functions]
     used = connection.execute(
         _DEPENDENTS,
         {"functions": names, "views": views, "types": types, "tables": tables, "columns": list(gone),
          "checks": list(STAGE_CHECKS)},
     ).fetchall()  # fmt: skip
-    own = {label for _, label in functions} | {f"view {at}{name}" for name in VIEWS for at in ("", "public.")}
-    yours = [row[0] for row in used if row[0] not in own]
+    yours = [row[0] for row in used]
     mentions = connection.execute(_MENTIONS, {"functions": names, "names": list(RPCS)}).fetchall()
     yours += [row[0] for row in mentions if row[0] not in yours]
     waiting = schema and _exists(connection, "select to_regclass('autotag.tasks') is not null")
@@ -226,12 +236,11 @@ def _drop(connection: Connection, plan: Plan) -> None:
         connection.execute(f"drop policy {identity}".encode())
     for identity, _ in connection.execute(_FUNCTIONS, (list(RPCS),)).fetchall():
         connection.execute(f"drop function {identity} cascade".encode())
-    if plan.schema:
-        for view in VIEWS:
-            connection.execute(f"drop view if exists public.{view} cascade".encode())
-        connection.execute("drop schema autotag cascade")
-        for kind in TYPES:
-            connection.execute(f"drop type if exists public.{kind} cascade".encode())
+    for label in plan.objects:
+        kind, _, name = label.partition(" ")
+        if kind in ("view", "type"):
+            connection.execute(f"drop {kind} if exists {name} cascade".encode())
+    connection.execute("drop schema if exists autotag cascade")
     for table in _tables(connection):
         for check in STAGE_CHECKS:
             connection.execute(f"alter table {table} drop constraint if exists {check}".encode())
