@@ -249,8 +249,8 @@ async def test_credit_that_runs_out_in_the_middle_of_a_run_fails_no_image(wide: 
     stack = wide.stack
     compress(stack, SPEED)
     stack.configure(realtime_max_images=40)
-    stack.simulator.plan.latency = (1.0, 1.5)
-    stack.simulator.plan.batch_latency = (8.0, 8.0)
+    stack.simulator.plan.latency = (3.0, 3.0)  # thirty calls at once from ten images a second, on a busy machine too
+    stack.simulator.plan.batch_latency = (12.0, 12.0)
     assets = await wide.upload(pictures(180))
     wide.watch_failures()
 
