@@ -3373,7 +3373,7 @@ begin
   values (v_job.id, p_workspace_id, v_plan.express, autotag.patience_ends_at(v_plan.express, v_now), v_first_task - 1, v_plan.chunk);
   v_job.eta := autotag.refresh_eta(v_job.id, v_plan.wait);
   if v_plan.express > 0 and v_plan.batches > 0 then   -- express images do not wait for the batch
-    perform autotag.show(p_workspace_id, v_new[:v_plan.express], 'queued', 0, autotag.now() + autotag.predict_single_calls(v_job.id, null));
+    perform autotag.show(p_workspace_id, v_new[:v_plan.express], 'queued', 0, autotag.predict_single_calls(v_job.id, null));
     v_new := v_new[v_plan.express + 1:];
   end if;
   perform autotag.show(p_workspace_id, v_new, 'queued', 0, v_job.eta);
@@ -9618,7 +9618,8 @@ end $$;
 -- Broadcasts what no message has told of yet, because another had just been sent: of at most 100 uploads of a workspace; null: of all.
 -- (A plan with seqscan may read all uploads that were ever finished.) Locks: jobs (skip locked).
 create or replace function autotag.broadcast_held(p_workspace_id autotag.workspace_id) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan' set enable_seqscan = off
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+  set plan_cache_mode = 'force_custom_plan' set enable_seqscan = off set jit = off
 as $$
 declare
   v_until timestamptz := autotag.now() - (select s.broadcast_interval from autotag.settings s);
@@ -9868,9 +9869,9 @@ exception when others then
   starts_at := null; ends_at := null;
 end $$;
 
--- How long the last single call of a job takes from now: it waits for the limits and for its chunk. p_wait: the wait for the limits, if
--- the caller has computed it. Null: no prediction is possible.
-create or replace function autotag.predict_single_calls(p_job_id uuid, p_wait interval) returns interval
+-- When the last single call of a job ends: it waits for the limits and for its chunk. p_wait: the wait for the limits, if the caller
+-- has computed it. Null: no prediction is possible.
+create or replace function autotag.predict_single_calls(p_job_id uuid, p_wait interval) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -9878,7 +9879,7 @@ declare
   v_settings autotag.settings;
 begin
   select * into v_settings from autotag.settings;
-  return make_interval(secs => v_settings.call_seconds) + coalesce((
+  return v_now + make_interval(secs => v_settings.call_seconds) + coalesce((
     select greatest(coalesce(p_wait, autotag.predict_wait(q.workspace_id, 0, true)),
       case when q.chunk is not null then greatest(q.ready_at, v_now) - v_now
         + v_settings.chunk_delay * ((q.queued - 1) / q.chunk) end)
@@ -9895,7 +9896,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now timestamptz := autotag.now();
-  v_single interval;
+  v_single timestamptz;
   v_batches record;
 begin
   v_single := autotag.predict_single_calls(p_job_id, p_wait);
@@ -9906,8 +9907,8 @@ begin
     from autotag.batches b where b.job_id = p_job_id and b.state not in ('done', 'cancelled')
     order by b.openai_batch_id, b.not_before, b.image_count - b.express_count, b.ordinal desc) d
   cross join lateral autotag.batch_eta(d.batch, v_now) e;
-  p50 := greatest(v_now + v_single, v_batches.p50);
-  p90 := greatest(v_now + 2 * v_single, v_batches.p90);
+  p50 := greatest(v_single, v_batches.p50);
+  p90 := greatest(v_single + (v_single - v_now), v_batches.p90);
 exception when others then
   raise warning 'autotag could not predict the end of an upload: %', sqlerrm;
   p50 := null; p90 := null;

@@ -42,7 +42,7 @@ begin
   values (v_job.id, p_workspace_id, v_plan.express, autotag.patience_ends_at(v_plan.express, v_now), v_first_task - 1, v_plan.chunk);
   v_job.eta := autotag.refresh_eta(v_job.id, v_plan.wait);
   if v_plan.express > 0 and v_plan.batches > 0 then   -- express images do not wait for the batch
-    perform autotag.show(p_workspace_id, v_new[:v_plan.express], 'queued', 0, autotag.now() + autotag.predict_single_calls(v_job.id, null));
+    perform autotag.show(p_workspace_id, v_new[:v_plan.express], 'queued', 0, autotag.predict_single_calls(v_job.id, null));
     v_new := v_new[v_plan.express + 1:];
   end if;
   perform autotag.show(p_workspace_id, v_new, 'queued', 0, v_job.eta);

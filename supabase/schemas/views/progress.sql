@@ -218,7 +218,8 @@ end $$;
 -- Broadcasts what no message has told of yet, because another had just been sent: of at most 100 uploads of a workspace; null: of all.
 -- (A plan with seqscan may read all uploads that were ever finished.) Locks: jobs (skip locked).
 create or replace function autotag.broadcast_held(p_workspace_id autotag.workspace_id) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan' set enable_seqscan = off
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+  set plan_cache_mode = 'force_custom_plan' set enable_seqscan = off set jit = off
 as $$
 declare
   v_until timestamptz := autotag.now() - (select s.broadcast_interval from autotag.settings s);
