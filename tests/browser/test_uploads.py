@@ -47,7 +47,9 @@ class Line:
     async def start(self) -> None:
         stack = self._stack
         assert stack.files
-        edge = make_edge(stack.database_url("authenticator"), stack.owner_url, stack.jwt_secret, stack.files, self._manners)
+        edge = make_edge(
+            stack.database_url("authenticator"), stack.owner_url, stack.jwt_secret, stack.files, self._manners
+        )
         await self._edge.enter_async_context(serve(edge, HOST, self._port))
 
     async def stop(self) -> None:
