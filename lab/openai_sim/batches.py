@@ -120,8 +120,9 @@ class Batches:
             await deliver(plan.webhook_url, plan.webhook_secret, batch_event(batch["status"], batch["id"]))
 
     async def _process(self, batch: dict[str, Any]) -> None:
-        seconds = self._sim.rng.uniform(*self._sim.plan.batch_latency)
-        await asyncio.sleep(seconds * 0.1)
+        plan = self._sim.plan
+        seconds = self._sim.rng.uniform(*plan.batch_latency)
+        await asyncio.sleep(seconds * 0.1 if plan.batch_validation is None else plan.batch_validation)
         lines = await self._validate(batch)
         if lines is None:
             batch["status"] = "failed"

@@ -287,7 +287,7 @@ for (const name of given.scenarios) {
   try {
     say({ scenario: name, seen: await scenarios[name]() })
   } catch (error) {
-    say({ scenario: name, error: String(error).slice(0, 2000) })
+    say({ scenario: name, error: String(error.stack).slice(0, 2000) })
   }
   await Promise.all(browser.contexts().map((context) => context.close()))
 }

@@ -132,7 +132,9 @@ async def test_peoples_tags_stay_and_only_the_vocabulary_is_used(gallery: Galler
 async def test_many_images_pass_through_every_stage(gallery: Gallery) -> None:
     stack = gallery.library.stack
     stack.configure(broadcast_interval="0.2 s", express_images=0, batch_poll_interval="0.3 s")
-    stack.simulator.plan.batch_latency = (8, 8)  # in half of it, the page misses a stage on a busy machine
+    # Rows that are submitted are told of a second after the message that the batch was (`Stages.follow_up`).
+    # Each stage lasts several times as long, for busy machines.
+    stack.simulator.plan.batch_validation, stack.simulator.plan.batch_latency = 4, (5, 5)
     async with worker(stack):
         seen = await gallery.play("many", gallery.files(60))
     texts = seen["seen"]

@@ -19,6 +19,7 @@ import pytest
 from autotag.http.serve import serve
 from conftest import skip
 from lab.edge.app import make_edge
+from lab.edge.manners import Manners
 from lab.page import address, make_page
 from lab.pictures import draw
 from lab.postgres import free_port
@@ -38,6 +39,7 @@ class Line:
     def __init__(self, stack: Stack) -> None:
         self._stack = stack
         self._port = free_port()
+        self._manners = Manners()
         self.proxy = Proxy(f"http://{HOST}:{self._port}")
         self.url = f"http://{HOST}:{self.proxy.port}"
         self._edge = contextlib.AsyncExitStack()
@@ -45,7 +47,9 @@ class Line:
     async def start(self) -> None:
         stack = self._stack
         assert stack.files
-        edge = make_edge(stack.database_url("authenticator"), stack.owner_url, stack.jwt_secret, stack.files)
+        edge = make_edge(
+            stack.database_url("authenticator"), stack.owner_url, stack.jwt_secret, stack.files, self._manners
+        )
         await self._edge.enter_async_context(serve(edge, HOST, self._port))
 
     async def stop(self) -> None:

@@ -36,18 +36,18 @@ function Images({ workspaceId, initialRows }: GalleryProps) {
   async function add(files: FileList | null) {
     const supabase = browserClient()
     setProblem('')
-    const paths: string[] = []
+    const images: Image[] = []
     for (const file of files ?? []) {
       const path = `${workspaceId}/${crypto.randomUUID()}`
       const { error } = await supabase.storage.from('assets').upload(path, file, { contentType: file.type })
       if (error) return setProblem(error.message)
-      paths.push(path)
+      // the database has inserted the row with the file
+      const row = await supabase.from('assets').select(COLUMNS).eq('storage_bucket', 'assets').eq('storage_path', path).single()
+      if (row.error) return setProblem(row.error.message)
+      images.push(row.data)
     }
-    const { data, error } = await supabase.from('assets')
-      .insert(paths.map((storage_path) => ({ workspace_id: workspaceId, storage_path }))).select(COLUMNS)
-    if (error) return setProblem(error.message)
-    put(data)
-    enqueue.mutate(data.map((image) => image.id)) // one upload
+    put(images)
+    enqueue.mutate(images.map((image) => image.id)) // one upload
   }
 
   return (

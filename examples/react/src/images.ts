@@ -8,18 +8,15 @@ export type Image = Pick<Row, 'id' | 'created_at' | 'storage_path' | 'tagging_st
 /** A list of texts as Postgres writes it. */
 export const quote = (tags: readonly string[]): string => `{${tags.map((tag) => `"${tag.replace(/["\\]/g, '\\$&')}"`).join()}}`
 
-/** Stores files in the workspace's folder, and inserts their rows. */
+/** Stores files in the workspace's folder. The database inserts the rows with them. */
 export async function upload(supabase: SupabaseClient<Database>, workspaceId: string, files: readonly File[]): Promise<Image[]> {
-  const paths = await Promise.all(files.map(async (file) => {
+  return await Promise.all(files.map(async (file) => {
     const path = `${workspaceId}/${crypto.randomUUID()}`
     const { error } = await supabase.storage.from('assets').upload(path, file, { contentType: file.type })
     if (error) throw error
-    return path
+    const { data } = await supabase.from('assets').select(COLUMNS).eq('storage_bucket', 'assets').eq('storage_path', path).single().throwOnError()
+    return data
   }))
-  const { data, error } = await supabase.from('assets')
-    .insert(paths.map((storage_path) => ({ workspace_id: workspaceId, storage_path }))).select(COLUMNS)
-  if (error) throw error
-  return data
 }
 
 /**

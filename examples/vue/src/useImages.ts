@@ -45,7 +45,8 @@ export function useImages(workspaceId: string) {
         const path = `${workspaceId}/${crypto.randomUUID()}`
         const { error } = await supabase.storage.from('assets').upload(path, file, { contentType: file.type })
         if (error) throw error
-        const { data } = await supabase.from('assets').insert({ workspace_id: workspaceId, storage_path: path }).select('id').single().throwOnError()
+        // the database has inserted the row with the file
+        const { data } = await supabase.from('assets').select('id').eq('storage_bucket', 'assets').eq('storage_path', path).single().throwOnError()
         ids.push(data.id)
       }
       await autotag.enqueue(ids)
