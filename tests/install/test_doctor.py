@@ -308,11 +308,11 @@ async def test_a_broadcast_that_gets_lost_is_found(stack: Stack, monkeypatch: py
     monkeypatch.setattr(broadcast, "TIMEOUT", 2.0)
     monkeypatch.setattr(findings, "PROBE_AGAIN_AFTER", 0.0)
     as_owner(stack, "drop trigger notify_edge on realtime.messages")
-    assert "did not arrive" in (await examined(stack))["broadcast"].message
+    assert "No broadcast from the database arrived" in (await examined(stack))["broadcast"].message
 
 
 async def test_a_clock_that_is_wrong_is_found(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.time, "time", lambda: 1_000_000_000.0)
+    monkeypatch.setattr(findings.time, "time", lambda: 1_000_000_000.0)
     found = await examined(stack)
     assert (found["clock skew"].level, "behind" in found["clock skew"].message) == ("error", True)
 

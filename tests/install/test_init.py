@@ -21,6 +21,7 @@ from psycopg.rows import dict_row
 from typer.testing import CliRunner
 
 from autotag.cli.app import app
+from autotag.images.files import Download, ImageFile
 from autotag.install.answers import HostError
 from autotag.install.facts import read_facts
 from autotag.install.host import Choices, FileRule, propose
@@ -129,9 +130,11 @@ async def test_urls_and_organisations(
         [row] = run_sql(url, "insert into public.photos (org_id, image_url) values (%s, %s) returning photo_id::text as id",
                         org["id"], "https://pictures.example.com/1.jpg")  # fmt: skip
 
-        async def fetch(self: Any, address: str) -> bytes:  # the network between is not what is tested here
+        async def fetch(self: Any, address: str, download: Download) -> ImageFile:  # the network is not what is tested
             assert address == "https://pictures.example.com/1.jpg"
-            return drawing.data
+            await download.begin(len(drawing.data))
+            download.write(drawing.data)
+            return download.finish()
 
         monkeypatch.setattr("autotag.images.urls.Urls.fetch", fetch)
         await tag(stack, user, [row["id"]])

@@ -124,7 +124,7 @@ async def test_corrupt_files_fail_alone(library: Library) -> None:
     library.check_tags(assets[:3])
     assert [rows[asset]["tagging_error"] for asset in [*assets[3:], *missing]] == [
         "The image file is damaged or incomplete.",
-        "The file is not an image.",
+        "This is a text, not an image. Upload a PNG or JPEG instead.",
         "The image's file is not in storage.",
     ]
     assert (job["completed"], job["failed"]) == (3, 3)
@@ -136,7 +136,11 @@ async def test_corrupt_files_inside_a_batch_fail_alone(library: Library) -> None
     assets = await library.upload(drawings)
     async with worker(library.stack):
         [job] = await library.finished(library.enqueue(assets))
-    assert (job["completed"], job["failed"], job["error"]) == (59, 1, "The file is not an image.")
+    assert (job["completed"], job["failed"], job["error"]) == (
+        59,
+        1,
+        "This is a text, not an image. Upload a PNG or JPEG instead.",
+    )
     library.check_tags([asset for asset in assets if asset != assets[30]])
     audit(library.stack)
 

@@ -107,7 +107,7 @@ def test_the_commands(library: Library, tmp_path: Any, monkeypatch: Any) -> None
         '\ufefftag;aliases;description;parent\r\nKatze;"Mieze;Kätzchen|kitty";"weich; ""lieb""";Tier\r\n'.encode()
     )
     assert "2 tags would be added" in run("import", str(file), "--dry-run")
-    assert run("export") == "tag,aliases,description,parent\n", "(the runner drops the CR of CRLF)"
+    assert run("export").endswith("tag,aliases,description,parent\n"), "(the runner drops the CR of CRLF)"
     assert "2 tags added" in run("import", str(file))
     exported = run("export")
     assert exported.splitlines()[1] == 'Katze,Mieze|Kätzchen|kitty,"weich; ""lieb""",Tier'

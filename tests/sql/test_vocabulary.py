@@ -434,7 +434,7 @@ def test_who_may_change_it(session: psycopg.Connection[Any], role: str, editors:
                 value(session, call, *arguments)
             assert json.loads(refused.value.diag.message_detail or "")["code"] == expected
     if expected != "not_a_member":
-        told = value(session, "public.tagging_vocabulary(%s)", OWN)
+        told = value(session, "to_jsonb(public.tagging_vocabulary(%s))", OWN)
         assert (told["may_edit"], told["mode"]) == (expected is None, "open")
         own = [("b", False)] if expected is None else []
         assert [(tag["tag"], tag["general"]) for tag in told["tags"]] == [*own, ("general", True)]
