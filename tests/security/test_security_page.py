@@ -63,8 +63,10 @@ def test_the_quotas_are_accepted(library: Library) -> None:
 
 def test_a_thousand_hints_are_two_refetches() -> None:
     """The snippet as it stands, with a pause of 40 ms, under Node."""
-    (snippet,) = blocks("Realtime", "js")
-    function = snippet[snippet.index("function coalesce") : snippet.index("const refetchSoon")]
+    (snippet,) = blocks("Realtime", "ts")
+    function = snippet[snippet.index("function coalesce") : snippet.index("const refetchSoon")].replace(
+        ": () => void", ""
+    )
     done = subprocess.run(
         ["node", "--input-type=module", "--eval", f"""{function}
           const wait = (ms) => new Promise((resolve) => setTimeout(resolve, ms))

@@ -28,6 +28,9 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     package = tmp_path / "worker" / "autotag"
     package.mkdir(parents=True)
     shutil.copy(schema.ROOT / "worker" / "autotag" / "__init__.py", package)
+    client = tmp_path / "clients" / "js"
+    client.mkdir(parents=True)
+    shutil.copy(schema.ROOT / "clients" / "js" / "package.json", client)
     supabase = tmp_path / "supabase"
     for name, value in {
         "ROOT": tmp_path, "SUPABASE": supabase, "SCHEMAS": supabase / "schemas", "MIGRATIONS": supabase / "migrations",

@@ -21,6 +21,7 @@ from autotag.texts import printable
 
 JOIN_TIMEOUT = 10.0  # seconds to connect and join all topics
 FIRST_DELAY, MAX_DELAY = 1.0, 30.0  # seconds before the first try to reconnect, and the longest wait between two
+CHECK_INTERVAL = 0.5  # seconds between two looks at the connection
 MAX_REASON = 200  # characters
 PUBLIC_TOPIC = "batch-updates"
 EVENTS = ("job-progress", "batch-complete", "job-complete")
@@ -144,10 +145,22 @@ async def _connected(
         except Exception as error:  # noqa: BLE001
             # The client passes on every exception of its websocket library. Some contain the URL, and so the key.
             raise _unreachable(error) from None
-        yield ended
+        watching = asyncio.create_task(_watch(client, ended))
+        try:
+            yield ended
+        finally:
+            watching.cancel()
     finally:
         with suppress(Exception):
             await client.close()
+
+
+async def _watch(client: AsyncRealtimeClient, ended: asyncio.Future[None]) -> None:
+    """Ends a connection that is gone: the client does not tell its channels of every end."""
+    while client.is_connected and not ended.done():  # noqa: ASYNC110
+        await asyncio.sleep(CHECK_INTERVAL)
+    if not ended.done():
+        ended.set_result(None)
 
 
 def _unreachable(error: Exception) -> _Unreachable:
