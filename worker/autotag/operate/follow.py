@@ -20,8 +20,8 @@ from autotag.redact import redact, safe_message
 from autotag.texts import printable
 
 JOIN_TIMEOUT = 10.0  # seconds to connect and join all topics
-FIRST_DELAY, MAX_DELAY = 1.0, 30.0  # seconds before the first try to reconnect, and the longest wait between two
-CHECK_INTERVAL = 0.5  # seconds between two looks at the connection
+FIRST_DELAY, MAX_DELAY = 0.2, 30.0  # seconds before the first try to reconnect, and the longest wait between two
+CHECK_INTERVAL = 0.1  # seconds between two looks at the connection
 MAX_REASON = 200  # characters
 PUBLIC_TOPIC = "batch-updates"
 EVENTS = ("job-progress", "batch-complete", "job-complete")
