@@ -58,17 +58,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     ("status", "header", "seconds"),
     [
         (429, {"retry-after": "7"}, 7), (503, {"retry-after": "7"}, 7), (429, {}, urls.BUSY_SECONDS),
-        (429, {"retry-after": formatdate(time.time() + 3600, usegmt=True)}, 3300), (429, {"retry-after": "soon"}, urls.BUSY_SECONDS),
+        (429, {"retry-after": "a date"}, 599), (429, {"retry-after": "soon"}, urls.BUSY_SECONDS),
     ],
 )  # fmt: skip
 async def test_a_busy_host_waits_and_no_other(
     status: int, header: dict[str, str], seconds: float, clock: list[float]
 ) -> None:
+    if header.get("retry-after") == "a date":  # made now, because tests may wait long for their turn
+        header = {"retry-after": formatdate(time.time() + 600, usegmt=True)}
     hosts = Hosts(httpx.Response(status, headers=header))
     async with hosts.source() as source:
         errors = [await trouble(source), await trouble(source, A.replace("1", "2"))]
         assert {(e.kind, e.code, e.origin) for e in errors} == {("rate_limit", "host_busy", "host")}
-        assert all(seconds - 1 <= (e.retry_after or 0) <= 2 * seconds + 601 for e in errors)
+        assert all(seconds - 1 <= (e.retry_after or 0) <= 2 * seconds + 1 for e in errors)
         assert len({e.retry_after for e in errors}) == 2, "they do not come back at the same time"
         assert "a.example.com" in errors[0].message
         assert len(hosts.asked) == 1, "the second image of the host is not asked for"

@@ -11,7 +11,6 @@ import httpx
 import pillow_heif
 import pytest
 from PIL import Image as Pillow
-from PIL import ImageDraw
 
 from autotag import db
 from autotag.errors import TaggingError
@@ -19,29 +18,11 @@ from autotag.images import jpeg
 from autotag.images import prepare as images
 from autotag.images.load import Images
 from autotag.images.sent import data_url
+from lab.image_files import UPRIGHT, encoded, quarters
 from lab.openai_sim.vision import recognise
 
 PIXELS = 100_000_000
 MEMORY = 300_000_000  # bytes
-
-
-def quarters(mode: str = "RGB", size: tuple[int, int] = (800, 600)) -> Pillow.Image:
-    """Red, green, blue and yellow quarters."""
-    image = Pillow.new("RGB", size)
-    pen = ImageDraw.Draw(image)
-    w, h = size
-    for box, colour in (
-        ((0, 0, w // 2, h // 2), (220, 30, 30)), ((w // 2, 0, w, h // 2), (30, 160, 50)),
-        ((0, h // 2, w // 2, h), (30, 50, 210)), ((w // 2, h // 2, w, h), (235, 220, 40)),
-    ):  # fmt: skip
-        pen.rectangle(box, fill=colour)
-    return image.convert(mode)
-
-
-def encoded(image: Pillow.Image, kind: str, **options: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
 
 
 def seen(data: bytes, side: int = 512) -> tuple[str, ...]:
@@ -52,9 +33,6 @@ def seen(data: bytes, side: int = 512) -> tuple[str, ...]:
         assert max(image.size) <= side
         assert not image.getexif()
     return recognise(data_url(jpeg)).tags
-
-
-UPRIGHT = ("top left red", "top right green", "bottom left blue", "bottom right yellow", "landscape")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF"])
@@ -71,12 +49,12 @@ def test_every_format_becomes_a_small_jpeg(kind: str) -> None:
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK"])
 def test_every_colour_mode(mode: str) -> None:
     kind = "JPEG" if mode == "CMYK" else "PNG"
-    assert seen(encoded(quarters(mode), kind))[:5] == UPRIGHT
+    assert seen(encoded(quarters().convert(mode), kind))[:5] == UPRIGHT
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "I;16"])
 def test_gray_images(mode: str) -> None:
-    gray = quarters("L")
+    gray = quarters().convert("L")
     if mode == "I;16":
         image = Pillow.new("I;16", gray.size)
         image.putdata([value * 257 for value in gray.get_flattened_data()])
