@@ -21,7 +21,8 @@ from PIL import Image as Pillow
 
 from autotag.config import Settings, load_settings
 from autotag.db import Image
-from autotag.images.load import Images, Prepared
+from autotag.images.load import Images
+from autotag.images.sent import Prepared
 from autotag.observability.logs import configure_logs
 from autotag.openai.records import Completion
 from autotag.turns import Turns

@@ -19,9 +19,10 @@ from autotag.http.webhook import make_app
 from autotag.images.prepare import prepare_bytes
 from autotag.openai.answers import CAPTION_LENGTH, MAX_ANSWER, TAG_LENGTH, read_completion, read_usage
 from autotag.openai.classify import classify_status
-from autotag.openai.headers import MAX_RETRY_AFTER, read_limits
+from autotag.openai.headers import read_limits
 from autotag.openai.output import MAX_LINE_BYTES, read_line, read_lines
 from autotag.openai.provider import Provider
+from autotag.waits import MAX_RETRY_AFTER
 from lab.openai_sim.webhooks import make_secret, sign
 
 text = st.text(max_size=60) | st.sampled_from(

@@ -225,7 +225,7 @@ async def test_a_form_that_is_refused_in_the_middle_of_a_run_makes_way_for_the_n
     """Forty calls and a batch of fifty lines are under way in the old form: all are refused, and it is one step."""
     stack = wide.stack
     make, form, _ = FORMS[lost]
-    stack.simulator.plan.latency = (1.0, 1.5)
+    stack.simulator.plan.latency = (8.0, 8.0)  # thirty calls at once from four images a second, on a busy machine too
     drawings = pictures(110)
     assets = await wide.upload(drawings)
     wide.watch_failures()
@@ -234,6 +234,7 @@ async def test_a_form_that_is_refused_in_the_middle_of_a_run_makes_way_for_the_n
         told = [wide.enqueue(assets[:50]), wide.enqueue(assets[50:])]
         await until(lambda: stack.simulator.in_flight >= 30, "calls in flight")
         make(stack.simulator.plan)
+        stack.simulator.plan.latency = (0.1, 0.3)
         await check_mended(wide, told, clock(wide))
     assert refused(stack), "nothing was refused, so this shows nothing"
     check_form(wide, form)

@@ -12,7 +12,8 @@ import psycopg
 import pytest
 from structlog.testing import capture_logs
 
-from autotag.images.load import Images
+from autotag.images.files import Download, ImageFile
+from autotag.images.storage import Storage
 from lab.openai_sim.faults import Fault
 from lab.openai_sim.limits import QUANTISED_ABOVE, Bucket, Limits, SharedKeyClient
 from lab.postgres import LocalPostgres
@@ -56,16 +57,16 @@ async def test_a_storage_that_stalls_does_not_make_the_bucket_run_over(
     stack = library.stack
     narrow(library)
     flows = asyncio.Event()
-    load = Images._from_storage
+    read = Storage.read
 
-    async def stall(self: Images, bucket: str, path: str) -> bytes:
+    async def stall(self: Storage, bucket: str, path: str, download: Download) -> ImageFile:
         await flows.wait()
-        return await load(self, bucket, path)
+        return await read(self, bucket, path, download)
 
     def released() -> int:
         return int(library.sql("select count(*) as n from autotag.tasks where attempt > 0")[0]["n"])
 
-    monkeypatch.setattr(Images, "_from_storage", stall)
+    monkeypatch.setattr(Storage, "read", stall)
     assets = await library.upload(40)
     async with worker(stack):
         job = library.enqueue(assets)

@@ -89,6 +89,11 @@ def keys(tags: list[Any]) -> set[str]:
     return {key(tag) for tag in tags if isinstance(tag, str)} - {""}
 
 
+def first_of_each(tags: list[str]) -> list[str]:
+    """What remains of a model's answer: the first spelling of each tag."""
+    return [tag for i, tag in enumerate(tags) if key(tag) not in keys(tags[:i])]
+
+
 @dataclass
 class Oracle:
     """What the column must be after each run, said with lists and sets.
@@ -278,6 +283,7 @@ class Row:
 @example(history=[("run", ["beach"]), ("remove", 0), ("run", ["sky"]), ("run", ["sea"]), ("run", ["beach"])])
 @example(history=[("run", ["beach"]), ("respell", 0), ("run", ["sky"]), ("remove", 0), ("run", ["beach"])])
 @example(history=[("run", ["t-shirt", "T Shirt"]), ("remove", 0), ("run", ["T Shirt"])])
+@example(history=[("run", ["t-shirt"]), ("run", ["T Shirt", "t-shirt"])])
 @example(history=[("add", "❤"), ("run", ["❤\ufe0f"]), ("remove", 0), ("run", ["❤\ufe0f"])])
 @example(
     history=[
@@ -298,7 +304,7 @@ def test_no_tag_of_a_person_is_lost_and_none_that_they_removed_returns(
         tags: list[Any] = []
         for number, (what, value) in enumerate(history):
             if what == "run":
-                answer = [t for t in value if kind != "varchar(n)[]" or len(t) <= LONGEST]
+                answer = [t for t in first_of_each(value) if kind != "varchar(n)[]" or len(t) <= LONGEST]
                 theirs, expected = oracle.run(tags, answer)
                 row.run(value, f"model {number}")
                 check_run(row, oracle, theirs, expected, answer)
@@ -407,12 +413,12 @@ def test_a_memory_of_1_mb_breaks_nothing(connection: psycopg.Connection[Any], ki
 def test_a_memory_that_is_full_forgets_nothing(connection: psycopg.Connection[Any]) -> None:
     with connection.transaction(force_rollback=True):
         row = Row(connection, "text[]")
-        for number in range(5):
-            row.edit([f"{number} {'x' * 60} {i}" for i in range(500)])
+        for number in range(8):
+            row.edit([f"{number} {'x' * 40} {i}" for i in range(500)])
             row.run(["sky"])
         assert "sky" not in row.tags()
         assert "removed too many" in row.error()
-        first = f"0 {'x' * 60} 0"
+        first = f"0 {'x' * 40} 0"
         row.edit(["aunt mary"])
         row.run([first])
         assert row.tags() == ["aunt mary"]

@@ -17,8 +17,9 @@ from autotag.errors import TaggingError
 from autotag.openai import http
 from autotag.openai.classify import classify_status
 from autotag.openai.errors import classified_errors
-from autotag.openai.headers import read_limits, retry_after
+from autotag.openai.headers import read_limits
 from autotag.redact import redact
+from autotag.waits import retry_after
 from support import PATIENCE
 
 WEBHOOK_SECRET = "whsec_c2l4dGVlbiBieXRlcyBvciBtb3Jl"

@@ -56,7 +56,7 @@ class ChildDied(Exception):
 
 @dataclass(frozen=True)
 class Decoded:
-    """A prepared image. width, height: of the file. notes: as in `prepare.Prepared`."""
+    """A prepared image. width, height: of the file. notes: as in `sent.Prepared`."""
 
     width: int
     height: int

@@ -6,9 +6,7 @@ The JPEG is sent inline, because the provider's own downloads of image URLs time
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
 
 import httpx
 
@@ -18,6 +16,7 @@ from autotag.images.children import Decoded
 from autotag.images.decode import Budget, Decoder
 from autotag.images.files import Download, ImageFile, Space
 from autotag.images.render import Renderer
+from autotag.images.sent import Prepared
 from autotag.images.storage import Storage, file_missing
 from autotag.images.urls import Urls
 from autotag.turns import Turns
@@ -34,14 +33,6 @@ REFUSALS = {
     "unreadable_row": image_error("unreadable_row", UNREADABLE),
     "unreadable_now": TaggingError("transient", "unreadable_row", UNREADABLE),
 }
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """An image as it is sent. notes: what was done to it that its user may want to know (`prepare.Prepared`)."""
-
-    jpeg: bytes
-    notes: dict[str, Any] = field(default_factory=dict)
 
 
 class Images:

@@ -23,7 +23,7 @@ class Decoded:
     Attributes:
         image: the picture, scaled down to the wanted size or to a larger one.
         icc: its colour profile.
-        notes: what a person should know (`prepare.Prepared`).
+        notes: what a person should know (`sent.Prepared`).
     """
 
     image: Pillow.Image

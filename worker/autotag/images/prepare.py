@@ -7,9 +7,8 @@ trust: this runs in a process that can be killed. docs/images.md describes what 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image as Pillow
 
@@ -25,6 +24,7 @@ from autotag.images.kinds import kind_of
 from autotag.images.opened import Opened, damaged
 from autotag.images.png import open_png
 from autotag.images.riff import open_webp
+from autotag.images.sent import Prepared
 from autotag.images.shape import fit
 from autotag.images.tiff import open_raw, open_tiff
 
@@ -53,19 +53,6 @@ class Measured:
     width: int
     height: int
     cost: int
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is sent to the model.
-
-    Attributes:
-        jpeg: the picture: upright, without metadata.
-        notes: what a person should know about the file (docs/images.md); empty for ordinary files.
-    """
-
-    jpeg: bytes
-    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def measure(path: Path, side: int, max_cost: int | None = None) -> Measured:

@@ -20,7 +20,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -36,12 +36,13 @@ from autotag.images.files import Download, ImageFile
 from autotag.openai.http import HTTP_ERRORS, make_http
 from autotag.redact import redact
 from autotag.texts import clean_text, printable
+from autotag.waits import retry_after
 
 FETCH_TIMEOUT = 30.0  # seconds
 CONNECTIONS = 100  # to Storage
 KEY_CHECK_VALID = 10.0  # seconds that the result of a key check is used for all missing files
 FAILED_KEY_CHECK_VALID = 1.0  # seconds, if the key check failed with a transient error
-MAX_RETRY_AFTER = 120.0  # seconds; longer waits that Storage asks for are cut to this
+MAX_WAIT = 120.0  # seconds; longer waits that Storage asks for are cut to this
 MAX_REPLY_BYTES = 10_000_000  # bytes of a reply other than a file; a list of 1,000 buckets has 300,000
 MAX_BUCKET_WARNINGS = 100  # buckets in warnings; the names come from rows, so there may be any number of them
 MAX_REASON_LENGTH = 200  # characters of Storage's message that are kept
@@ -235,6 +236,7 @@ def read_reply(response: Response, body: bytes) -> Reply:
     except ValueError:
         parsed = None
     payload = parsed if isinstance(parsed, dict) else {}
+    wait = retry_after(response.headers)
     inner_status = str(payload.get("statusCode", ""))
     by_storage = len(inner_status) == 3 and inner_status.isdecimal()
     return Reply(
@@ -242,17 +244,8 @@ def read_reply(response: Response, body: bytes) -> Reply:
         str(payload.get("code") or payload.get("error") or ""),
         clean_text(redact(str(payload.get("message") or "")))[:MAX_REASON_LENGTH].rstrip("."),
         by_storage,
-        read_retry_after(response.headers),
+        wait and min(wait, MAX_WAIT),
     )
-
-
-def read_retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait, from the header ``retry-after``; None if it is missing or a date."""
-    try:
-        seconds = float(headers.get("retry-after", ""))
-    except ValueError:
-        return None
-    return min(seconds, MAX_RETRY_AFTER) if seconds > 0 else None
 
 
 def key_role(key: str) -> str | None:

@@ -22,8 +22,8 @@ from autotag.errors import TaggingError, image_error
 from autotag.images.addresses import GuardedBackend, invalid_url
 from autotag.images.body import receive
 from autotag.images.files import Download, ImageFile
-from autotag.openai.headers import retry_after
 from autotag.texts import printable
+from autotag.waits import retry_after
 
 FETCH_TIMEOUT = 30.0  # seconds to connect, and max seconds between two reads
 MAX_FETCH_SECONDS = 120.0  # total time of one image; otherwise a host that sends slowly could occupy a slot endlessly

@@ -20,11 +20,11 @@ from autotag.openai.headers import (
     read_daily_refusal,
     read_limits,
     reset_wait,
-    retry_after,
     retry_after_in_message,
 )  # fmt: skip
 from autotag.redact import redact
 from autotag.texts import clean_text
+from autotag.waits import retry_after
 
 DEFAULT_RETRY_AFTER = 1.0  # seconds, if a 429 has no retry-after
 MESSAGE_LENGTH = 300  # characters of a provider's message that are kept

@@ -6,17 +6,15 @@ day at Groq and in OpenAI's tier 1. `_period` tells the two apart.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from time import time
 from typing import NamedTuple, cast
 
 from autotag.db.messages import Limits
+from autotag.waits import MAX_RETRY_AFTER
 
-MAX_RETRY_AFTER = 3600.0  # seconds; the same limit as autotag.clean_error
 MINUTE, DAY = 60.0, 86_400.0  # seconds
 #: Seconds. No limit per minute takes longer to reset, even if the provider lets its bucket fall below zero.
 MAX_MINUTE_RESET = 120.0
@@ -178,23 +176,6 @@ def read_daily_refusal(message: str) -> Limits:
     """The limit that a 429 names as used up: "… on requests per day (RPD): Limit 1000, Used 1000, Requested 1." """
     match = _DAILY_REFUSAL.search(message)
     return {"day_limit": int(match[1]), "day_left": 0} if match and int(match[1]) else {}
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait, from ``retry-after-ms`` or ``retry-after`` (seconds or a date), at most `MAX_RETRY_AFTER`; None
-    if both are missing or invalid."""
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        value = headers.get(name, "")
-        try:
-            seconds = float(value) * unit
-        except ValueError:
-            try:
-                seconds = parsedate_to_datetime(value).timestamp() - time()
-            except (TypeError, ValueError, OverflowError):
-                continue
-        if 0 < seconds < math.inf:
-            return min(seconds, MAX_RETRY_AFTER)
-    return None
 
 
 def retry_after_in_message(message: str) -> float | None:
