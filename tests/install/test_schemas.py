@@ -9,6 +9,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -323,11 +324,12 @@ def test_a_claim_counts_as_the_policies_read_it(shared: tuple[psycopg.Connection
     adapter = render(TEMPLATE.read_text(), host)
     assert (f'"claim_form": "{form}"' in adapter) is bool(form), "a later init keeps it"
     body = next(f["body"] for f in FUNCTION.finditer(adapter) if f["name"] == "is_member")
-    for value, forms in CLAIMS:
+    body = body.replace("p_workspace_id", "'w1'")
+    for caller, (value, forms) in product(("'u1'", "null"), CLAIMS):
         with owner.transaction():
             owner.execute("select set_config('request.jwt.claims', %s, true)", (json.dumps({"org": value}),))
-            answer = owner.execute(body.replace("p_workspace_id", "'w1'").encode()).fetchone()
-        assert answer == (form in forms,), value
+            answer = owner.execute(body.replace("autotag.caller()", caller).encode()).fetchone()
+        assert answer == (form in forms and caller != "null",), (value, caller)
 
 
 def test_an_object_is_not_the_lack_of_tags(shared: tuple[psycopg.Connection[Any], str]) -> None:

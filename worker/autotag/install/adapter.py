@@ -114,15 +114,19 @@ def _members_code(host: Host) -> str:
     if members.owner:
         return f"select coalesce(p_workspace_id = {_caller_as(host, host.workspace_type)}, false)"
     if members.function:
-        # Such a function mostly reads auth.uid(), which raises where `sub` is no uuid.
-        return (
-            "select case when autotag.caller() is null then false else"
-            f" coalesce({table_name(members.function)}(p_workspace_id), false) end"
-        )
+        return _unless_nobody(f"{table_name(members.function)}(p_workspace_id)")
     if members.claim:
         return _claim_code(members)
     condition = f"m.{quote(members.user)} = (select {_caller_as(host, members.user_type)})"
     return f"select exists (select {of_members(members, 'p_workspace_id')} and {condition})"
+
+
+def _unless_nobody(condition: str) -> str:
+    """A condition on the caller, who has to be somebody: uploads and quotas have users.
+
+    (A function of the project mostly reads auth.uid(), too, which raises where `sub` is no uuid.)
+    """
+    return f"select case when autotag.caller() is null then false else coalesce({condition}, false) end"
 
 
 def _claim_code(members: Members) -> str:
@@ -136,7 +140,7 @@ def _claim_code(members: Members) -> str:
         "": f"case jsonb_typeof{claim} when 'array' then {listed}"
         f" when 'object' then {claim} ? {workspace} else {claim} #>> '{{}}' = {workspace} end",
     }
-    return f"select coalesce({forms[members.claim_form]}, false)"
+    return _unless_nobody(forms[members.claim_form])
 
 
 def _caller_as(host: Host, kind: str) -> str:
