@@ -6,7 +6,7 @@ import io
 from functools import cache
 
 from PIL import Image as Pillow
-from PIL import ImageCms
+from PIL import ImageChops, ImageCms
 
 from autotag.images.opened import Decoded
 from autotag.images.shape import Shape, layout
@@ -18,6 +18,9 @@ BACKGROUNDS = (255, 0, 128, 192, 64)
 SEEN_SHARE = 0.02
 CLEARLY = 96  # a difference of grey that everybody sees
 MAX_ICC = 4_000_000  # bytes
+#: Colours that tell whether a profile changes anything, and the difference that nobody sees.
+PROBE = [(20, 20, 20), (64, 64, 64), (160, 160, 160), (220, 30, 30), (30, 160, 50), (30, 50, 210), (235, 220, 40)]
+MAX_SAME = 4
 #: How to turn a picture by its EXIF orientation.
 TURNS = {
     2: Pillow.Transpose.FLIP_LEFT_RIGHT, 3: Pillow.Transpose.ROTATE_180, 4: Pillow.Transpose.FLIP_TOP_BOTTOM,
@@ -88,11 +91,20 @@ def _by_profile(image: Pillow.Image, icc: bytes) -> Pillow.Image | None:
         space = profile.profile.xcolor_space.strip()
         if {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(space) != image.mode:
             return None
-        if space == "RGB" and "srgb" in (profile.profile.profile_description or "").lower():
+        transform = ImageCms.buildTransform(profile, _srgb(), image.mode, "RGB")
+        if image.mode == "RGB" and _is_same(transform):
             return None
-        return ImageCms.profileToProfile(image, profile, _srgb(), outputMode="RGB")
+        return ImageCms.applyTransform(image, transform)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError, AttributeError):
         return None
+
+
+def _is_same(transform: ImageCms.ImageCmsTransform) -> bool:
+    """Whether a profile is sRGB. Names do not tell: "Linear sRGB" is another one."""
+    probe = Pillow.new("RGB", (len(PROBE), 1))
+    probe.putdata(PROBE)
+    changed = ImageChops.difference(probe, ImageCms.applyTransform(probe, transform) or probe)
+    return all(high <= MAX_SAME for _, high in changed.getextrema())
 
 
 @cache

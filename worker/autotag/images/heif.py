@@ -10,6 +10,7 @@ from PIL import ImageFile
 from pillow_heif import options
 from pillow_heif.as_plugin import HeifImageFile
 
+from autotag.images.colours import by_numbers
 from autotag.images.finish import plain
 from autotag.images.opened import FIXED_COST, Decoded, Opened, unsupported
 
@@ -64,6 +65,9 @@ def _image(data: bytes) -> ImageFile.ImageFile:
 
 def _loaded(image: ImageFile.ImageFile) -> Decoded:
     icc = image.info.get("icc_profile")
+    numbers = image.info.get("nclx_profile")
+    if icc is None and numbers:
+        icc = by_numbers(int(numbers["color_primaries"]), int(numbers["transfer_characteristics"]))
     image.load()
     picture: Pillow.Image = plain(image)
     return Decoded(picture.copy() if picture is image else picture, icc)

@@ -255,9 +255,13 @@ def _is_short(clean: bytes) -> bool:
     return False
 
 
-def rows_decoded(image: ImageFile.ImageFile) -> int:
-    """Decodes what is there of a file, and returns the number of its rows; the rest has the colour `UNTOUCHED`."""
+def rows_decoded(image: ImageFile.ImageFile, *, upwards: bool = False) -> int:
+    """Decodes what is there of a file, and returns the number of its rows; the rest has the colour `UNTOUCHED`.
+
+    upwards: the last row is the first in the file.
+    """
     image.load_prepare()
+    image.load_prepare = lambda: None  # type: ignore[method-assign]  # a second one would empty it again
     blank = Pillow.new(
         image.mode, image.size, UNTOUCHED[: len(image.getbands())] if image.mode != "L" else UNTOUCHED[0]
     )
@@ -267,5 +271,5 @@ def rows_decoded(image: ImageFile.ImageFile) -> int:
     except (OSError, SyntaxError, ValueError):
         partial = blank._new(image.im)
         box = ImageChops.difference(partial, blank).convert("RGB").getbbox()
-        return box[3] if box else 0
+        return 0 if box is None else image.height - box[1] if upwards else box[3]
     return image.height
