@@ -141,6 +141,8 @@ def _segment(found: Header, marker: int, body: bytes, whole: bytes) -> None:
             raise damaged()
         found.frame = marker
         found.kept.append(whole)
+    elif marker == 0xF7:
+        raise unsupported("a JPEG-LS image")
     elif marker in LOSSLESS:
         raise unsupported("a lossless JPEG")
     elif marker in (0xDB, 0xC4, 0xDD, 0xCC):
