@@ -271,7 +271,8 @@ def rows_decoded(image: ImageFile.ImageFile, *, upwards: bool = False) -> int:
     try:
         image.load()
     except (OSError, SyntaxError, ValueError):
+        image.tile = []  # nothing more comes
         partial = blank._new(image.im)
-        box = ImageChops.difference(partial, blank).convert("RGB").getbbox()
+        box = ImageChops.difference(partial, blank).getbbox(alpha_only=False)
         return 0 if box is None else image.height - box[1] if upwards else box[3]
     return image.height
