@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from functools import partial
 
 from PIL import AvifImagePlugin
 
 from autotag.images import exif
+from autotag.images.boxes import primary_properties
 from autotag.images.colours import by_numbers
 from autotag.images.frames import open_frames
 from autotag.images.opened import Decoded, Opened
@@ -22,7 +22,7 @@ def open_avif(data: bytes, side: int) -> Opened:
     with AvifImagePlugin.AvifImageFile(io.BytesIO(data)) as image:
         # Pillow puts the turns and mirrors of the file (irot, imir) there, in the place of EXIF's own.
         orientation = exif.orientation(image.info.get("exif", b""))
-    properties = _properties(data)
+    properties = dict(primary_properties(data))
     crop = _crop(properties.get(b"clap", b""), opened.width, opened.height)
     colours = properties.get(b"colr", b"")
     icc = by_numbers(*(int.from_bytes(colours[at : at + 2]) for at in (4, 6))) if colours[:4] == b"nclx" else None
@@ -51,47 +51,3 @@ def _crop(clap: bytes, width: int, height: int) -> Box | None:
     left, top = round((width - across) / 2 + right), round((height - down) / 2 + lower)
     box = (left, top, round(left + across), round(top + down))
     return box if 0 <= left < box[2] <= width and 0 <= top < box[3] <= height else None
-
-
-def _properties(data: bytes) -> dict[bytes, bytes]:
-    """The properties of the primary picture, by their types; of several colour profiles, the one in numbers."""
-    meta = dict(_boxes(data)).get(b"meta", b"")
-    parts = dict(_boxes(meta[4:]))
-    large = parts.get(b"pitm", b"")[:1] != b"\0"
-    primary = int.from_bytes(parts.get(b"pitm", b"")[4 : 8 if large else 6])
-    described = dict(_boxes(parts.get(b"iprp", b"")))
-    every = list(_boxes(described.get(b"ipco", b"")))
-    found: dict[bytes, bytes] = {}
-    for number in _associated(described.get(b"ipma", b""), primary):
-        if 0 < number <= len(every):
-            kind, body = every[number - 1]
-            if kind != b"colr" or body[:4] == b"nclx":
-                found[kind] = body
-    return found
-
-
-def _associated(ipma: bytes, item: int) -> Iterator[int]:
-    wide_items, wide_numbers = ipma[:1] != b"\0", bool(ipma[3:4] > b"\0" and ipma[3] & 1)
-    at, left = 8, int.from_bytes(ipma[4:8])
-    while left > 0 and at < len(ipma):
-        size, each = (4 if wide_items else 2), (2 if wide_numbers else 1)
-        this, count = int.from_bytes(ipma[at : at + size]), int.from_bytes(ipma[at + size : at + size + 1])
-        at += size + 1
-        if this == item:
-            mask = 0x7FFF if wide_numbers else 0x7F
-            yield from (int.from_bytes(ipma[n : n + each]) & mask for n in range(at, at + count * each, each))
-        at += count * each
-        left -= 1
-
-
-def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    at = 0
-    while at + 8 <= len(data):
-        size, head = int.from_bytes(data[at : at + 4]), 8
-        if size == 1:
-            size, head = int.from_bytes(data[at + 8 : at + 16]), 16
-        end = at + size if size else len(data)
-        if end < at + head:
-            return
-        yield data[at + 4 : at + 8], data[at + head : end]
-        at = end

@@ -1,4 +1,4 @@
-"""Colour profiles of files that describe their colours by numbers: HEIF's and AVIF's ``nclx``, PNG's gAMA, cHRM and cICP.
+"""Colour profiles of files that describe their colours by numbers: ``nclx`` of HEIF, gAMA, cHRM and cICP of PNG.
 
 The numbers are those of ITU-T H.273. They become a small ICC profile, so that one way converts all colours to sRGB.
 """

@@ -94,7 +94,8 @@ def _decode(data: bytes, opener: Opener, animated: bool, width: int, height: int
 
 def _is_upside_down(image: ImageFile.ImageFile) -> bool:
     """Whether the last row comes first in the file, as in most BMPs."""
-    return isinstance(image, BmpImagePlugin.BmpImageFile) and image.tile[0].args[-1] == -1
+    arguments = image.tile[0].args
+    return isinstance(image, BmpImagePlugin.BmpImageFile) and isinstance(arguments, tuple) and arguments[-1] == -1
 
 
 def numbers(image: Pillow.Image, width: int, height: int) -> Pillow.Image:

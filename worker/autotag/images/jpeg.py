@@ -90,8 +90,9 @@ def open_jpeg(data: bytes, side: int) -> Opened:
     # The file and its copy, the coefficients, the scaled picture before and after conversions, and rows of full width.
     cost = FIXED_COST + 2 * len(data) + header.memory + 2 * pixels + header.width * 4 * 64
     return Opened(
-        "JPEG", header.width, header.height, cost, lambda w, h: _decode(data, header, w, h), header.orientation
-    )
+        "JPEG", header.width, header.height, cost, lambda w, h: _decode(data, header, w, h), header.orientation,
+        advice="Save it as a JPEG that is not progressive" if header.coefficients else Opened.advice,
+    )  # fmt: skip
 
 
 def _draft_scale(header: Header, width: int, height: int) -> int:

@@ -101,7 +101,9 @@ def open_png(data: bytes, side: int) -> Opened:
     row = max(row, chunks.width * 4)
     area = row * (chunks.height if chunks.interlaced else min(chunks.height, 900))
     cost = FIXED_COST + 3 * len(data) + int(1.5 * area)
-    return Opened("PNG", chunks.width, chunks.height, cost, partial(_decode, chunks), chunks.orientation)
+    advice = "Save it as a PNG that is not interlaced" if chunks.interlaced else Opened.advice
+    decode = partial(_decode, chunks)
+    return Opened("PNG", chunks.width, chunks.height, cost, decode, chunks.orientation, advice=advice)
 
 
 def read_chunks(data: bytes) -> Chunks:
