@@ -54,7 +54,7 @@ def open_jpeg2000(data: bytes, side: int) -> Opened:
     levels = data[style + 9] if 0 <= style < len(data) - 9 else 0
     shape = fit(width, height, side)
     reduce = 0
-    while reduce < min(levels, 32) and min(width / shape.width, height / shape.height) >= 1.5 * 2 ** (reduce + 1):
+    while reduce < min(levels, 32) and min(width / shape.width, height / shape.height) >= 2 ** (reduce + 2):
         reduce += 1
     cost = FIXED_COST + 4 * len(data) + ((width * height * (4 * bands + 12)) >> 2 * reduce)
     return Opened("JPEG 2000", width, height, cost, partial(_decode, data, partial(_reduced, reduce), False))
