@@ -37,9 +37,7 @@ def _letter(cell: Vector, box: Box) -> str:
 
 @lru_cache(maxsize=50)
 def _known(width: int, height: int) -> dict[str, Vector]:
-    return {
-        letter: _direction(glyph(letter, width, height).resize(GRID, Image.Resampling.BOX)) for letter in LETTERS
-    }
+    return {letter: _direction(glyph(letter, width, height).resize(GRID, Image.Resampling.BOX)) for letter in LETTERS}
 
 
 def _direction(cell: Image.Image) -> Vector:

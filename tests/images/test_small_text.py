@@ -29,7 +29,9 @@ def test_the_simulator_reads_as_much_as_in_a_reference() -> None:
         lossless += (readable := read(best, scene))
         lossy += read(Pillow.open(io.BytesIO(encoded(best, "JPEG", quality=85))), scene)
         if number < 8:
-            blurred += readable - read(best.resize((best.width * 3 // 4, best.height * 3 // 4)).resize(best.size), scene)
+            blurred += readable - read(
+                best.resize((best.width * 3 // 4, best.height * 3 // 4)).resize(best.size), scene
+            )
         facts += len(scene.letters) + len(scene.lines)
     assert blurred > 8 * 3, "the reader notices when a picture is blurred"
     assert lossless < 0.99 * facts, "it is not too easy"
