@@ -152,9 +152,11 @@ def _upload(stack: Stack, name: str, datas: list[bytes]) -> str:
             " returning id",
             (member.workspace, paths),
         ).fetchall()
-        row = connection.execute("select public.enqueue_tagging(%s)", ([row[0] for row in rows],)).fetchone()
+        row = connection.execute(
+            "select job_id from public.enqueue_tagging(%s)", ([row[0] for row in rows],)
+        ).fetchone()
     assert row
-    return str(row[0]["job_id"])
+    return str(row[0])
 
 
 def _is_finished(stack: Stack, job: str) -> bool:

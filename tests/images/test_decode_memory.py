@@ -38,9 +38,9 @@ def drawn(width: int, height: int) -> Pillow.Image:
     return quarters(width, height)
 
 
-def heic(width: int, height: int) -> bytes:
+def heic(width: int, height: int, **options: int) -> bytes:
     out = io.BytesIO()
-    pillow_heif.from_pillow(drawn(width, height)).save(out, quality=40)
+    pillow_heif.from_pillow(drawn(width, height)).save(out, quality=40, **options)
     return out.getvalue()
 
 
@@ -57,6 +57,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "BMP": lambda: saved("BMP", drawn(2000, 1500)),
     "AVIF": lambda: saved("AVIF", drawn(1500, 1000), speed=10),
     "HEIC": lambda: heic(1000, 700),
+    "HEIC of tiles": lambda: heic(2048, 1536, tile_size=512),
     "JPEG 2000": lambda: saved("JPEG2000", drawn(1500, 1000)),
     "PDF": lambda: saved("PDF", drawn(2000, 1500)),
 }

@@ -73,6 +73,54 @@ def with_odd_profile(kind: str) -> bytes:
     return saved(kind, Pillow.merge("RGB", (green, red, blue)), icc_profile=swapped)
 
 
+def linear(image: Pillow.Image | None = None) -> Pillow.Image:
+    """With values in proportion to the light, which look too dark where nothing says so."""
+    return (image or quarters()).point([round(255 * (value / 255) ** 2.2) for value in range(256)] * 3)
+
+
+def linear_png(*extra: bytes) -> bytes:
+    return png_with(*extra, data=saved("PNG", linear()))
+
+
+def linear_16_bit_png() -> bytes:
+    pixels = [round(65535 * (v / 255) ** 2.2) for p in quarters(64, 48).get_flattened_data() for v in p]
+    rows = b"".join(b"\0" + struct.pack(">192H", *pixels[at : at + 192]) for at in range(0, len(pixels), 192))
+    head = struct.pack(">IIBBBBB", 64, 48, 16, 2, 0, 0, 0)
+    parts = (chunk(b"IHDR", head), chunk(b"gAMA", struct.pack(">I", 100_000)), chunk(b"IDAT", zlib.compress(rows)))
+    return PNG[:8] + b"".join(parts) + chunk(b"IEND", b"")
+
+
+def linear_avif() -> bytes:
+    return saved("AVIF", linear(), quality=95).replace(b"nclx\0\1\0\x0d", b"nclx\0\1\0\x08")
+
+
+def linear_by_profile() -> bytes:
+    """A profile that is called sRGB, but has no gamma: "Linear sRGB"."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    curve = profile.index(b"para\0\0\0\0\0\3") + 12
+    profile[curve : curve + 20] = struct.pack(">5i", 65536, 65536, 0, 65536, 0)
+    return saved("PNG", linear(), icc_profile=bytes(profile))
+
+
+def swapped_primaries() -> bytes:
+    """A PNG whose first colour is green, as its chromaticities say."""
+    red, green, blue = quarters().split()
+    points = (31270, 32900, 30000, 60000, 64000, 33000, 15000, 6000)
+    more = (chunk(b"gAMA", struct.pack(">I", 45_455)), chunk(b"cHRM", struct.pack(">8I", *points)))
+    return png_with(*more, data=saved("PNG", Pillow.merge("RGB", (green, red, blue))))
+
+
+def bmp(share: float) -> bytes:
+    data = saved("BMP")
+    return data[: round(len(data) * share)]
+
+
+def offset_gif() -> bytes:
+    """A frame that is smaller than its canvas, which is transparent where the frame is not."""
+    data = saved("GIF", quarters().quantize(8), transparency=7)
+    return data[:6] + struct.pack("<HH", 322, 242) + data[10:]
+
+
 def strip(width: int, height: int) -> bytes:
     return saved("PNG", quarters(width, height))
 
@@ -155,6 +203,12 @@ TABLE: list[tuple[str, str, Callable[[], bytes], Any]] = [
     ("PNG", "16-bit grey with little contrast", lambda: saved("PNG", Pillow.frombytes("I;16", (160, 120), struct.pack("<19200H", *map(int, ramp(160, 120, 100, 900))))), GRADIENT),
     ("PNG", "animation with a blank first frame", lambda: animation("PNG"), SHOWN),
     ("PNG", "profile with other primaries", lambda: with_odd_profile("PNG"), SHOWN),
+    ("PNG", "gamma of 1", lambda: linear_png(chunk(b"gAMA", struct.pack(">I", 100_000))), SHOWN),
+    ("PNG", "16 bits with a gamma of 1", linear_16_bit_png, SHOWN),
+    ("PNG", "other primaries by cHRM", swapped_primaries, SHOWN),
+    ("PNG", "cHRM of nonsense", lambda: png_with(chunk(b"gAMA", struct.pack(">I", 45_455)), chunk(b"cHRM", bytes(32))), SHOWN),
+    ("PNG", "linear light by cICP", lambda: linear_png(chunk(b"cICP", b"\1\x08\0\1")), SHOWN),
+    ("PNG", "linear light by a profile named sRGB", linear_by_profile, SHOWN),
     ("PNG", "dark logo", lambda: logo("black"), {"contrast_at_least": 60}),
     ("PNG", "grey logo", lambda: logo("#808080"), {"contrast_at_least": 60}),
     ("PNG", "tall strip", lambda: strip(30, 3000), {"shortest_side_at_least": 64, "aspect_at_most": 10}),
@@ -198,9 +252,20 @@ TABLE: list[tuple[str, str, Callable[[], bytes], Any]] = [
     ("WebP", "animation with a blank first frame", lambda: animation("WEBP"), SHOWN),
     ("GIF", "animation with a blank first frame", lambda: animation("GIF"), SHOWN),
     ("GIF", "no end", lambda: GIF[:-2], SHOWN),
+    ("GIF", "transparency, smaller than its canvas", offset_gif, SHOWN),
+    ("AVIF", "linear light by nclx", linear_avif, SHOWN),
+    ("AVIF", "turned", lambda: saved("AVIF", quarters().transpose(Pillow.Transpose.ROTATE_90), exif=exif(6), quality=95), SHOWN),
+    ("HEIC", "linear light by nclx", lambda: heic(linear(), color_primaries=1, transfer_characteristics=8), SHOWN),
     ("AVIF", "animation with a blank first frame", lambda: animation("AVIF"), SHOWN),
     ("HEIC", "primary is the third", lambda: heic(Pillow.new("RGB", (64, 64)), Pillow.new("RGB", (64, 64)), quarters(), primary_index=2), SHOWN),
     ("HEIC", "half of it missing", lambda: (lambda d: d[: len(d) // 2])(heic(quarters())), ("damaged_image", "damaged")),
+    ("BMP", "2 % missing", lambda: bmp(0.98), SHOWN),
+    ("BMP", "half of it missing", lambda: bmp(0.5), ("damaged_image", "damaged")),
+    ("TIFF", "lossless rubbish in a strip", lambda: tiff_of("B", [7] * 4800, 80, 60, more=((259, 3, 1, b"\x08\0\0\0"),)), ("damaged_image", "damaged")),
+    ("TIFF", "10 bits", lambda: tiff_of("B", [7] * 6000, 80, 60, more=((258, 3, 1, b"\x0a\0\0\0"),)), ("unsupported_format", "10 bits")),
+    ("TIFF", "64-bit integers", lambda: tiff_of("Q", [7] * 4800, 80, 60), ("unsupported_format", "64 bits")),
+    ("TIFF", "64-bit RGB", lambda: tiff_of("d", [v / 255 for p in quarters(80, 60).get_flattened_data() for v in p], 80, 60, bands=3, sample_format=3), SHOWN),
+    ("TIFF", "32-bit integers keep their look", lambda: tiff_of("I", [v * 16843009 for p in quarters(80, 60).get_flattened_data() for v in p], 80, 60, bands=3), SHOWN),
     ("BMP", "32 bits", lambda: saved("BMP", quarters().convert("RGBA")), SHOWN),
     ("ICO", "PNG inside", icon, SHOWN),
     ("ICO", "bitmap inside", bmp_icon, SHOWN),
@@ -211,6 +276,10 @@ TABLE: list[tuple[str, str, Callable[[], bytes], Any]] = [
     ("SVG", "small", svg, {**SHOWN, "size": (512, 384)}),
     ("SVG", "asks for other files", lambda: svg(f'<image href="file://{Path(__file__).parent}/cases/scan-1-bit.png" width="32" height="24"/><script>alert(1)</script>'), SHOWN),
     ("SVG", "external entity", lambda: svg().replace(b"<!-- a -->", b'<!DOCTYPE svg [<!ENTITY x SYSTEM "file:///etc/passwd">]>'), SHOWN),
+    ("SVG", "UTF-16", lambda: svg().replace(b'"1.0"', b'"1.0" encoding="UTF-16"').decode().encode("utf-16"), SHOWN),
+    ("SVG", "behind a long comment", lambda: svg().replace(b"<!-- a -->", b"<!--" + b"x" * 9000 + b"-->"), SHOWN),
+    ("SVG", "size of zero", lambda: svg(size='width="0" height="0"'), SHOWN),
+    ("SVG", "no size", lambda: svg(size=""), SHOWN),
     ("SVG", "huge", lambda: svg(size='width="900000" height="675000"'), SHOWN),
     ("other", "Word", lambda: archive("word/document.xml"), ("unsupported_format", "Word")),
     ("other", "ZIP", lambda: archive("a.jpg"), ("unsupported_format", "ZIP")),
@@ -220,6 +289,10 @@ TABLE: list[tuple[str, str, Callable[[], bytes], Any]] = [
     ("other", "XML", lambda: b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>", ("unsupported_format", "XML")),
     ("other", "JSON", lambda: b'{"error": "not found"}', ("unsupported_format", "JSON")),
     ("other", "text", lambda: b"hello, world\n" * 50, ("unsupported_format", "text")),
+    ("other", "text that begins with BM", lambda: b"BMW is not a bitmap", ("unsupported_format", "text")),
+    ("other", "many comments", lambda: b"<!---->" * 500 + b"<x/>", ("unsupported_format", "XML")),
+    ("other", "Targa", lambda: saved("TGA"), ("unsupported_format", "Targa")),
+    ("other", "Targa with RLE", lambda: saved("TGA", compression="tga_rle"), ("unsupported_format", "Targa")),
     ("other", "LFS pointer", lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", ("unsupported_format", "LFS")),
     ("other", "data URL", lambda: b"data:image/png;base64," + base64.b64encode(PNG), ("unsupported_format", "data URL")),
     ("other", "WebM", lambda: b"\x1aE\xdf\xa3" + bytes(50), ("unsupported_format", "video")),

@@ -67,7 +67,9 @@ async def test_a_wrong_key_fails_no_image(probing: Library, kind: str) -> None:
                 lambda: sum(entry["event"] == "image_not_tagged" for entry in logs) >= refused + PROBES, "some probes"
             )
             error = account_error(library) or ""
+            [limits] = library.sql("select account_error_from as origin from autotag.provider_limits")
     assert error.startswith("Storage refused the key: ")
+    assert limits["origin"] == "storage", "nobody is told that the AI provider refuses the account"
     assert "SUPABASE_SECRET_KEY" in error
     assert {entry["code"] for entry in logs if entry["event"] == "image_not_tagged"} == {"storage_refused"}
     assert library.sql("select count(*) as n from autotag.tasks where finished_at is null")[0]["n"] == IMAGES

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 from collections.abc import AsyncIterator
 from typing import Any
@@ -146,6 +147,24 @@ async def test_a_large_image_is_decoded_alone_and_what_never_fits_is_refused(mon
         with pytest.raises(TaggingError, match="AUTOTAG_MEMORY") as caught:
             decoder.check(Costly(50_000, 50_000, budget.heavy + 1))
         assert caught.value.code == "image_too_large"
+
+
+async def test_a_file_that_never_fits_says_what_to_do() -> None:
+    """A progressive JPEG needs memory for all its pixels, however small it is shown; others do not."""
+    budget = Budget(512_000_000, 25_000_000)
+    small = encoded(quarters(), "JPEG", progressive=True)
+    frame = small.index(b"\xff\xc2") + 5  # its height and width
+    progressive = small[:frame] + (10_000).to_bytes(2) + (12_000).to_bytes(2) + small[frame + 4 :]
+    async with Decoder(budget) as decoder:
+        costly = await common(decoder, progressive)
+        assert isinstance(costly, Costly)
+        with pytest.raises(TaggingError) as caught:
+            decoder.check(costly)
+    said = caught.value.message
+    assert "12000 × 10000 pixels" in said
+    assert "Save it as a JPEG that is not progressive, or raise AUTOTAG_MEMORY by " in said
+    more = int(re.findall(r"by ([\d,]+) MB", said)[0].replace(",", "")) * 1_000_000
+    Decoder(Budget(512_000_000 + more + 2_000_000, 25_000_000)).check(costly)  # that is enough
 
 
 async def test_a_child_that_uses_more_memory_than_its_image_costs_is_killed(

@@ -69,6 +69,13 @@ def test_ci_runs_what_the_readme_says() -> None:
     assert "./scripts/test" in readme
 
 
+def test_ci_runs_the_demo_and_the_contract_on_the_real_services() -> None:
+    steps = [step["run"] for step in PARSED["ci.yml"]["jobs"]["supabase"]["steps"] if "run" in step]
+    wanted = ("supabase start", "./scripts/demo --supabase", "pytest -q tests/clients/test_contract.py")
+    assert [next((n for n, step in enumerate(steps) if part in step), None) for part in wanted] == [1, 2, 3]
+    assert (ROOT / "tests/clients/test_contract.py").exists()
+
+
 def test_the_matrix_is_what_is_promised() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pythons = {c.rsplit(" ", 1)[1] for c in project["classifiers"] if re.search(r":: 3\.\d+$", c)}

@@ -142,7 +142,7 @@ def _answer(descriptor: int, request: dict[str, Any]) -> tuple[dict[str, Any], b
         measured = measure(path, side, int(request["most"]))
         about = {"width": measured.width, "height": measured.height, "cost": measured.cost}
         if measured.cost > max_cost:
-            return about, b""
+            return about | {"advice": measured.advice}, b""
         prepared = prepare(path, side, max_cost)
         return about | {"notes": prepared.notes}, prepared.jpeg
     except TaggingError as error:

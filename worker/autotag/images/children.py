@@ -66,11 +66,12 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Costly:
-    """An image whose decoding takes more memory than its child may use. cost: in bytes."""
+    """An image whose decoding takes more memory than its child may use. cost: in bytes. advice: to its user."""
 
     width: int
     height: int
     cost: int
+    advice: str = "Upload a smaller version of it"
 
 
 class Nursery:
@@ -314,7 +315,7 @@ def read_answer(text: dict[str, Any], image: bytes) -> Decoded | Costly:
         raise image_error(code, clean_text(str(text["message"])[:MAX_MESSAGE]))
     width, height = int(text["width"]), int(text["height"])
     if "notes" not in text:
-        return Costly(width, height, int(text["cost"]))
+        return Costly(width, height, int(text["cost"]), clean_text(str(text["advice"])[:MAX_MESSAGE]))
     notes = text["notes"]
     if not isinstance(notes, dict) or len(json.dumps(notes)) > MAX_NOTES:
         raise ValueError("not notes")

@@ -135,8 +135,8 @@ class Decoder:
             raise image_error(
                 "image_too_large",
                 f"The image has {decoded.width} × {decoded.height} pixels. Decoding it takes {_mb(decoded.cost)} of "
-                f"memory, and {_mb(self._budget.heavy)} are allowed. Upload a smaller version of it, or raise "
-                "AUTOTAG_MEMORY.",
+                f"memory, and {_mb(self._budget.heavy)} are allowed. {decoded.advice}, or raise AUTOTAG_MEMORY by "
+                f"{_mb(decoded.cost - self._budget.heavy + 1_000_000)}.",
             )
 
     @property

@@ -14,7 +14,7 @@ from typing import Any
 from autotag.errors import TaggingError, image_error
 from autotag.images import vips
 from autotag.images.jpeg import open_jpeg
-from autotag.images.kinds import kind_of
+from autotag.images.kinds import kind_of, without_utf16
 from autotag.images.levels import scale_numbers
 from autotag.images.opened import FIXED_COST, Decoded, Opened, damaged
 from autotag.images.png import open_png
@@ -23,6 +23,9 @@ from autotag.images.png import open_png
 SHARPER = 4
 MAX_OBJECTS = 20_000  # of a page, that are looked at for pictures
 PDF_COST, SVG_COST = 60_000_000, 60_000_000  # bytes beside the pictures in them
+_UTF16 = re.compile(rb"\sencoding=[\"']utf-16(le|be)?[\"']", re.IGNORECASE)
+_ROOT = re.compile(rb"<(\w+:)?svg\s[^>]*")
+_SIZE = re.compile(rb"\s(width|height)\s*=\s*(\"[^\"]*\"|'[^']*')")
 _EMBEDDED = re.compile(rb"data:image/[\w.+-]*;base64,([A-Za-z0-9+/=\s]+)")
 
 
@@ -89,13 +92,16 @@ def open_svg(data: bytes, side: int) -> Opened:
     Raises:
         TaggingError: it is damaged.
     """
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        data = data.decode("utf-16").encode()
+    data = _UTF16.sub(b"", without_utf16(data), count=1)
     try:
         image = vips.load("svg", data)
-        natural = (image.width, image.height)
-    except vips.VipsError:
-        raise damaged() from None
+    except vips.VipsError:  # perhaps it has a size of zero: without one, it is as large as what it shows
+        data = _ROOT.sub(lambda root: _SIZE.sub(b"", root[0]), data, count=1)
+        try:
+            image = vips.load("svg", data)
+        except vips.VipsError:
+            raise damaged() from None
+    natural = (image.width, image.height)
     cost = FIXED_COST + SVG_COST + 20 * len(data) + sum(map(_pixels, _EMBEDDED.findall(data))) * 12
     size = _nominal(image.width, image.height, side)
     return Opened("SVG", *size, cost, partial(_draw, data, natural))

@@ -1,4 +1,4 @@
-"""Kinds that Pillow decodes: GIF, animated PNG and WebP, BMP, ICO, JPEG 2000, AVIF."""
+"""Kinds that Pillow decodes: GIF, animated PNG and WebP, BMP, ICO, JPEG 2000; and what AVIF has in common with them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 from PIL import (
-    AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
     ImageFile,
@@ -46,10 +45,6 @@ def open_bmp(data: bytes, side: int) -> Opened:
     return open_frames("BMP", data, side, BmpImagePlugin.BmpImageFile)
 
 
-def open_avif(data: bytes, side: int) -> Opened:
-    return open_frames("AVIF", data, side, AvifImagePlugin.AvifImageFile)
-
-
 def open_jpeg2000(data: bytes, side: int) -> Opened:
     """Opens a JPEG 2000, which is decoded at a lower resolution if it is large."""
     with Jpeg2KImagePlugin.Jpeg2KImageFile(io.BytesIO(data)) as image:
@@ -59,7 +54,7 @@ def open_jpeg2000(data: bytes, side: int) -> Opened:
     levels = data[style + 9] if 0 <= style < len(data) - 9 else 0
     shape = fit(width, height, side)
     reduce = 0
-    while reduce < min(levels, 32) and min(width / shape.width, height / shape.height) >= 1.5 * 2 ** (reduce + 1):
+    while reduce < min(levels, 32) and min(width / shape.width, height / shape.height) >= 2 ** (reduce + 2):
         reduce += 1
     cost = FIXED_COST + 4 * len(data) + ((width * height * (4 * bands + 12)) >> 2 * reduce)
     return Opened("JPEG 2000", width, height, cost, partial(_decode, data, partial(_reduced, reduce), False))
@@ -77,19 +72,30 @@ def _decode(data: bytes, opener: Opener, animated: bool, width: int, height: int
     if animated:
         picture, frame = frame_with_something(image, (width, height))
         return Decoded(picture, icc, {"frame": frame} if frame else {})
-    rows = image.height
-    if isinstance(image, COUNTED):
-        rows = rows_decoded(image)
-    else:
+    rows, top = image.height, 0
+    try:
         image.load()
+    except (OSError, SyntaxError, ValueError):
+        if not isinstance(image, COUNTED):
+            raise
+        image = opener(io.BytesIO(data))
+        upwards = _is_upside_down(image)
+        rows = rows_decoded(image, upwards=upwards)
+        top = image.height - rows if upwards else 0
     notes: dict[str, Any] = {}
     picture = image.copy()
     if image.mode.startswith(("I", "F")):  # numbers of an unknown range
         picture = numbers(image, width, height)
     if rows < image.height:
         notes = share(rows, image.height)
-        picture = picture.crop((0, 0, image.width, rows))
+        picture = picture.crop((0, top, image.width, top + rows))
     return Decoded(picture, icc, notes)
+
+
+def _is_upside_down(image: ImageFile.ImageFile) -> bool:
+    """Whether the last row comes first in the file, as in most BMPs."""
+    arguments = image.tile[0].args
+    return isinstance(image, BmpImagePlugin.BmpImageFile) and isinstance(arguments, tuple) and arguments[-1] == -1
 
 
 def numbers(image: Pillow.Image, width: int, height: int) -> Pillow.Image:

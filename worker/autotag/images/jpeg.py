@@ -90,8 +90,9 @@ def open_jpeg(data: bytes, side: int) -> Opened:
     # The file and its copy, the coefficients, the scaled picture before and after conversions, and rows of full width.
     cost = FIXED_COST + 2 * len(data) + header.memory + 2 * pixels + header.width * 4 * 64
     return Opened(
-        "JPEG", header.width, header.height, cost, lambda w, h: _decode(data, header, w, h), header.orientation
-    )
+        "JPEG", header.width, header.height, cost, lambda w, h: _decode(data, header, w, h), header.orientation,
+        advice="Save it as a JPEG that is not progressive" if header.coefficients else Opened.advice,
+    )  # fmt: skip
 
 
 def _draft_scale(header: Header, width: int, height: int) -> int:
@@ -141,6 +142,8 @@ def _segment(found: Header, marker: int, body: bytes, whole: bytes) -> None:
             raise damaged()
         found.frame = marker
         found.kept.append(whole)
+    elif marker == 0xF7:
+        raise unsupported("a JPEG-LS image")
     elif marker in LOSSLESS:
         raise unsupported("a lossless JPEG")
     elif marker in (0xDB, 0xC4, 0xDD, 0xCC):
@@ -255,9 +258,13 @@ def _is_short(clean: bytes) -> bool:
     return False
 
 
-def rows_decoded(image: ImageFile.ImageFile) -> int:
-    """Decodes what is there of a file, and returns the number of its rows; the rest has the colour `UNTOUCHED`."""
+def rows_decoded(image: ImageFile.ImageFile, *, upwards: bool = False) -> int:
+    """Decodes what is there of a file, and returns the number of its rows; the rest has the colour `UNTOUCHED`.
+
+    upwards: the last row is the first in the file.
+    """
     image.load_prepare()
+    image.load_prepare = lambda: None  # type: ignore[method-assign]  # a second one would empty it again
     blank = Pillow.new(
         image.mode, image.size, UNTOUCHED[: len(image.getbands())] if image.mode != "L" else UNTOUCHED[0]
     )
@@ -265,7 +272,8 @@ def rows_decoded(image: ImageFile.ImageFile) -> int:
     try:
         image.load()
     except (OSError, SyntaxError, ValueError):
+        image.tile = []  # nothing more comes
         partial = blank._new(image.im)
-        box = ImageChops.difference(partial, blank).convert("RGB").getbbox()
-        return box[3] if box else 0
+        box = ImageChops.difference(partial, blank).getbbox(alpha_only=False)
+        return 0 if box is None else image.height - box[1] if upwards else box[3]
     return image.height

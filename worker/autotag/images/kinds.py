@@ -36,7 +36,9 @@ NAMED: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x8bJNG", "a JNG image"), (0, b"\xd7\xcd\xc6\x9a", "a Windows drawing (WMF)"),
     (40, b" EMF", "a Windows drawing (EMF)"), (0, b"\x59\xa6\x6a\x95", "a Sun raster image"),
     (0, b"\x01\xda\0", "an SGI image"), (0, b"\x01\xda\1", "an SGI image"), (0, b"/* XPM */", "an XPM image"),
-    (0, b"\x0a\x05\x01", "a PCX image"), (0, b"\xabKTX", "a texture (KTX)"),
+    (0, b"\0\0\2\0\0\0", "a Targa image (TGA)"), (0, b"\0\0\x0a\0\0\0", "a Targa image (TGA)"),
+    (0, b"SDPX", "a DPX image"), (0, b"XPDS", "a DPX image"), (0, b"id=ImageMagick", "an ImageMagick file (MIFF)"),
+    (0, b"PF\n", "a Netpbm image (PFM)"), (0, b"\x0a\x05\x01", "a PCX image"), (0, b"\xabKTX", "a texture (KTX)"),
     (0, b"%!PS-Adobe", "an EPS or PostScript drawing"), (0, b"%!", "an EPS or PostScript drawing"),
     (0, b"\xc5\xd0\xd3\xc6", "an EPS drawing"), (0, b"\x06\x06\xed\xf5", "an InDesign document"),
     (0, b"\0\xffKA", "an Affinity document"), (8, b"CDR", "a CorelDRAW drawing"), (0, b"AC10", "a CAD drawing (DWG)"),
@@ -79,9 +81,11 @@ ZIPPED = (
     (b"pages/", "a Sketch drawing"), (b"META-INF/", "a Java archive"), (b"Index/Document.iwa", "an iWork document"),
 )  # fmt: skip
 VIDEO_BRANDS = {b"qt  ": "QuickTime", b"M4V": "M4V", b"3g": "3GP", b"f4v": "F4V", b"mjp2": "Motion JPEG 2000"}
-_SVG = re.compile(
-    rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*|<!--.*?-->\s*|<!DOCTYPE\s+svg.*?>\s*)*<(\w+:)?svg[\s>/]", re.DOTALL
-)
+#: What may come before the first element of an SVG, and that element.
+_PROLOGUE = re.compile(rb"\s*(<\?[^>]*>|<!--.*?-->|<!DOCTYPE\s+svg\b[^\[>]*(\[.*?\]\s*)?>)", re.DOTALL)
+_SVG = re.compile(rb"\s*<(\w+:)?svg[\s>/]")
+MAX_PROLOGUE = 1_000_000  # bytes
+BMP_HEADERS = {12, 16, 40, 52, 56, 64, 108, 124}  # their lengths
 HEAD = 4096  # bytes that are looked at
 
 
@@ -95,13 +99,13 @@ def kind_of(data: bytes) -> str:
     if not head:
         raise image_error("empty_file", "The file is empty.")
     for start, kind in READ:
-        if head.startswith(start):
+        if head.startswith(start) and _is_plausible(kind, head):
             return kind
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WebP"
     if head[4:8] == b"ftyp":
         return _media(head)
-    if _SVG.match(head):
+    if _is_svg(data):
         return "SVG"
     if b"%PDF-" in head[:1024]:  # some programs write something before it
         return "PDF"
@@ -109,6 +113,28 @@ def kind_of(data: bytes) -> str:
     if what:
         raise unsupported(what)
     raise image_error("not_an_image", "The file is not an image.")
+
+
+def _is_plausible(kind: str, head: bytes) -> bool:
+    """Whether what follows a short signature makes sense: a text may begin with BM, and a Targa image like a cursor."""
+    if kind == "BMP":
+        return int.from_bytes(head[14:18], "little") in BMP_HEADERS
+    return kind != "ICO" or head[4:6] != b"\0\0"
+
+
+def _is_svg(data: bytes) -> bool:
+    text = without_utf16(data[:MAX_PROLOGUE]).removeprefix(b"\xef\xbb\xbf")
+    at = 0
+    while text[at : at + 200].lstrip().startswith(b"<") and (part := _PROLOGUE.match(text, at)):
+        at = part.end()
+    return _SVG.match(text, at) is not None
+
+
+def without_utf16(text: bytes) -> bytes:
+    """The text in UTF-8 if its byte order mark says that it is in UTF-16."""
+    if text.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return text[: len(text) // 2 * 2].decode("utf-16", "replace").encode("utf-8", "replace")
+    return text
 
 
 def _media(head: bytes) -> str:
@@ -153,9 +179,7 @@ def _packed(head: bytes, tail: bytes) -> str | None:
 
 def _text(head: bytes) -> str | None:
     """What a text is; None if it is none."""
-    for start, encoding in ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
-        if head.startswith(start):
-            head = head[: len(head) // 2 * 2].decode(encoding, "replace").encode()
+    head = without_utf16(head)
     if re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", head):
         return None
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()

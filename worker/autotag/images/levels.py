@@ -19,6 +19,8 @@ SAMPLE = 100_000  # pixels that are looked at
 PERCENT = 0.005  # of the pixels become black, and as many white
 #: 16-bit pictures whose light parts reach this share of the range are ordinary photographs: nothing is stretched.
 ORDINARY = 0.25
+#: The largest numbers of integers, which are white.
+FULL = {"char": 127.0, "ushort": 65535.0, "short": 32767.0, "uint": 2.0**32 - 1, "int": 2.0**31 - 1}
 LARGE = 1e30  # numbers beyond are no measurements
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 Reopen = Callable[[], vips.Image]
@@ -67,12 +69,14 @@ def _to_bytes(image: vips.Image, reopen: Reopen, nodata: float | None) -> vips.I
     values, bands = _sample(reopen())
     has_alpha = bands in (2, 4) and image.interpretation not in ("multiband", "cmyk")
     colours = bands - has_alpha
+    opaque = 1.0
     if has_alpha:
+        opaque = _opaque(values[bands - 1 :: bands], image.format)
         values = [value for at, value in enumerate(values) if (at + 1) % bands]
     empty = nodata if nodata is not None else _empty(values, image.format)
     low, high = _range(values, image.format, empty)
     alpha = (
-        image("extract_band", band=bands - 1)("linear", a=[1 / 257], b=[0.0])("cast", format="uchar")
+        image("extract_band", band=bands - 1)("linear", a=[255 / opaque], b=[0.0])("cast", format="uchar")
         if has_alpha
         else None
     )
@@ -91,6 +95,14 @@ def _to_bytes(image: vips.Image, reopen: Reopen, nodata: float | None) -> vips.I
     if alpha is not None:
         shown = vips.call("bandjoin", **{"in": [shown, alpha]})
     return shown("copy", interpretation=space)
+
+
+def _opaque(values: Sequence[float], kind: str) -> float:
+    """The number of transparency that stands for "not transparent". Floats count to 1, to 255 or to 65535."""
+    if kind in FULL:
+        return FULL[kind]
+    most = max((value for value in values if math.isfinite(value)), default=1.0)
+    return 1.0 if most <= 1.5 else 255.0 if most <= 256 else 65535.0
 
 
 def _valid(data: vips.Image, empty: float | None) -> vips.Image:
@@ -133,8 +145,8 @@ def _range(values: Sequence[float], kind: str, empty: float | None) -> tuple[flo
         return 0.0, 1.0
     cut = int(len(numbers) * PERCENT)
     low, high = numbers[cut], numbers[-1 - cut]
-    if kind == "ushort" and high >= ORDINARY * 65535:
-        return 0.0, 65535.0
+    if kind in ("ushort", "uint") and high >= ORDINARY * FULL[kind]:
+        return 0.0, FULL[kind]
     if kind in ("float", "double") and numbers[0] >= 0:
         for full, least in ((1.0, ORDINARY), (255.0, 200.0)):
             if least <= high and numbers[-1] <= full:

@@ -43,6 +43,7 @@ class Opened:
         decode: decodes the picture, scaled down to at least the given width and height.
         orientation: how to turn the stored picture, as in EXIF (1 to 8).
         cheaper: another way that needs less memory and shows less.
+        advice: what its user can do if there is too little memory for it.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Opened:
     decode: Callable[[int, int], Decoded]
     orientation: int = 1
     cheaper: Opened | None = None
+    advice: str = "Upload a smaller version of it"
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.height < 1:

@@ -12,6 +12,7 @@ from functools import partial
 from PIL import PngImagePlugin
 
 from autotag.images import exif, vips
+from autotag.images.colours import D65, SRGB, by_numbers, by_points
 from autotag.images.finish import MAX_ICC
 from autotag.images.frames import open_frames
 from autotag.images.levels import scale_numbers
@@ -36,7 +37,10 @@ class Chunks:
     pixels: list[memoryview] = field(default_factory=list)
     animation: list[tuple[bytes, memoryview]] = field(default_factory=list)
     icc: bytes | None = None
+    numbers: tuple[int, int] | None = None
+    srgb: bool = False
     gamma: float | None = None
+    points: list[tuple[float, float]] = field(default_factory=list)
     orientation: int = 1
 
     @property
@@ -58,6 +62,16 @@ class Chunks:
     @property
     def interlaced(self) -> bool:
         return bool(self.header[12])
+
+    @property
+    def profile(self) -> bytes | None:
+        """Its colour profile, whatever it is given by: what comes first here counts (PNG 3, 4.3)."""
+        if self.numbers:
+            return by_numbers(*self.numbers)
+        if self.icc or self.srgb or not self.gamma:
+            return self.icc
+        white, *corners = self.points or (D65, *SRGB)
+        return by_points(white, corners, 1 / self.gamma)
 
     def row_bytes(self, width: int) -> int:
         """Bytes of a row, with that of its filter."""
@@ -87,7 +101,9 @@ def open_png(data: bytes, side: int) -> Opened:
     row = max(row, chunks.width * 4)
     area = row * (chunks.height if chunks.interlaced else min(chunks.height, 900))
     cost = FIXED_COST + 3 * len(data) + int(1.5 * area)
-    return Opened("PNG", chunks.width, chunks.height, cost, partial(_decode, chunks), chunks.orientation)
+    advice = "Save it as a PNG that is not interlaced" if chunks.interlaced else Opened.advice
+    decode = partial(_decode, chunks)
+    return Opened("PNG", chunks.width, chunks.height, cost, decode, chunks.orientation, advice=advice)
 
 
 def read_chunks(data: bytes) -> Chunks:
@@ -144,9 +160,13 @@ def _describe(found: Chunks, kind: bytes, body: memoryview) -> None:
             except zlib.error:
                 found.icc = None
     elif kind == b"sRGB":
-        found.gamma = 0.0
+        found.srgb = True
+    elif kind == b"cICP" and len(body) == 4 and body[2] == 0:
+        found.numbers = (body[0], body[1])
     elif kind == b"gAMA" and len(body) == 4 and found.gamma is None:
         found.gamma = int.from_bytes(body) / 100_000
+    elif kind == b"cHRM" and len(body) == 32 and not found.points:
+        found.points = [(x / 100_000, y / 100_000) for x, y in struct.iter_unpack(">II", body)]
     elif kind == b"eXIf" and found.orientation == 1:
         found.orientation = exif.orientation(bytes(body[:100_000]))
 
@@ -209,13 +229,7 @@ def _decode(chunks: Chunks, width: int, height: int) -> Decoded:
         if rows < chunks.height:
             notes = share(rows, chunks.height)
         image = scale_numbers(lambda: vips.load("png", data, fail_on="none", unlimited=True), width, height)
-    gamma = chunks.gamma
-    if gamma and chunks.icc is None and chunks.depth < 16 and 0.2 < gamma < 2 and abs(gamma - 0.45455) > 0.03:
-        exponent = 0.45455 / gamma
-        table = [round(255 * (value / 255) ** exponent) for value in range(256)]
-        colours = len(image.getbands()) - image.mode.endswith("A")
-        image = image.point(table * colours + list(range(256)) * (len(image.getbands()) - colours))
-    return Decoded(image, chunks.icc, notes)
+    return Decoded(image, chunks.profile, notes)
 
 
 def _repaired(chunks: Chunks) -> tuple[bytes, int]:

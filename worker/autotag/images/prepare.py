@@ -13,9 +13,10 @@ from pathlib import Path
 from PIL import Image as Pillow
 
 from autotag.errors import TaggingError, image_error
+from autotag.images.avif import open_avif
 from autotag.images.documents import open_pdf, open_svg
 from autotag.images.finish import encode
-from autotag.images.frames import open_avif, open_bmp, open_jpeg2000
+from autotag.images.frames import open_bmp, open_jpeg2000
 from autotag.images.gif import open_gif
 from autotag.images.heif import open_heif
 from autotag.images.icons import open_icon
@@ -47,12 +48,14 @@ class Measured:
         width: of the picture, in pixels, as it is stored.
         height: of the picture, in pixels.
         cost: upper bound of the bytes that `prepare` allocates at its peak, in addition to the idle process.
+        advice: what its user can do if that is too much.
     """
 
     kind: str
     width: int
     height: int
     cost: int
+    advice: str
 
 
 def measure(path: Path, side: int, max_cost: int | None = None) -> Measured:
@@ -62,7 +65,7 @@ def measure(path: Path, side: int, max_cost: int | None = None) -> Measured:
         TaggingError: ``image``: the file is empty, not an image, damaged or of an unsupported kind.
     """
     opened = _choose_way(_open(path.read_bytes(), side), max_cost)
-    return Measured(opened.kind, opened.width, opened.height, opened.cost)
+    return Measured(opened.kind, opened.width, opened.height, opened.cost, opened.advice)
 
 
 def prepare(path: Path, side: int, max_cost: int) -> Prepared:
@@ -81,7 +84,7 @@ def prepare_bytes(data: bytes, side: int, max_cost: int) -> Prepared:
         raise image_error(
             "image_too_large",
             f"The image has {opened.width} × {opened.height} pixels. Decoding this file ({opened.kind}) takes"
-            f" {opened.cost / 1e6:.0f} MB of memory; {max_cost / 1e6:.0f} MB are available. Upload a smaller version.",
+            f" {opened.cost / 1e6:.0f} MB of memory; {max_cost / 1e6:.0f} MB are available. {opened.advice}.",
         )
     turned = opened.orientation >= 5
     shape = fit(*((opened.height, opened.width) if turned else (opened.width, opened.height)), side)

@@ -20,7 +20,7 @@ from autotag.images.opened import FIXED_COST, Decoded, Opened, damaged, share, u
 SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 254, 256, 257, 258, 259, 262
 SAMPLES, STRIP_ROWS, PLANES, TILE_WIDTH, TILE_HEIGHT = 277, 278, 284, 322, 323
 OFFSETS, LENGTHS = (273, 324), (279, 325)  # of strips and tiles
-PREDICTOR, FORMAT = 317, 339
+PREDICTOR, EXTRA, FORMAT = 317, 338, 339
 CHILDREN, ICC, NODATA, DNG = 330, 34675, 42113, 50706
 #: The tags that decoding needs; all others are dropped, so that their values do not matter.
 NEEDED = frozenset({
@@ -31,7 +31,16 @@ NEEDED = frozenset({
 REDUCED, MASK = 1, 4  # bits of SUBFILE: a thumbnail, a mask
 RAW_PHOTOMETRICS = {32803, 34892}  # a sensor's colour filter, and what was made of it
 RAW_COMPRESSIONS = {32767, 34713, 65000, 65535}  # Sony, Nikon, Kodak, Pentax
-LAB = 8
+PALETTE, CMYK, YCBCR, LAB = 3, 5, 6, 8
+FLOAT = 3  # of FORMAT
+ALPHAS = {1, 2}  # of EXTRA: other numbers do not make a band transparency
+#: Compressions that libvips decodes, and more that Pillow does.
+BY_VIPS = {1, 2, 3, 4, 5, 6, 7, 8, 32771, 32773, 32809, 32946, 34676, 34677, 50001}
+BY_PILLOW = {34925, 50000}  # LZMA, Zstandard
+PACKINGS = {
+    22610: "JPEG XR", 33003: "JPEG 2000", 33004: "JPEG 2000", 33005: "JPEG 2000", 34712: "JPEG 2000", 34887: "LERC",
+    34661: "JBIG", 34892: "lossy DNG", 34933: "PNG", 34934: "JPEG XR", 50002: "JPEG XL", 52546: "JPEG XL",
+}  # fmt: skip
 
 
 def open_tiff(data: bytes, side: int) -> Opened:
@@ -47,7 +56,8 @@ def open_tiff(data: bytes, side: int) -> Opened:
         return open_raw(data, side)
     number, page = _best(pages)
     width, height = page.number(WIDTH), page.number(HEIGHT)
-    if page.number(PHOTOMETRIC) == LAB:  # which libvips reads in one form only
+    _check(page)
+    if _is_pillows(page):
         opened = open_frames("TIFF", _cleaned(data, page), side, TiffImagePlugin.TiffImageFile)
         cost = opened.cost + width * height * 12
         return Opened("TIFF", width, height, cost, opened.decode, page.orientation)
@@ -56,6 +66,36 @@ def open_tiff(data: bytes, side: int) -> Opened:
         "TIFF", width, height, FIXED_COST + 3 * len(data) + _memory(page),
         partial(_decode, data, page, number, len(pages), icc), page.orientation,
     )  # fmt: skip
+
+
+def _is_pillows(page: Directory) -> bool:
+    """Whether libvips does not decode it, or not in the right colours."""
+    packing, colours, bits = (page.number(tag, 1) for tag in (COMPRESSION, PHOTOMETRIC, BITS))
+    return (
+        packing in BY_PILLOW
+        or (colours == LAB and bits == 8)
+        or (colours == YCBCR and packing not in (6, 7, 50001))
+        or bits == 12
+    )
+
+
+def _check(page: Directory) -> None:
+    """Refuses what no decoder here can read, by its name, so that nobody is told that an intact file is damaged.
+
+    Raises:
+        TaggingError: ``unsupported_format``.
+    """
+    packing, bits, samples = page.number(COMPRESSION, 1), page.number(BITS, 1), page.number(SAMPLES, 1)
+    if packing not in BY_VIPS | BY_PILLOW:
+        raise unsupported(f"a TIFF with {PACKINGS.get(packing, f'number {packing}')} compression")
+    if (
+        bits not in (1, 2, 4, 8, 12, 16, 32, 64)
+        or (bits in (2, 4, 12) and samples > 1)
+        or (bits == 64 and not _is_double(page))
+    ):
+        raise unsupported(f"a TIFF with an unusual kind of numbers ({bits} bits per colour)")
+    if packing in BY_PILLOW and bits not in (1, 8, 16):
+        raise unsupported(f"a TIFF with Zstandard or LZMA compression of {bits} bits per colour")
 
 
 def open_raw(data: bytes, side: int) -> Opened:
@@ -137,7 +177,8 @@ def _cleaned(data: bytes, page: Directory) -> bytes:
     raw = {tag: page.raw[tag] for tag in sorted(page.raw) if tag in NEEDED}
     if _is_double(page):  # libvips reads no numbers of 64 bits: each becomes two of 32
         form = page.order + ("HHQH6x" if page.big else "HHIH2x")
-        raw |= {tag: struct.pack(form, tag, 3, 1, value) for tag, value in ((BITS, 32), (SAMPLES, 2), (FORMAT, 1))}
+        halves = ((BITS, 32), (SAMPLES, 2 * page.number(SAMPLES, 1)), (FORMAT, 1))
+        raw |= {tag: struct.pack(form, tag, 3, 1, value) for tag, value in halves}
     entries = list(dict(sorted(raw.items())).values())
     code = "Q" if page.big else "H"
     end = struct.pack(page.order + ("Q" if page.big else "I"), 0)
@@ -149,15 +190,37 @@ def _cleaned(data: bytes, page: Directory) -> bytes:
 
 
 def _is_double(page: Directory) -> bool:
-    return page.numbers(BITS) == (64,) and page.number(FORMAT, 1) == 3 and page.number(PREDICTOR, 1) == 1
+    one_plane = page.number(PLANES, 1) == 1 or page.number(SAMPLES, 1) == 1
+    floats = set(page.numbers(BITS)) == {64} and page.number(FORMAT, 1) == FLOAT
+    return floats and one_plane and page.number(PREDICTOR, 1) == 1
 
 
 def _loaded(clean: bytes, page: Directory, fail_on: str) -> vips.Image:
+    """Opens the page, with the bands that are shown."""
     image = vips.load("tiff", clean, fail_on=fail_on)
-    if not _is_double(page):
-        return image
+    shown = _bands(page)
+    if _is_double(page):
+        bands = [_doubles(image, page, band) for band in range(min(shown, page.number(SAMPLES, 1)))]
+        return bands[0] if len(bands) == 1 else vips.call("bandjoin", **{"in": bands})("copy", interpretation="srgb")
+    return image("extract_band", band=0, n=shown) if image.bands > shown else image
+
+
+def _bands(page: Directory) -> int:
+    """How many bands are shown: the colours, and transparency if the file says that a band is that.
+
+    Satellites' near infrared and microscopes' second colour are no transparency.
+    """
+    samples, photometric = page.number(SAMPLES, 1), page.number(PHOTOMETRIC, 1)
+    if photometric == PALETTE:
+        return 4  # of what it stands for
+    colours = 4 if photometric == CMYK else 1 if photometric in (0, 1) and samples < 3 else 3
+    extra = page.number(EXTRA)
+    return colours + (samples > colours and extra in ALPHAS)
+
+
+def _doubles(image: vips.Image, page: Directory, band: int) -> vips.Image:
     # The upper half has the sign, 11 bits of exponent and 20 bits of the fraction, which is enough to see.
-    upper = image("extract_band", band=1 if page.order == "<" else 0)
+    upper = image("extract_band", band=2 * band + (page.order == "<"))
     fraction = upper("boolean_const", boolean="and", c=[0xFFFFF])("linear", a=[2.0**-20], b=[1.0])
     exponent = upper("boolean_const", boolean="rshift", c=[20])("boolean_const", boolean="and", c=[0x7FF])
     power = exponent("linear", a=[1.0], b=[-1023.0])("math2_const", math2="wop", c=[2.0])
@@ -185,6 +248,8 @@ def _decode(
         image = scale_numbers(lambda: _loaded(clean, page, "error"), width, height, nodata)
     except vips.VipsError:
         image = scale_numbers(lambda: _loaded(clean, page, "none"), width, height, nodata)
+        if all(low == high for low, high in (band.getextrema() for band in image.split())):
+            raise damaged() from None  # the decoder has left nothing but a blank picture
     if "truncated" in notes:
         image = image.crop((0, 0, image.width, max(1, int(image.height * notes["truncated"]))))
     return Decoded(image, icc, notes)
