@@ -519,6 +519,31 @@ test('a row that is touched moves to its new place, and below what is loaded it 
   queries.clear()
 })
 
+test('rows that came above meanwhile: what is loaded stays without gaps, and nothing of it stays as it was', async () => {
+  const table = new Table(() => 1)
+  let listener
+  const live = { liveSince: 0, listen: (given) => { listener = given; return () => undefined } }
+  const queries = new QueryClient()
+  const list = new AssetList(queries, ['a'], live, { query: () => table.query(() => true), key: 'id', orderBy: 'at', ascending: false, pageSize: 3, written: WRITTEN })
+  const insert = (id) => table.rows.set(id, { id, at: id, tagging_stage: 'queued', tags: 'seen' })
+  for (let id = 1; id <= 9; id++) insert(id)
+  list.start()
+  const load = () => queries.fetchQuery({ queryKey: ['a'], queryFn: () => list.load() })
+  const shown = () => queries.getQueryData(['a']).rows.map((row) => `${row.id}${row.tagging_stage[0]}`).join()
+  await load()
+  insert(10)
+  insert(11)
+  await Promise.all([load(), list.loadMore()])
+  assert.equal(shown(), '11q,10q,9q,8q,7q,6q')
+  insert(12) // while the channel was away
+  table.rows.set(6, { ...table.rows.get(6), tagging_stage: 'failed' })
+  live.liveSince = Infinity
+  listener.onSync()
+  await until(() => shown().startsWith('12q'))
+  assert.doesNotMatch(shown(), /6q/)
+  queries.clear()
+})
+
 test('the address of a query: a function has its arguments in the body', () => {
   const rpc = (body) => () => ({ url: new URL('http://x/rest/v1/rpc/images_with_tags?select=id'), schema: 'public', body })
   assert.equal(new Set([rpc({ wanted: ['a'] }), rpc({ wanted: ['b'] }), rpc(undefined)].map(addressOf)).size, 3)
