@@ -90,10 +90,17 @@ function OldGallery({ name }) {
 
 const Shown = given.client === 'old' ? OldGallery : Gallery
 
+/** Another component of the page. */
+function Jobs() {
+  const { jobs } = useTagging()
+  return <p>{jobs.length} uploads</p>
+}
+
 function Two() {
   const [shown, setShown] = useState({ one: true, two: given.two, hidden: false })
   window.show = (change) => setShown((before) => ({ ...before, ...change }))
   return <>
+    {given.strict && <Jobs />}
     {shown.one && <Activity mode={shown.hidden ? 'hidden' : 'visible'}><Shown name="one" /></Activity>}
     {shown.two && <Shown name="two" />}
   </>
