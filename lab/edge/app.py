@@ -25,6 +25,7 @@ from lab.edge.realtime import Realtime
 from lab.edge.rest import Rest
 from lab.edge.resumable import PATH, Resumable
 from lab.edge.storage import Storage
+from lab.edge.tokens import TokenError, bearer, verify
 
 
 class _Cors(CORSMiddleware):
@@ -67,6 +68,15 @@ def make_edge(authenticator_url: str, owner_url: str, secret: str, files: Path, 
         feature = f"{request.method} {request.url.path}"
         return JSONResponse({"message": f"The local edge does not support {feature}.", "code": "LOCAL501"}, 501)
 
+    async def user(request: Request) -> Response:
+        """``GET /auth/v1/user``: whose token it is. Servers ask it; nothing else of Auth is here."""
+        try:
+            claims = verify(secret, bearer(request.headers.get("authorization")))
+        except TokenError as error:
+            return JSONResponse({"code": 403, "error_code": "bad_jwt", "msg": f"invalid JWT: {error}"}, 403)
+        return JSONResponse({"id": claims.get("sub"), "aud": "authenticated", "role": claims["role"],
+                             "app_metadata": {}, "user_metadata": {}, "created_at": "2026-01-01T00:00:00Z"})  # fmt: skip
+
     objects = Objects(pool, files)
     uploads = [*Storage(pool, secret, objects).routes(), *Resumable(secret, objects).routes()]
     fallback = Route("/{path:path}", unsupported, methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"])
@@ -74,6 +84,7 @@ def make_edge(authenticator_url: str, owner_url: str, secret: str, files: Path, 
     return Starlette(
         lifespan=lifespan,
         routes=[
+            Route("/auth/v1/user", user),
             Mount("/rest/v1", routes=[*Rest(pool, secret).routes(), fallback]),
             Mount("/storage/v1", routes=[*uploads, fallback]),
             Route("/realtime/v1/api/broadcast", realtime.http_broadcast, methods=["POST"]),

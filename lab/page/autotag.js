@@ -45,7 +45,8 @@ var Live = class {
 	#listeners = new Set();
 	#supabase;
 	#topic;
-	#accessToken;
+	accessToken;
+	kept = new Map();
 	#channel = null;
 	#left = Promise.resolve();
 	#turn = 0;
@@ -62,7 +63,7 @@ var Live = class {
 	constructor(supabase, workspaceId, accessToken) {
 		this.#supabase = supabase;
 		this.#topic = `tagging:${workspaceId}`;
-		this.#accessToken = accessToken;
+		this.accessToken = accessToken;
 	}
 	listen(listener) {
 		const own = { ...listener };
@@ -70,6 +71,7 @@ var Live = class {
 		clearTimeout(this.#lastListener);
 		if (!this.#stopWatching) {
 			this.#stopWatching = this.#watch();
+			this.#watchAuth();
 			this.connect();
 		}
 		own.onStatus?.(this.status, this.error);
@@ -142,8 +144,13 @@ var Live = class {
 	}
 	#deliver({ event, payload }) {
 		if (!payload || typeof payload !== "object") return;
-		const told = payload;
+		let told = payload;
 		this.#listsIds ||= told.asset_ids !== void 0;
+		if (told.asset_ids?.some((id) => Number.isInteger(id) && !Number.isSafeInteger(id))) told = {
+			...told,
+			asset_ids: null,
+			many: true
+		};
 		this.#tell((listener) => {
 			if (event === "job-progress") listener.onProgress?.(told);
 			else if (event === "job-complete") listener.onJobComplete?.(told);
@@ -169,15 +176,15 @@ var Live = class {
 	}
 	async #token() {
 		const realtime = this.#supabase.realtime;
-		return this.#accessToken ? await this.#accessToken() : await realtime.accessToken?.() ?? realtime.accessTokenValue;
+		return this.accessToken ? await this.accessToken() : await realtime.accessToken?.() ?? realtime.accessTokenValue;
 	}
 	async #authorize() {
 		const realtime = this.#supabase.realtime;
-		if (!this.#accessToken) {
+		if (!this.accessToken) {
 			await realtime.setAuth();
 			return realtime.accessTokenValue;
 		}
-		const token = await this.#accessToken();
+		const token = await this.accessToken();
 		if (token) await realtime.setAuth(token);
 		return token;
 	}
@@ -188,6 +195,7 @@ var Live = class {
 		this.#refused = null;
 		this.#failures = 0;
 		this.#tell((listener) => listener.onUserChange?.());
+		for (const forget of this.kept.values()) forget();
 	}
 	#leave() {
 		this.#turn++;
@@ -223,7 +231,10 @@ var Live = class {
 		this.#leave();
 		this.#stopWatching?.();
 		this.#stopWatching = null;
-		this.#user = void 0;
+		if (!this.#hasAuth) {
+			this.#user = void 0;
+			for (const forget of this.kept.values()) forget();
+		}
 		this.#refused = null;
 		this.#failures = 0;
 		this.status = "connecting";
@@ -256,22 +267,19 @@ var Live = class {
 		page?.addEventListener?.("visibilitychange", seen);
 		view?.addEventListener("online", now);
 		view?.addEventListener("offline", lost);
-		const unsubscribe = this.#watchAuth();
 		return () => {
 			page?.removeEventListener?.("visibilitychange", seen);
 			view?.removeEventListener("online", now);
 			view?.removeEventListener("offline", lost);
-			unsubscribe();
 		};
 	}
 	#watchAuth() {
-		this.#hasAuth = false;
-		if (this.#accessToken) return () => void 0;
+		if (this.#hasAuth || this.accessToken) return;
 		try {
-			const { data } = this.#supabase.auth.onAuthStateChange((event, session) => {
+			this.#supabase.auth.onAuthStateChange((event, session) => {
 				if (event === "INITIAL_SESSION") return;
 				const user = session?.user.id ?? null;
-				const changed = this.#user !== void 0 && user !== this.#user;
+				const changed = user !== this.#user;
 				if (changed) {
 					this.#leave();
 					this.#meet(user);
@@ -281,10 +289,7 @@ var Live = class {
 				if (user && (changed || waits)) this.#again(0);
 			});
 			this.#hasAuth = true;
-			return () => data.subscription.unsubscribe();
-		} catch {
-			return () => void 0;
-		}
+		} catch {}
 	}
 };
 // dist/changes.js
@@ -360,6 +365,7 @@ function liveOf(supabase, workspaceId, accessToken) {
 	const key = String(workspaceId);
 	const live = own.get(key) ?? new Live(supabase, workspaceId, accessToken);
 	own.set(key, live);
+	if (accessToken) live.accessToken = accessToken;
 	return live;
 }
 function createAutotag(supabase, options) {

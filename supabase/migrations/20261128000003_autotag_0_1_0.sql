@@ -9510,14 +9510,19 @@ as $$
   ) / p_job.image_count)::integer))
 $$;
 
--- The images of a job whose rows have changed since its last message; null: more than a client should ask for by id in one URL.
+-- The images of a job whose rows have changed since its last message, more than once or once; null: more of them than a client should ask
+-- for by id in one URL.
 create or replace function autotag.add_changed(p_changed autotag.asset_id[], p_more autotag.asset_id[]) returns autotag.asset_id[]
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_all autotag.asset_id[] := case when cardinality(p_changed) <= 100 and cardinality(p_more) <= 100 then p_changed || p_more end;
 begin
+  if cardinality(v_all) > 100 or pg_column_size(v_all) > 8000 then  -- often the same images in their next stage
+    v_all := array(select distinct i from unnest(v_all) i);
+  end if;
   -- a key that is a text can have 2,700 bytes
-  return case when cardinality(p_changed) + cardinality(p_more) <= 100 and pg_column_size(p_changed) + pg_column_size(p_more) <= 8000
-    then p_changed || p_more end;
+  return case when cardinality(v_all) <= 100 and pg_column_size(v_all) <= 8000 then v_all end;
 end $$;
 
 -- Counts finished images of a job, the last of which finishes it, and tells its workspace: job-progress at most once per

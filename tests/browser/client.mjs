@@ -6,6 +6,8 @@ import { fileURLToPath } from 'node:url'
 import { chromium } from 'playwright-core'
 
 const given = JSON.parse(process.argv[2])
+const HOUR = 3600 // seconds
+const LIFETIME = given.lifetime ?? 3 // seconds of a token that lapses
 const PATIENCE = given.patience ?? 60_000 // milliseconds; only a broken promise takes so long
 const answers = createInterface({ input: process.stdin })[Symbol.asyncIterator]()
 const say = (line) => console.log(JSON.stringify(line))
@@ -41,15 +43,15 @@ async function open(member, options = {}) {
     socket.on('framereceived', ({ payload }) => {
       const text = payload.toString('latin1')
       const event = /job-progress|job-complete|batch-complete/.exec(text)?.[0]
-      if (event) page.frames.push({ event, at: Date.now(), lists: text.includes('"asset_ids"') })
+      if (event) page.frames.push({ event, at: Date.now(), lists: text.includes('"asset_ids"'), id: /"id": ?"([\w-]{36})"/.exec(text)?.[1] })
     })
   })
-  await page.exposeFunction('mint', (who) => ask('mint', { member: who, lifetime: options.lifetime ?? 3600 }))
+  await page.exposeFunction('mint', (who) => ask('mint', { member: who, lifetime: options.lifetime ?? HOUR }))
   if (options.clock) await page.clock.install()
   const { url, anonKey } = given
   const settings = { url, anonKey, workspace: member.workspace, member: member.user, client: given.client, ...options.page }
   page.address = `${given.pages}/#${encodeURIComponent(JSON.stringify(settings))}`
-  await options.before?.(page, context)
+  await options.before?.(page, context, member)
   await page.goto(page.address)
   if (options.wait !== false) await live(page)
   return page
@@ -58,43 +60,75 @@ async function open(member, options = {}) {
 const live = (page) => page.waitForSelector('#one[data-status=live]', { state: 'attached' })
 const count = (page, stage, number, place = '#one') => page.waitForFunction(
   ([place, stage, number]) => document.querySelectorAll(`${place} li[data-stage=${stage}]`).length === number, [place, stage, number])
+const completed = (page, ids) => page.waitForFunction(
+  (ids) => ids.every((id) => document.querySelector(`#one li[data-id="${id}"]`)?.dataset.stage === 'completed'), ids)
 const upload = (page, paths) => page.evaluate((paths) => window.upload(paths), paths)
+/** At 400 kbit/s. The times of the first change on the page and of those after it, by this process's clock, as those of messages are. */
+async function slow(page) {
+  const cdp = await page.context().newCDPSession(page)
+  await cdp.send('Network.enable')
+  await cdp.send('Network.emulateNetworkConditions', { offline: false, latency: 50, downloadThroughput: 50_000, uploadThroughput: 50_000 })
+  const changes = []
+  await page.exposeFunction('changed', () => { changes.push(Date.now()) })
+  await page.evaluate(() => {
+    new MutationObserver((list) => {
+      if (list.some(({ target }) => target.dataset?.stage && !['none', 'queued'].includes(target.dataset.stage))) window.changed()
+    }).observe(document.querySelector('#one ul'), { subtree: true, attributes: true, attributeFilter: ['data-stage'] })
+  })
+  return changes
+}
+async function lapsing(options) {
+  const { member, paths } = await ask('workspace', { images: 3 })
+  const page = await open(member, options)
+  await page.waitForFunction(() => window.statuses.filter((status) => ['live', 'SUBSCRIBED'].includes(status)).length >= 3)
+  await live(page)
+  await ask('enqueue', { member, paths }) // by another window
+  await count(page, 'completed', 3)
+  return { joins: page.joins, problems: page.problems }
+}
 const texts = (page) => page.$$eval('#one li', (items) => items.map((item) => item.textContent))
 
 const scenarios = {
-  /** 60 images by batch in a workspace of 2,000, at 400 kbit/s. */
+  /** 60 images by batch in a workspace of 2,000. */
   async large() {
     const { member, paths } = await ask('workspace', { images: 60, rows: 2000 })
     await ask('configure', { broadcast_interval: '1 s' })
     const page = await open(member, { clock: true })
+    await ask('watch', { member })
     await page.waitForFunction(() => document.querySelectorAll('#one li').length >= 50)
-    const cdp = await page.context().newCDPSession(page)
-    await cdp.send('Network.enable')
-    await cdp.send('Network.emulateNetworkConditions', { offline: false, latency: 50, downloadThroughput: 50_000, uploadThroughput: 50_000 })
-    await page.evaluate(() => {
-      window.changes = []
-      new MutationObserver((list) => {
-        if (list.some(({ target }) => target.dataset?.stage && !['none', 'queued'].includes(target.dataset.stage))) window.changes.push(Date.now())
-      }).observe(document.querySelector('#one ul'), { subtree: true, attributes: true, attributeFilter: ['data-stage'] })
-    })
+    const changes = await slow(page)
     const inserted = page.waitForResponse((response) => response.url().includes('/rpc/enqueue_tagging'))
     const uploading = upload(page, paths)
     await inserted
-    await uploading
+    const ids = await uploading
     page.fetched.length = page.frames.length = 0
-    await page.waitForFunction(() => [...document.querySelectorAll('#one li')].slice(0, 60).every((item) => item.dataset.stage === 'completed'))
+    await completed(page, ids)
     await page.waitForTimeout(500) // messages on their way
     const done = page.fetched.filter(({ path, method }) => path === '/rest/v1/assets' && method === 'GET')
-    const changes = await page.evaluate(() => window.changes)
+    // The first message has all images, which the page shows as queued already: nothing can change at it. So the time runs from the first
+    // message in whose transaction a row was beyond that, to the first such change on the page.
+    const told = await ask('watched')
+    const first = changes[0] - page.frames.find(({ id }) => told.includes(id)).at
     const until = page.fetched.length
     await page.clock.fastForward(60_000)
     await page.waitForTimeout(300)
     await ask('configure', { broadcast_interval: '0' })
     return {
       bytes: done.reduce((sum, { bytes }) => sum + bytes, 0), requests: done.length, messages: page.frames.length,
-      first: changes[0] - page.frames[0].at, lists: page.frames.some(({ lists }) => lists), idle: page.fetched.slice(until), problems: page.problems,
-      order: await page.$$eval('#one li', (items) => items.slice(0, 60).every((item) => item.dataset.stage === 'completed')),
+      first, lists: page.frames.some(({ lists }) => lists), idle: page.fetched.slice(until), problems: page.problems,
+      order: await page.$$eval('#one li', (items, ids) => items.slice(0, 60).every((item) => ids.includes(item.dataset.id)), ids),
     }
+  },
+
+  /** Changes are seen while the upload runs: no message ends the fetch of the one before it. Each message comes before 3 s have passed. */
+  async slow() {
+    const { member, paths } = await ask('workspace', { images: 14, rows: 900 })
+    await ask('configure', { chunk_delay: '2.5 s', broadcast_interval: '1 s' })
+    const page = await open(member)
+    const changes = await slow(page)
+    await completed(page, await upload(page, paths))
+    await ask('configure', { chunk_delay: '0.1 s', broadcast_interval: '0' })
+    return { ahead: page.frames.findLast(({ event }) => event === 'job-complete')?.at - changes[0], problems: page.problems }
   },
 
   async two() {
@@ -103,7 +137,7 @@ const scenarios = {
     await upload(page, paths.slice(0, 3))
     await count(page, 'completed', 3)
     await count(page, 'completed', 3, '#two')
-    await page.evaluate(() => window.hideTwo())
+    await page.evaluate(() => window.show({ two: false }))
     await page.waitForFunction(() => !document.getElementById('two'))
     await page.waitForTimeout(1500) // the channel stays while one of them is there
     await upload(page, paths.slice(3))
@@ -111,23 +145,32 @@ const scenarios = {
     return { joins: page.joins, problems: page.problems }
   },
 
+  /** StrictMode, and a component that React hides and shows again: it has missed what changed meanwhile. */
   async strict() {
-    const { member, paths } = await ask('workspace', { images: 3 })
+    const { member, paths } = await ask('workspace', { images: 5 })
     const page = await open(member, { page: { strict: true } })
-    await upload(page, paths)
+    await upload(page, paths.slice(0, 3))
     await count(page, 'completed', 3)
+    await page.evaluate(() => window.show({ hidden: true })) // another component keeps the channel
+    await ask('enqueue', { member, paths: paths.slice(3), wait: true })
+    await page.evaluate(() => window.show({ hidden: false }))
+    await count(page, 'completed', 5)
     return { joins: page.joins, problems: page.problems }
   },
 
-  /** Tokens that last three seconds, three times over. */
+  /** Tokens lapse, three times over: those of a token provider, and those of supabase.auth. */
   async lapse() {
-    const { member, paths } = await ask('workspace', { images: 6 })
-    const page = await open(member, { lifetime: 3 })
-    await page.waitForFunction(() => window.statuses.filter((status) => ['live', 'SUBSCRIBED'].includes(status)).length >= 3)
-    await live(page)
-    await ask('enqueue', { member, paths: paths.slice(0, 3) }) // by another window
-    await count(page, 'completed', 3)
-    return { joins: page.joins, problems: page.problems }
+    return await lapsing({ lifetime: LIFETIME })
+  },
+
+  async sessions() {
+    return await lapsing({
+      page: { sessions: true },
+      before: async (page, context, member) => {
+        await context.route('**/auth/v1/token**', async (route) => route.fulfill({ json: await session(member, LIFETIME) }))
+        await page.addInitScript((signed) => { localStorage.session ??= signed }, JSON.stringify(await session(member, LIFETIME)))
+      },
+    })
   },
 
   /** One user signs out, and another one signs in, who is no member. Then the first one comes back. */
@@ -136,7 +179,7 @@ const scenarios = {
     const { member: stranger } = await ask('workspace', {})
     const page = await open(member, {
       page: { sessions: true },
-      before: async (page, context) => {
+      before: async (page, context, member) => {
         await context.route('**/auth/v1/**', (route) => route.fulfill({ status: 204, body: '' }))
         await page.addInitScript((session) => { localStorage.session ??= session }, JSON.stringify(await session(member)))
       },
@@ -147,22 +190,35 @@ const scenarios = {
     await page.waitForFunction(() => !localStorage.session)
     const heard = page.frames.length
     await ask('enqueue', { member, paths: paths.slice(2, 4), wait: true })
-    const out = { frames: page.frames.length - heard, shown: await texts(page), status: await page.getAttribute('#one', 'data-status') }
+    const shown = await texts(page)
+    const out = { frames: page.frames.length - heard, shown }
     await sign(page, stranger)
-    await page.waitForSelector('#one[data-status=refused]', { state: 'attached' })
+    await page.waitForFunction(() => window.statuses.some((status) => /refused|CHANNEL_ERROR/.test(status)))
     await ask('enqueue', { member, paths: paths.slice(4), wait: true })
     const other = { frames: page.frames.length - heard, shown: await texts(page) }
     await sign(page, member)
     await live(page)
     await count(page, 'completed', 6)
+    await page.evaluate(() => window.show({ one: false })) // the page of a sign-in: only the cache has the rows now
+    await page.waitForTimeout(1500) // the channel is gone
+    await sign(page, stranger)
+    await page.evaluate(() => {
+      new MutationObserver((list) => {
+        window.leaked = list.some(({ addedNodes }) => [...addedNodes].some((node) => node.matches?.('li, :has(li)'))) || window.leaked
+      }).observe(document.body, { childList: true, subtree: true })
+      window.show({ one: true })
+    })
+    await page.waitForFunction(() => window.statuses.filter((status) => /refused|CHANNEL_ERROR/.test(status)).length >= 2)
+    other.leaked = await page.evaluate(() => window.leaked ?? false)
     return { out, other, statuses: await page.evaluate(() => window.statuses), problems: page.problems }
   },
 
+  /** Offline for longer than the token lasts. */
   async offline() {
     const { member, paths } = await ask('workspace', { images: 3 })
     const sockets = [] // Chromium leaves those that are open alone
     let off = false
-    const page = await open(member, { before: (page) => page.routeWebSocket(/realtime/, (socket) => {
+    const page = await open(member, { lifetime: LIFETIME, before: (page) => page.routeWebSocket(/realtime/, (socket) => {
       if (off) return socket.close({ code: 3001 })
       sockets.push(socket)
       socket.connectToServer()
@@ -171,25 +227,30 @@ const scenarios = {
     await page.context().setOffline(true)
     await Promise.all(sockets.map((socket) => socket.close({ code: 3001 })))
     await ask('enqueue', { member, paths, wait: true })
+    await page.waitForTimeout(LIFETIME * 1000)
     off = false
     await page.context().setOffline(false)
     await count(page, 'completed', 3)
-    return { problems: page.problems }
+    return { statuses: await page.evaluate(() => window.statuses), problems: page.problems }
   },
 
-  /** A page is loaded again in the middle of an upload, finds it, and cancels it. */
+  /** A page is loaded again in the middle of a batch, finds the upload, and cancels it. The provider knows at once. */
   async reload() {
-    const { member, paths } = await ask('workspace', { images: 12 })
-    await ask('configure', { chunk_delay: '30 s' })
+    const { member, paths } = await ask('workspace', { images: 51 })
+    await ask('provider', { batch_latency: [40, 40] })
     const page = await open(member)
     await upload(page, paths)
-    await count(page, 'completed', 5)
+    await page.waitForFunction(() => document.querySelectorAll('#one li:is([data-stage=submitted], [data-stage=processing])').length === 46)
     await page.reload()
     await live(page)
+    await page.waitForFunction(() => document.querySelectorAll('#one li').length === 50)
+    await page.evaluate(() => window.loadMore())
+    await count(page, 'completed', 5)
     await page.click('.job button')
-    await count(page, 'failed', 7)
-    await ask('configure', { chunk_delay: '0.1 s' })
-    return { stages: await page.$$eval('#one li', (items) => items.map((item) => item.dataset.stage)), texts: await texts(page), problems: page.problems }
+    await page.waitForSelector('.job:is([data-status=cancelling], [data-status=cancelled])', { state: 'attached' })
+    const { batches } = await ask('provider', { batch_latency: [2, 3], cancelled: true })
+    await count(page, 'failed', 46)
+    return { batches, stages: await page.$$eval('#one li', (items) => items.map((item) => item.dataset.stage)), problems: page.problems }
   },
 
   async quota() {
@@ -229,8 +290,8 @@ function fromHere(route) {
   return route.fulfill({ path: fileURLToPath(new URL(here + path.slice(cdn.length), import.meta.url)), contentType: 'text/javascript' })
 }
 
-/** An example: sign in, upload two images, edit a tag, filter by it, and be refused by a quota. */
-async function example(name) {
+/** An example: sign in, upload two images, edit a tag and filter by it, where it has that, and be refused by a quota. */
+async function example(address, edits = true) {
   const { member, files } = await ask('workspace', { files: 4, quota: 3 })
   const context = await browser.newContext()
   const page = await context.newPage()
@@ -240,7 +301,7 @@ async function example(name) {
   const signed = await session(member)
   await context.route('**/auth/v1/**', (route) => route.fulfill({ json: signed }))
   await context.route('https://cdn.jsdelivr.net/**', fromHere)
-  await page.goto(`${given.pages}/${name}/`)
+  await page.goto(address)
   await page.getByLabel('E-mail').fill('ann@example.org')
   await page.getByLabel('Password').fill('secret')
   await page.getByRole('button', { name: 'Sign in' }).click()
@@ -250,6 +311,19 @@ async function example(name) {
   await add(files.slice(0, 2))
   await images.nth(1).waitFor()
   await page.waitForFunction(() => document.querySelectorAll('li[data-stage=completed]').length === 2)
+  const tags = edits && await editTags(page, images)
+  await add(files.slice(2))
+  await page.getByRole('alert').filter({ hasText: 'quota' }).waitFor()
+  await page.waitForFunction(() => document.querySelectorAll('li[data-stage=none]').length === 2)
+  if (!edits) { // rendered on the server: what it was is there before any script
+    const rendered = await (await page.request.get(address)).text()
+    problems.push(...await images.evaluateAll((all) => all.map((item) => item.textContent.trim()))
+      .then((texts) => texts.filter((text) => !rendered.replaceAll('<!-- -->', '').includes(text))))
+  }
+  return { tags, refusal: (await page.getByRole('alert').allTextContents()).join(''), stages: await images.evaluateAll((all) => all.map((item) => item.dataset.stage)), problems }
+}
+
+async function editTags(page, images) {
   const tags = await images.first().getByRole('list', { name: 'Tags' }).locator('> li').count()
   await images.first().getByLabel('Add a tag').fill('aunt "mary"')
   await images.first().getByLabel('Add a tag').press('Enter')
@@ -258,18 +332,16 @@ async function example(name) {
   await page.waitForFunction(() => document.querySelectorAll('li[data-stage]').length === 1)
   await page.getByLabel('Filter by tag').fill('')
   await page.waitForFunction(() => document.querySelectorAll('li[data-stage]').length === 2)
-  await add(files.slice(2))
-  await page.getByRole('alert').filter({ hasText: 'quota' }).waitFor()
-  await page.waitForFunction(() => document.querySelectorAll('li[data-stage=none]').length === 2)
-  return { tags, refusal: (await page.getByRole('alert').allTextContents()).join(''), stages: await images.evaluateAll((all) => all.map((item) => item.dataset.stage)), problems }
+  return tags
 }
-scenarios.plain = () => example('plain')
-scenarios.react = () => example('react')
+scenarios.plain = () => example(`${given.pages}/plain/`)
+scenarios.react = () => example(`${given.pages}/react/`)
+scenarios.next = () => example(given.next, false)
 
-async function session(member) {
-  const { token } = await ask('mint', { member: member.user, lifetime: 3600 })
+async function session(member, lifetime = HOUR) {
+  const { token } = await ask('mint', { member: member.user, lifetime })
   return {
-    access_token: token, refresh_token: 'r', token_type: 'bearer', expires_in: 3600, expires_at: Math.floor(Date.now() / 1000) + 3600,
+    access_token: token, refresh_token: 'r', token_type: 'bearer', expires_in: lifetime, expires_at: Math.floor(Date.now() / 1000) + lifetime,
     user: { id: member.user, aud: 'authenticated', app_metadata: {}, user_metadata: {}, created_at: '2026-01-01T00:00:00Z' },
   }
 }

@@ -45,7 +45,10 @@ def test_it_is_small_and_depends_on_nothing() -> None:
         "dist/react/index.d.ts",
     } <= files
     assert all(path.startswith("dist/") or path in ("LICENSE", "README.md", "package.json") for path in files)
-    assert "dependencies" not in json.loads((PACKAGE / "package.json").read_text())
+    package = json.loads((PACKAGE / "package.json").read_text())
+    assert "dependencies" not in package
+    lowest = package["peerDependencies"]["@supabase/supabase-js"].removeprefix("^")
+    assert package["scripts"]["lowest"].endswith(f" @supabase/supabase-js@{lowest}"), "CI tries it"
 
 
 def test_the_gallery_has_the_core_as_it_is(tmp_path: Path) -> None:

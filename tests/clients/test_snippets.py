@@ -44,6 +44,11 @@ def test_snippets_and_examples_compile(tmp_path: Path) -> None:
         "import { createClient } from '@supabase/supabase-js'\nimport type { Database } from './database'\n"
         "export const supabase = createClient<Database>('http://localhost', 'key')\n"
     )
+    (tmp_path / "upload.ts").write_text(
+        "import type { Database } from './database'\n"
+        "export declare function upload(workspaceId: string, files: FileList | null):"
+        " Promise<Database['public']['Tables']['assets']['Row'][]>\n"
+    )
     places = write_snippets(tmp_path)
     assert len(places) > 20
     examples = [str(path) for name in ("react", "vue") for path in (ROOT / "examples" / name / "src").glob("*.ts*")]

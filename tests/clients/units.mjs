@@ -9,7 +9,7 @@ import { renderToString } from 'react-dom/server'
 import { createAutotag, describeStage, ENGLISH, oneAtATime } from '../../clients/js/dist/index.js'
 import { Live, userOf } from '../../clients/js/dist/live.js'
 import { AutotagProvider, useAssets, useJob, useTagging } from '../../clients/js/dist/react/index.js'
-import { AssetList, leanSelect, WRITTEN } from '../../clients/js/dist/react/assets.js'
+import { addressOf, AssetList, leanSelect, WRITTEN } from '../../clients/js/dist/react/assets.js'
 
 const token = (claims) => `x.${Buffer.from(JSON.stringify(claims)).toString('base64url')}.x`
 
@@ -251,6 +251,60 @@ describe('the channel', () => {
     over()
   })
 
+  test('numbers that JSON has rounded name no rows', async () => {
+    const { last, heard } = await listening()
+    last().say('SUBSCRIBED')
+    last().hear('job-progress', JSON.parse('{"job_id": "j", "asset_ids": [7, 9007199254740993], "many": false}'))
+    last().hear('job-progress', { job_id: 'j', asset_ids: ['9007199254740993'] })
+    await settled()
+    assert.deepEqual(heard.changes, [null, ['9007199254740993']])
+    assert.deepEqual([heard.messages[0].asset_ids, heard.messages[0].many], [null, true])
+    over()
+  })
+
+  test('a sign-out while the first join reads the token', async () => {
+    mock.timers.enable({ apis: ['setTimeout', 'Date'] })
+    const client = new Client({ sessions: true })
+    let read
+    client.realtime.setAuth = function () { return new Promise((resolve) => { read = () => { this.accessTokenValue = token({ sub: 'ann' }); resolve() } }) }
+    const statuses = []
+    new Live(client, 'w').listen({ onStatus: (status) => statuses.push(status) })
+    await settled()
+    client.signed('SIGNED_OUT', null)
+    read() // as it was before
+    await settled()
+    assert.deepEqual([client.channels.length, statuses.at(-1)], [0, 'signed-out'])
+    over()
+  })
+
+  test('what caches keep is forgotten with its user, also while nobody listens', async () => {
+    for (const sessions of [true, false]) {
+      const { client, live, last, stop } = await listening({ sessions })
+      last().say('SUBSCRIBED')
+      let forgotten = 0
+      live.kept.set(client, () => { forgotten++ })
+      stop()
+      mock.timers.tick(2000)
+      assert.equal(forgotten, sessions ? 0 : 1, 'a token provider would not tell that the user has changed')
+      client.user = 'ben'
+      client.signed?.('SIGNED_IN', { user: { id: 'ben' } })
+      assert.equal(forgotten, 1)
+      over()
+    }
+  })
+
+  test('the newest accessToken counts: a component makes one with each render', async () => {
+    mock.timers.enable({ apis: ['setTimeout', 'Date'] })
+    const client = new Client()
+    const given = []
+    client.realtime.setAuth = async (newest) => { given.push(newest) }
+    for (const user of ['old', 'new']) createAutotag(client, { workspaceId: 'w', accessToken: async () => token({ sub: user }) })
+    createAutotag(client, { workspaceId: 'w' }).subscribe({})
+    await settled()
+    assert.deepEqual(given, [token({ sub: 'new' })])
+    over()
+  })
+
   test('a listener that throws does not silence the others', async () => {
     const { live, last, heard } = await listening()
     live.listen({ onSync() { throw new Error('theirs') } })
@@ -302,18 +356,23 @@ class Table {
   requests = 0
   running = 0
   most = 0
-  constructor(pick) { this.pick = pick }
+  constructor(pick, maxRows = 1000) { Object.assign(this, { pick, maxRows }) }
 
   query(filter) {
     const table = this
     const conditions = [filter]
-    let limit = 1000
+    let limit = table.maxRows
     let columns = '*'
     const below = (row, value, id) => row.at === null ? value === null && row.id < id : value !== null && (row.at < value || (row.at === value && row.id < id))
     const builder = {
       url: new URL('http://x/images?select=*'),
       select(list) { columns = list; return builder },
-      in(_, ids) { conditions.push((row) => ids.includes(row.id)); return builder },
+      filter(_, operator, list) {
+        assert.match(`${operator}.${list}`, /^in\.\(\d+(,\d+)*\)$/)
+        const ids = list.slice(1, -1).split(',')
+        conditions.push((row) => ids.includes(String(row.id)))
+        return builder
+      },
       is() { return { lt: (_, id) => { conditions.push((row) => row.at === null && row.id < id); return builder } } },
       or(text) {
         const [, value, id] = /^at\.lt\."(\d+)",and\(at\.eq\."\d+",id\.lt\."(\d+)"\),at\.is\.null$/.exec(text)
@@ -321,7 +380,7 @@ class Table {
         return builder
       },
       order() { return builder },
-      limit(count) { limit = count; return builder },
+      limit(count) { limit = Math.min(count, table.maxRows); return builder },
       async run() {
         table.requests++
         table.most = Math.max(table.most, ++table.running)
@@ -330,6 +389,7 @@ class Table {
           .map((row) => columns === '*' ? { ...row } : Object.fromEntries(columns.split(',').map((item) => item.split(':')).filter(([, name]) => name in row).map(([letter, name]) => [letter, row[name]])))
         for (let i = table.pick(4); i > 0; i--) await new Promise(setImmediate)
         table.running--
+        if (table.status != null) return { data: null, error: { message: 'no', code: '' }, status: table.status }
         return table.calm || table.pick(20) ? { data: found, error: null, status: 200 } : { data: null, error: { message: 'TypeError: fetch failed', code: '' }, status: 0 }
       },
       then(resolve, reject) { return builder.run().then(resolve, reject) },
@@ -342,20 +402,23 @@ const order = (a, b) => (a.at === null) - (b.at === null) || b.at - a.at || b.id
 const STAGES = [null, 'queued', 'submitted', 'processing', 'completed', 'failed']
 
 describe('a list of rows', () => {
-  test('shows after any history what the table has', { timeout: 60_000 }, async () => {
+  test('shows after any history what the table has, and never what another user saw', { timeout: 60_000 }, async () => {
     mock.method(console, 'warn', () => undefined)
     for (let seed = 1; seed <= 150; seed++) {
       const pick = random(seed)
-      const table = new Table(pick)
+      const maxRows = [1000, 1000, 3, 7][pick(4)] // a project's own limit of an answer
+      let [table, other] = [new Table(pick, maxRows), new Table(pick, maxRows)] // of the user, and of the next one
       const filter = pick(2) ? () => true : (row) => row.tags !== 'hidden'
       let listener
       const live = { liveSince: 0, listen: (given) => { listener = given; return () => undefined } }
       const queries = new QueryClient({ defaultOptions: { queries: { retry: 3, retryDelay: 1 } } })
       const list = new AssetList(queries, ['a'], live, { query: () => table.query(filter), key: 'id', orderBy: 'at', ascending: false, pageSize: 5, written: WRITTEN })
       const load = () => queries.fetchQuery({ queryKey: ['a'], queryFn: () => list.load(), staleTime: 0 }).catch(() => undefined)
-      let next = 1
+      let [next, jobs] = [0, 0]
+      const own = () => queries.getQueryData(['a'])?.rows.every((row) => row.id % 2 === (table.odd ? 1 : 0)) ?? true
+      other.odd = true
       const insert = () => {
-        const row = { id: next++, at: pick(8) ? pick(30) : null, tagging_stage: null, tags: pick(4) ? 'seen' : 'hidden' }
+        const row = { id: (next += 2) + (table.odd ? 1 : 0), at: pick(8) ? pick(30) : null, tagging_stage: null, tags: pick(4) ? 'seen' : 'hidden' }
         table.rows.set(row.id, row)
         return row
       }
@@ -363,21 +426,22 @@ describe('a list of rows', () => {
       list.start()
       await load()
       const lists = seed % 2 // every change is told with its ids; otherwise some are not, and a subscription ends the history
-      const told = (ids) => { if (lists || pick(4)) listener.onChange(ids, `job${pick(3)}`); else listener.onChange(null, `new job ${seed} ${next++}`) }
+      const told = (ids) => { if (lists || pick(4)) listener.onChange(pick(2) ? ids : ids.map(String), `job${pick(3)}`); else listener.onChange(null, `new job ${seed} ${jobs++}`) }
       for (let step = 0; step < 25; step++) {
         const ids = [...table.rows.keys()]
         const some = () => ids.length ? [ids[pick(ids.length)]] : []
-        const what = pick(9)
+        const what = pick(10)
         if (what === 0) { const row = insert(); if (filter(row)) list.put([{ ...row }]); told([row.id]) }
         else if (what === 1) told([insert().id])
         else if (what < 5) { for (const id of some()) table.rows.set(id, { ...table.rows.get(id), tagging_stage: STAGES[pick(6)], tags: pick(4) ? 'seen' : 'hidden' }); told(ids.length ? ids : []) }
         else if (what === 5) { const [id] = some(); table.rows.delete(id); if (id) told([id]) }
         else if (what === 6) void list.loadMore().catch(() => undefined)
         else if (what === 7) void load()
+        else if (what === 8 && !pick(4)) { [table, other] = [other, table]; listener.onUserChange() }
         else if (!lists) listener.onSync()
-        for (let i = pick(6); i > 0; i--) await new Promise(setImmediate)
+        for (let i = pick(6); i > 0; i--) { await new Promise(setImmediate); assert.ok(own(), `seed ${seed}: another user's rows`) }
       }
-      table.calm = true
+      table.calm = other.calm = true
       live.liveSince = Infinity
       if (!lists) listener.onSync()
       const shown = () => queries.getQueryData(['a'])
@@ -392,12 +456,117 @@ describe('a list of rows', () => {
         for (let i = 0; i < 20; i++) await new Promise(setImmediate)
         try { right(); break } catch (error) { if (!patience) throw error; await new Promise((resolve) => setTimeout(resolve, 20)) }
       }
-      assert.ok(table.most <= 1, `seed ${seed}: one request at a time`)
+      assert.ok(table.most <= 1 && other.most <= 1, `seed ${seed}: one request at a time`)
       list.stop()
       queries.clear()
     }
     mock.restoreAll()
   })
+})
+
+test('a list that was hidden while messages came fetches again, and goes on after an outage of any length', async () => {
+  const table = new Table(() => 1)
+  table.rows.set(1, { id: 1, at: 1, tagging_stage: null, tags: 'seen' })
+  let listener
+  const live = { liveSince: 1, listen: (given) => { listener = given; given.onSync(); return () => undefined } }
+  const queries = new QueryClient()
+  const list = new AssetList(queries, ['a'], live, { query: () => table.query(() => true), key: 'id', orderBy: 'at', ascending: false, pageSize: 5, written: WRITTEN })
+  const stage = () => queries.getQueryData(['a']).rows[0].tagging_stage
+  await queries.fetchQuery({ queryKey: ['a'], queryFn: () => list.load() })
+  list.start()
+  list.stop() // <Activity mode="hidden">: other parts of the page keep the channel
+  table.rows.set(1, { ...table.rows.get(1), tagging_stage: 'failed' })
+  list.start()
+  await until(() => stage() === 'failed')
+  mock.timers.enable({ apis: ['setTimeout'] })
+  mock.method(console, 'warn', () => undefined)
+  for (const [status, goesOn] of [[503, true], [401, true], [0, true], [400, false]]) {
+    table.status = status
+    table.rows.set(1, { ...table.rows.get(1), tagging_stage: 'queued' })
+    listener.onChange([1], 'j')
+    const before = table.requests
+    for (let i = 0; i < 20; i++) { for (let j = 0; j < 20; j++) await new Promise(setImmediate); mock.timers.tick(30_000) }
+    assert.equal(table.requests - before > 10, goesOn, `${status}: ${table.requests - before} requests`)
+    table.status = null
+    listener.onChange([1], 'j')
+    for (let i = 0; i < 5; i++) { for (let j = 0; j < 20; j++) await new Promise(setImmediate); mock.timers.tick(30_000) }
+    assert.equal(stage(), 'queued')
+    table.rows.set(1, { ...table.rows.get(1), tagging_stage: 'failed' })
+  }
+  mock.timers.reset()
+  mock.restoreAll()
+  queries.clear()
+})
+
+test('a row that is touched moves to its new place, and below what is loaded it leaves', async () => {
+  const table = new Table(() => 1)
+  let listener
+  const live = { liveSince: 0, listen: (given) => { listener = given; return () => undefined } }
+  const queries = new QueryClient()
+  const list = new AssetList(queries, ['a'], live, { query: () => table.query(() => true), key: 'id', orderBy: 'at', ascending: false, pageSize: 3, written: WRITTEN })
+  for (let id = 1; id <= 6; id++) table.rows.set(id, { id, at: id, tagging_stage: 'queued', tags: 'seen' })
+  list.start()
+  await queries.fetchQuery({ queryKey: ['a'], queryFn: () => list.load() })
+  const shown = () => queries.getQueryData(['a']).rows.map((row) => row.id).join()
+  assert.equal(shown(), '6,5,4')
+  const touch = (id, at) => { table.rows.set(id, { ...table.rows.get(id), at }); listener.onChange([id], 'j') }
+  touch(4, 9)
+  await until(() => shown() === '4,6,5')
+  touch(2, 8)
+  await until(() => shown() === '4,2,6,5')
+  touch(4, 0)
+  await until(() => shown() === '2,6,5')
+  queries.clear()
+})
+
+test('rows that came above meanwhile: what is loaded stays without gaps, and nothing of it stays as it was', async () => {
+  const table = new Table(() => 1)
+  let listener
+  const live = { liveSince: 0, listen: (given) => { listener = given; return () => undefined } }
+  const queries = new QueryClient()
+  const list = new AssetList(queries, ['a'], live, { query: () => table.query(() => true), key: 'id', orderBy: 'at', ascending: false, pageSize: 3, written: WRITTEN })
+  const insert = (id) => table.rows.set(id, { id, at: id, tagging_stage: 'queued', tags: 'seen' })
+  for (let id = 1; id <= 9; id++) insert(id)
+  list.start()
+  const load = () => queries.fetchQuery({ queryKey: ['a'], queryFn: () => list.load() })
+  const shown = () => queries.getQueryData(['a']).rows.map((row) => `${row.id}${row.tagging_stage[0]}`).join()
+  await load()
+  insert(10)
+  insert(11)
+  await Promise.all([load(), list.loadMore()])
+  assert.equal(shown(), '11q,10q,9q,8q,7q,6q')
+  insert(12) // while the channel was away
+  table.rows.set(6, { ...table.rows.get(6), tagging_stage: 'failed' })
+  live.liveSince = Infinity
+  listener.onSync()
+  await until(() => shown().startsWith('12q'))
+  assert.doesNotMatch(shown(), /6q/)
+  queries.clear()
+})
+
+test('the address of a query: a function has its arguments in the body', () => {
+  const rpc = (body) => () => ({ url: new URL('http://x/rest/v1/rpc/images_with_tags?select=id'), schema: 'public', body })
+  assert.equal(new Set([rpc({ wanted: ['a'] }), rpc({ wanted: ['b'] }), rpc(undefined)].map(addressOf)).size, 3)
+})
+
+test('ids that are any text stay one list of values, in addresses that proxies take', async () => {
+  const asked = []
+  const url = new URL('http://x/images?select=*')
+  const builder = { url, order: () => builder, limit: () => builder, select: () => builder, then: (resolve) => resolve({ data: [], error: null, status: 200 }),
+    filter(column, operator, list) { asked.push(new URLSearchParams({ [column]: `${operator}.${list}` }).toString()); return builder } }
+  let listener
+  const live = { liveSince: 0, listen: (given) => { listener = given; return () => undefined } }
+  const queries = new QueryClient()
+  const list = new AssetList(queries, ['a'], live, { query: () => builder, key: 'id', orderBy: 'at', ascending: false, pageSize: 3, written: WRITTEN })
+  list.start()
+  await queries.fetchQuery({ queryKey: ['a'], queryFn: () => list.load() })
+  const ids = ['a,b', 'a"b)', 'c\\', 'plain-1', ...Array.from({ length: 90 }, (_, i) => `${'写真'.repeat(9)}${i}`)]
+  listener.onChange(ids, 'j')
+  await until(() => asked.length >= 4 && !asked.at(-1).includes('undefined'))
+  for (const line of asked) assert.ok(line.length < 5000, `${line.length} characters`)
+  const read = asked.flatMap((line) => [...new URLSearchParams(line).get('id').matchAll(/"((?:[^"\\]|\\.)*)"|([\w-]+)(?=[,)])/g)].map(([, quoted, bare]) => bare ?? quoted.replace(/\\(.)/g, '$1')))
+  assert.deepEqual(read.slice(0, 4), ids.slice(0, 4))
+  queries.clear()
 })
 
 test('without ids, a row that looks done is fetched once for each upload, and one that is being tagged each time', async () => {

@@ -169,6 +169,18 @@ def test_a_message_names_few_short_ids(project: Project) -> None:
         assert name(3, 2600)[0] == 3
 
 
+def test_a_message_names_images_that_changed_twice_once(project: Project) -> None:
+    """Batches of 51 to 100 images go from stage to stage together: these are no more images than before."""
+    key = {"uuid": "md5(i::text)", "text": "i::text"}.get(project.keys.base[0], "i::text")
+    ids = f"array(select ({key})::autotag.asset_id from generate_series(%s::int, %s::int) i)"
+    told = f"select cardinality(autotag.add_changed({ids}, {ids}))"
+    assert project.one(told, 1, 80, 1, 80) == 80
+    assert project.one(told, 1, 80, 41, 100) == 100
+    assert project.one(told, 1, 80, 41, 101) is None
+    assert project.one(f"select cardinality(autotag.add_changed(null, {ids}))", 1, 3) is None
+    assert project.one(f"select cardinality(autotag.add_changed({ids}, null))", 1, 3) is None
+
+
 def test_strangers_and_refusals(project: Project) -> None:
     stranger, (mine, other) = new_user(project.keys), project.insert(2)
     theirs = project.add_workspace(stranger)

@@ -20,7 +20,7 @@ export interface AutotagOptions<C extends AnyClient> {
    * The token of the user who looks, where supabase-js does not know it: you call `supabase.realtime.setAuth(token)` yourself.
    * The option `accessToken` of `createClient` and the sessions of `supabase.auth` need nothing here.
    */
-  accessToken?: () => Promise<string | null>
+  accessToken?: (() => Promise<string | null>) | undefined
 }
 
 /** A workspace's tagging. Calls reject with an AutotagError. */
@@ -58,6 +58,7 @@ function liveOf<Id>(supabase: AnyClient, workspaceId: string | number, accessTok
   const key = String(workspaceId)
   const live = own.get(key) ?? new Live<never>(supabase, workspaceId, accessToken)
   own.set(key, live)
+  if (accessToken) live.accessToken = accessToken
   return live as unknown as Live<Id>
 }
 

@@ -35,7 +35,10 @@ export class Live<Id = string | number> {
   readonly #listeners = new Set<Listener<Id>>()
   readonly #supabase: AnyClient
   readonly #topic: string
-  readonly #accessToken: AccessToken | undefined
+  /** The newest that was given: one that a component makes knows only the token of its time. */
+  accessToken: AccessToken | undefined
+  /** What caches keep without showing it: forgotten with its user, too. */
+  readonly kept = new Map<object, () => void>()
   #channel: RealtimeChannel | null = null
   #left: Promise<unknown> = Promise.resolve()
   #turn = 0 // of joining; what an earlier turn still reports is not heard
@@ -53,7 +56,7 @@ export class Live<Id = string | number> {
   constructor(supabase: AnyClient, workspaceId: string | number, accessToken?: AccessToken) {
     this.#supabase = supabase
     this.#topic = `tagging:${workspaceId}`
-    this.#accessToken = accessToken
+    this.accessToken = accessToken
   }
 
   /** Adds a listener, and returns the function that removes it. */
@@ -63,6 +66,7 @@ export class Live<Id = string | number> {
     clearTimeout(this.#lastListener)
     if (!this.#stopWatching) {
       this.#stopWatching = this.#watch()
+      this.#watchAuth()
       void this.connect()
     }
     own.onStatus?.(this.status, this.error)
@@ -140,8 +144,10 @@ export class Live<Id = string | number> {
 
   #deliver({ event, payload }: Message): void {
     if (!payload || typeof payload !== 'object') return
-    const told = payload as JobProgress<Id> & BatchComplete
+    let told = payload as JobProgress<Id> & BatchComplete
     this.#listsIds ||= told.asset_ids !== undefined
+    // JSON has rounded them: they are other rows' ids now
+    if (told.asset_ids?.some((id) => Number.isInteger(id) && !Number.isSafeInteger(id))) told = { ...told, asset_ids: null, many: true }
     this.#tell((listener) => {
       if (event === 'job-progress') listener.onProgress?.(told)
       else if (event === 'job-complete') listener.onJobComplete?.(told as JobComplete<Id>)
@@ -174,17 +180,17 @@ export class Live<Id = string | number> {
   /** The newest token, without telling the socket. */
   async #token(): Promise<string | null> {
     const realtime = this.#supabase.realtime
-    return this.#accessToken ? await this.#accessToken() : await realtime.accessToken?.() ?? realtime.accessTokenValue
+    return this.accessToken ? await this.accessToken() : await realtime.accessToken?.() ?? realtime.accessTokenValue
   }
 
   /** Gives the socket the newest token before it joins: without one, the first join of a page is refused. */
   async #authorize(): Promise<string | null> {
     const realtime = this.#supabase.realtime
-    if (!this.#accessToken) {
+    if (!this.accessToken) {
       await realtime.setAuth()
       return realtime.accessTokenValue
     }
-    const token = await this.#accessToken()
+    const token = await this.accessToken()
     if (token) await realtime.setAuth(token)
     return token
   }
@@ -197,6 +203,7 @@ export class Live<Id = string | number> {
     this.#refused = null
     this.#failures = 0
     this.#tell((listener) => listener.onUserChange?.())
+    for (const forget of this.kept.values()) forget()
   }
 
   #leave(): void {
@@ -236,7 +243,10 @@ export class Live<Id = string | number> {
     this.#leave()
     this.#stopWatching?.()
     this.#stopWatching = null
-    this.#user = undefined
+    if (!this.#hasAuth) { // from now on, nobody would tell that the user has changed
+      this.#user = undefined
+      for (const forget of this.kept.values()) forget()
+    }
     this.#refused = null
     this.#failures = 0
     this.status = 'connecting'
@@ -262,23 +272,21 @@ export class Live<Id = string | number> {
     page?.addEventListener?.('visibilitychange', seen)
     view?.addEventListener('online', now)
     view?.addEventListener('offline', lost)
-    const unsubscribe = this.#watchAuth()
     return () => {
       page?.removeEventListener?.('visibilitychange', seen)
       view?.removeEventListener('online', now)
       view?.removeEventListener('offline', lost)
-      unsubscribe()
     }
   }
 
-  #watchAuth(): () => void {
-    this.#hasAuth = false
-    if (this.#accessToken) return () => undefined
+  /** Hears of the user, also when nobody listens to the channel: caches keep rows. */
+  #watchAuth(): void {
+    if (this.#hasAuth || this.accessToken) return
     try {
-      const { data } = this.#supabase.auth.onAuthStateChange((event, session) => {
+      this.#supabase.auth.onAuthStateChange((event, session) => {
         if (event === 'INITIAL_SESSION') return // joining reads it
         const user = session?.user.id ?? null
-        const changed = this.#user !== undefined && user !== this.#user
+        const changed = user !== this.#user // also while the first join reads the token: nobody knows whose
         if (changed) { // at once: what arrives from now on is for nobody
           this.#leave()
           this.#meet(user)
@@ -289,9 +297,6 @@ export class Live<Id = string | number> {
         if (user && (changed || waits)) this.#again(0)
       })
       this.#hasAuth = true
-      return () => data.subscription.unsubscribe()
-    } catch { // the option `accessToken` of supabase-js: there is no `auth`
-      return () => undefined
-    }
+    } catch { /* the option `accessToken` of supabase-js: there is no `auth` */ }
   }
 }

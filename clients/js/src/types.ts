@@ -2,7 +2,7 @@ import type { SupabaseClient } from '@supabase/supabase-js'
 
 /** A client of supabase-js, whatever its tables are. */
 // eslint-disable-next-line @typescript-eslint/no-explicit-any
-export type AnyClient = SupabaseClient<any, any, any, any, any>
+export type AnyClient = SupabaseClient<any, any, any>
 
 export type Stage = 'queued' | 'preparing' | 'submitted' | 'processing' | 'completing' | 'completed' | 'failed'
 export type Strategy = 'realtime' | 'realtime-chunked' | 'batch' | 'batch-parallel'
@@ -11,7 +11,7 @@ export type JobStatus = 'running' | 'cancelling' | 'completed' | 'cancelled'
 export type RequestType = 'realtime' | 'batch'
 
 /** The `Database` of a client's generated types. */
-export type DatabaseOf<C> = C extends SupabaseClient<infer D, any, any, any, any> ? D : unknown
+export type DatabaseOf<C> = C extends SupabaseClient<infer D, any, any> ? D : unknown
 type Arguments<D, F extends string> = D extends { public: { Functions: Record<F, { Args: infer A }> } } ? A : never
 /** The type of an image's id: that of your table's key. */
 export type AssetIdOf<C> = Arguments<DatabaseOf<C>, 'enqueue_tagging'> extends { asset_ids: (infer I)[] }

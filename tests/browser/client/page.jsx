@@ -2,7 +2,7 @@
 // documents had before. tests/browser/client.mjs drives it. The address says what it does: #{"url", "anonKey", "workspace", …}.
 import { createClient } from '@supabase/supabase-js'
 import { QueryClient, QueryClientProvider, useQuery, useQueryClient } from '@tanstack/react-query'
-import { StrictMode, useEffect, useState } from 'react'
+import { Activity, StrictMode, useEffect, useState } from 'react'
 import { createRoot } from 'react-dom/client'
 import { describeStage } from 'supabase-autotag'
 import { AutotagProvider, useAssets, useTagging } from 'supabase-autotag/react'
@@ -38,11 +38,12 @@ function Gallery({ name }) {
     const made = await insert(paths)
     put(made)
     await enqueue.mutateAsync(made.map((row) => row.id)).catch(() => undefined)
+    return made.map((row) => row.id)
   }
   window.loadMore = loadMore
   return <section id={name} data-status={status} data-more={hasMore}>
     <p className="refusal">{enqueue.error && `${enqueue.error.message} ${enqueue.error.hint}`}</p>
-    {jobs.map((job) => <p key={job.job_id} className="job" data-job={job.job_id} data-cancelled={job.cancelled} data-over={Boolean(job.finished_at)}>
+    {jobs.map((job) => <p key={job.job_id} className="job" data-job={job.job_id} data-status={job.status} data-over={Boolean(job.finished_at)}>
       {job.completed + job.failed} of {job.image_count} <button onClick={() => cancel.mutate(job.job_id)}>Cancel</button></p>)}
     <ul>{rows.map((row) => <Row key={row.id} row={row} />)}</ul>
   </section>
@@ -50,13 +51,13 @@ function Gallery({ name }) {
 
 // -- as the documents had it
 
-function useOldAssets(workspaceId) {
+function useOldAssets(workspaceId, setStatus) {
   const client = useQueryClient()
   useEffect(() => {
     const changed = () => client.invalidateQueries({ queryKey: ['assets', workspaceId] })
     const channel = supabase.channel(`tagging:${workspaceId}`, { config: { private: true } })
       .on('broadcast', { event: '*' }, changed)
-      .subscribe((status) => { window.statuses.push(status); if (status === 'SUBSCRIBED') changed() })
+      .subscribe((status) => { window.statuses.push(status); setStatus(status); if (status === 'SUBSCRIBED') changed() })
     return () => { supabase.removeChannel(channel) }
   }, [client, workspaceId])
   return useQuery({
@@ -69,7 +70,8 @@ function useOldAssets(workspaceId) {
 const TEXTS = { queued: 'Queued for tagging', submitted: 'Submitted to AI', processing: 'AI analyzing', completed: 'Tagged', failed: 'Failed' }
 
 function OldGallery({ name }) {
-  const { data } = useOldAssets(given.workspace)
+  const [status, setStatus] = useState('')
+  const { data } = useOldAssets(given.workspace, setStatus)
   const client = useQueryClient()
   window.upload = async (paths) => {
     const made = await insert(paths)
@@ -77,8 +79,9 @@ function OldGallery({ name }) {
     const { data: job, error } = await supabase.rpc('enqueue_tagging', { asset_ids: made.map((row) => row.id) })
     window.job = job
     document.querySelector('.refusal').textContent = error ? `${error.message} ${error.hint}` : ''
+    return made.map((row) => row.id)
   }
-  return <section id={name} data-status={window.statuses.at(-1) === 'SUBSCRIBED' ? 'live' : 'connecting'}>
+  return <section id={name} data-status={status === 'SUBSCRIBED' ? 'live' : 'connecting'}>
     <p className="refusal"></p>
     <ul>{data?.map((row) => <li key={row.id} data-id={row.id} data-stage={row.tagging_stage ?? 'none'} data-tags={row.tags?.join()}>
       {TEXTS[row.tagging_stage] ?? 'Tagging…'}</li>)}</ul>
@@ -87,10 +90,20 @@ function OldGallery({ name }) {
 
 const Shown = given.client === 'old' ? OldGallery : Gallery
 
+/** Another component of the page. */
+function Jobs() {
+  const { jobs } = useTagging()
+  return <p>{jobs.length} uploads</p>
+}
+
 function Two() {
-  const [two, setTwo] = useState(given.two)
-  window.hideTwo = () => setTwo(false)
-  return <><Shown name="one" />{two && <Shown name="two" />}</>
+  const [shown, setShown] = useState({ one: true, two: given.two, hidden: false })
+  window.show = (change) => setShown((before) => ({ ...before, ...change }))
+  return <>
+    {given.strict && <Jobs />}
+    {shown.one && <Activity mode={shown.hidden ? 'hidden' : 'visible'}><Shown name="one" /></Activity>}
+    {shown.two && <Shown name="two" />}
+  </>
 }
 const app = <QueryClientProvider client={new QueryClient()}>
   <AutotagProvider supabase={supabase} workspaceId={given.workspace}>

@@ -4,8 +4,9 @@ import type { Live } from '../live.js'
 
 const CHUNK = 500 // rows of one request; a project's own limit is rarely lower
 const MOST_IDS = 100 // of one request, and
-const LONGEST_IDS = 4_000 // their characters: proxies refuse longer addresses
-const RETRIES = [1_000, 2_000, 4_000, 8_000, 16_000] // ms; after that, the next message fetches
+const LONGEST_IDS = 4_000 // their characters in the address: proxies refuse longer ones
+const RETRIES = [1_000, 2_000, 4_000, 8_000, 16_000] // ms; after that, every LONGEST_RETRY if it can pass by itself, or else at the next message
+const LONGEST_RETRY = 30_000
 const WRITTEN = ['tagging_stage', 'tagging_progress', 'tagging_eta', 'tagging_error', 'tagging_result', 'tags']
 const LIVE = /^(queued|preparing|submitted|processing|completing)$/
 
@@ -28,9 +29,10 @@ export interface Source {
 
 /** The address of a query: what it shows. */
 export function addressOf(query: () => Builder): string {
-  const builder = query() as { url?: URL, schema?: string }
+  const builder = query() as { url?: URL, schema?: string, body?: unknown }
   if (!builder.url) throw new Error('useAssets: `query` must return a query of supabase-js: supabase.from(…).select(…)')
-  return `${builder.schema ?? ''} ${builder.url.pathname}${builder.url.search}`
+  const args = builder.body === undefined ? '' : ` ${JSON.stringify(builder.body)}` // of a function
+  return `${builder.schema ?? ''} ${builder.url.pathname}${builder.url.search}${args}`
 }
 
 /** A select list with columns under names of one letter, and the names that they stand for. */
@@ -81,6 +83,7 @@ function compare(a: unknown, b: unknown): number {
 }
 
 const quote = (value: unknown): string => `"${String(value).replace(/["\\]/g, '\\$&')}"`
+const listed = (id: string): string => /^[\w-]+$/.test(id) ? id : quote(id) // supabase-js's in() does not escape
 
 function renamed<Row extends AnyRow>(row: Row, names: Record<string, string>): Row {
   return Object.fromEntries(Object.entries(row).map(([letter, value]) => [names[letter], value])) as Row
@@ -95,11 +98,11 @@ export class AssetList<Row extends AnyRow> {
   readonly #client: QueryClient
   readonly #queryKey: QueryKey
   readonly #live: Live<Key>
-  #ids = new Set<Key>() // whose rows have changed
+  #ids = new Set<string>() // whose rows have changed
   #head = false // rows have changed, and nobody says which
   #everything = false
-  #put = new Map<unknown, Row>() // by this page, since the last load began
-  #elsewhere = new Set<unknown>() // rows below those that are loaded
+  #put = new Map<string, Row>() // by this page, since the last load began
+  #elsewhere = new Set<string>() // rows below those that are loaded
   #jobs = new Set<string>()
   #busy: Promise<unknown> = Promise.resolve()
   #pumping = false
@@ -108,6 +111,9 @@ export class AssetList<Row extends AnyRow> {
   #fetchEnded = 0
   #generation = 0 // of users
   #failures = 0
+  #passes = false // the last error, by itself
+  #largest = 0 // rows of an answer so far
+  #limit = CHUNK // of the project, where it is lower
   #timer: ReturnType<typeof setTimeout> | undefined
   #lean = true
   #more: Promise<void> | null = null
@@ -121,11 +127,10 @@ export class AssetList<Row extends AnyRow> {
   }
 
   start(): void {
-    const [client, queryKey] = [this.#client, this.#queryKey]
     this.#stopListening = this.#live.listen({
       onChange: (ids, jobId) => this.changed(ids, jobId),
       onSync: () => {
-        if (!this.#data) void client.refetchQueries({ queryKey, exact: true }, { cancelRefetch: false }) // its first load has failed
+        this.#reload()
         if (this.#loadBegan >= this.#live.liveSince) return
         this.#everything = true
         void this.#pump()
@@ -138,6 +143,12 @@ export class AssetList<Row extends AnyRow> {
   stop(): void {
     this.#stopListening?.()
     clearTimeout(this.#timer)
+    this.#loadBegan = 0 // it misses messages from now on
+  }
+
+  /** The first load has failed. */
+  #reload(): void {
+    if (!this.#data) void this.#client.refetchQueries({ queryKey: this.#queryKey, exact: true }, { cancelRefetch: false })
   }
 
   get #data(): AssetData<Row> | undefined { return this.#client.getQueryData<AssetData<Row>>(this.#queryKey) }
@@ -146,7 +157,11 @@ export class AssetList<Row extends AnyRow> {
     this.#client.setQueryData<AssetData<Row>>(this.#queryKey, { rows, hasMore })
   }
 
-  #keyOf(row: Row): unknown { return row[this.source.key] }
+  /** As text: a message lists numbers where a query selects `id::text`. */
+  #keyOf(row: Row): string { return String(row[this.source.key]) }
+
+  /** Whether a row can change its place. */
+  get #moves(): boolean { return ![this.source.key, 'created_at'].includes(this.source.orderBy) }
 
   #before(a: Row, b: Row): boolean {
     const { orderBy, key, ascending } = this.source
@@ -160,12 +175,19 @@ export class AssetList<Row extends AnyRow> {
 
   /** All that is loaded, anew; the first page if nothing is. TanStack Query calls it. */
   load(): Promise<AssetData<Row>> {
-    return this.#alone(async () => {
+    const loaded = this.#alone(async () => {
       const count = Math.max(this.#data?.rows.length ?? 0, this.source.pageSize)
       this.#everything = this.#head = false
       this.#ids.clear()
-      return await this.#top(count)
-    }).finally(() => { setTimeout(() => { void this.#pump() }) }) // when TanStack Query has stored it
+      for (;;) { // until it is of the user who is signed in
+        const generation = this.#generation
+        const data = await this.#top(count, false)
+        if (generation === this.#generation) return data
+      }
+    })
+    this.#busy = this.#busy.then(() => new Promise((resolve) => { setTimeout(resolve) })) // until TanStack Query has stored it
+    void this.#busy.then(() => this.#pump())
+    return loaded
   }
 
   /** The next page. */
@@ -174,12 +196,12 @@ export class AssetList<Row extends AnyRow> {
       const data = this.#data
       if (!data?.hasMore) return
       const generation = this.#generation
-      const rows = await this.#page(this.source.pageSize, data.rows.at(-1))
+      const { rows, full } = await this.#rows(this.source.pageSize, data.rows.at(-1))
       const now = this.#data
       if (!now || generation !== this.#generation) return
       const known = new Set(now.rows.map((row) => this.#keyOf(row)))
       this.#elsewhere.clear()
-      this.#write([...now.rows, ...rows.filter((row) => !known.has(this.#keyOf(row)))], rows.length === this.source.pageSize)
+      this.#write([...now.rows, ...rows.filter((row) => !known.has(this.#keyOf(row)))], full)
     }).finally(() => { this.#more = null; void this.#pump() })
     return this.#more
   }
@@ -192,17 +214,18 @@ export class AssetList<Row extends AnyRow> {
   }
 
   changed(ids: readonly Key[] | null, jobId: string | null): void {
-    if (ids) for (const id of ids) this.#ids.add(id)
+    if (ids) for (const id of ids) this.#ids.add(String(id))
     else if (jobId && !this.#jobs.has(jobId)) this.#everything = true // rows that look done may be tagged again
     else this.#head = true
     if (!ids && jobId) this.#jobs.add(jobId)
+    if (this.#client.getQueryState(this.#queryKey)?.status === 'error') this.#reload()
     void this.#pump()
   }
 
   #enqueued(ids: readonly Key[], since: number): void {
     const data = this.#data
     if (!data || this.#running || this.#fetchEnded >= since) return this.changed(ids, null)
-    const queued = new Set<unknown>(ids)
+    const queued = new Set(ids.map(String))
     this.#write(data.rows.map((row) => queued.has(this.#keyOf(row))
       ? { ...row, tagging_stage: 'queued', tagging_progress: 0, tagging_eta: null, tagging_error: null } : row), data.hasMore)
   }
@@ -212,9 +235,13 @@ export class AssetList<Row extends AnyRow> {
     this.#ids.clear()
     this.#put.clear()
     this.#jobs.clear()
-    this.#head = this.#everything = false
-    this.#loadBegan = 0
-    if (this.#data) this.#write([], false)
+    this.#head = false
+    this.#loadBegan = this.#failures = 0
+    if (!this.#data) return
+    this.#write([], false)
+    this.#everything = true // what the next user may see
+    clearTimeout(this.#timer)
+    this.#timer = setTimeout(() => { void this.#pump() }) // supabase-js must not be called while it says who has signed in
   }
 
   // -- one request at a time
@@ -237,7 +264,7 @@ export class AssetList<Row extends AnyRow> {
         this.#failures = 0
       }
     } catch (error) {
-      const delay = RETRIES[this.#failures++]
+      const delay = RETRIES[this.#failures++] ?? (this.#passes && LONGEST_RETRY)
       if (delay) this.#timer = setTimeout(() => { void this.#pump() }, delay)
       else { this.#failures = 0; console.warn('supabase-autotag:', error) }
     } finally {
@@ -253,10 +280,10 @@ export class AssetList<Row extends AnyRow> {
     if (everything || head) {
       const last = everything ? data.rows.length : data.rows.findLastIndex((row) => this.#unsettled(row)) + 1
       const ids = this.#ids
-      this.#ids = new Set()
+      if (everything) this.#ids = new Set()
       this.#everything = this.#head = false
       try {
-        const fresh = await this.#top(Math.max(last, this.source.pageSize))
+        const fresh = await this.#top(Math.max(last, this.source.pageSize), !everything)
         if (generation === this.#generation) this.#write(fresh.rows, fresh.hasMore)
       } catch (error) {
         if (generation === this.#generation) { this.#everything ||= everything; this.#head ||= head; for (const id of ids) this.#ids.add(id) }
@@ -265,11 +292,11 @@ export class AssetList<Row extends AnyRow> {
       return
     }
     const known = new Set(data.rows.map((row) => this.#keyOf(row)))
-    const chunk: Key[] = []
+    const chunk: string[] = []
     let length = 0
     for (const id of this.#ids) {
-      length += String(id).length + 1
-      if (chunk.length >= MOST_IDS || length > LONGEST_IDS) break
+      length += encodeURIComponent(listed(id)).length + 3
+      if (chunk.length >= Math.min(MOST_IDS, this.#limit) || length > LONGEST_IDS) break
       this.#ids.delete(id)
       if (!this.#elsewhere.has(id)) chunk.push(id)
     }
@@ -278,7 +305,7 @@ export class AssetList<Row extends AnyRow> {
       const rows = await this.#byId(chunk, chunk.every((id) => known.has(id)))
       const now = this.#data
       if (!now || generation !== this.#generation) return
-      const merged = this.#merge(now, rows, new Set<unknown>(chunk))
+      const merged = this.#merge(now, rows, new Set(chunk))
       this.#head ||= now.hasMore && merged.length < this.source.pageSize // deleted or filtered out: fill the page again
       this.#write(merged, now.hasMore)
     } catch (error) {
@@ -293,18 +320,27 @@ export class AssetList<Row extends AnyRow> {
   }
 
   /** The rows with those that were fetched. What was asked for and did not come is gone: deleted, or filtered out. */
-  #merge(data: AssetData<Row>, fetched: readonly Row[], asked: ReadonlySet<unknown>): Row[] {
+  #merge(data: AssetData<Row>, fetched: readonly Row[], asked: ReadonlySet<string>): Row[] {
+    const { orderBy } = this.source
     const fresh = new Map(fetched.map((row) => [this.#keyOf(row), row]))
-    const rows = data.rows.filter((row) => !asked.has(this.#keyOf(row)) || fresh.has(this.#keyOf(row))).map((row) => {
-      const newer = fresh.get(this.#keyOf(row))
-      fresh.delete(this.#keyOf(row))
-      return newer ? { ...row, ...newer } : row
-    })
+    const rows: Row[] = []
+    for (const row of data.rows) {
+      const id = this.#keyOf(row)
+      const newer = fresh.get(id)
+      if (!newer) {
+        if (!asked.has(id)) rows.push(row)
+      } else if (orderBy in newer && newer[orderBy] !== row[orderBy]) {
+        fresh.set(id, { ...row, ...newer }) // in another place
+      } else {
+        fresh.delete(id)
+        rows.push({ ...row, ...newer })
+      }
+    }
     for (const row of fresh.values()) {
       const at = rows.findIndex((other) => this.#before(row, other))
       if (at >= 0) rows.splice(at, 0, row)
-      else if (data.hasMore) this.#elsewhere.add(this.#keyOf(row)) // on a later page
-      else rows.push(row)
+      else if (!data.hasMore) rows.push(row)
+      else if (!this.#moves) this.#elsewhere.add(this.#keyOf(row)) // on a later page
     }
     return rows
   }
@@ -314,33 +350,48 @@ export class AssetList<Row extends AnyRow> {
   async #ask(builder: Builder): Promise<Row[]> {
     const { data, error, status } = await (builder as PromiseLike<{ data: Row[] | null, error: never, status: number }>)
     this.#fetchEnded = Date.now()
+    this.#passes = !status || status >= 500 || [401, 408, 429].includes(status)
     if (error) throw fromRest(error, status)
+    this.#largest = Math.max(this.#largest, data?.length ?? 0)
     return data ?? []
   }
 
-  /** The first rows, as many as `count`, and those that this page has written meanwhile. */
-  async #top(count: number): Promise<AssetData<Row>> {
+  /** The first rows, as many as `count`, and those that this page has written meanwhile; `below`: and the loaded rows below them. */
+  async #top(count: number, below: boolean): Promise<AssetData<Row>> {
     const began = Date.now()
     this.#put.clear()
     const generation = this.#generation
-    const rows: Row[] = []
-    let full = true
-    while (full && rows.length < count) {
-      const size = Math.min(count - rows.length, CHUNK)
-      const page = await this.#page(size, rows.at(-1))
-      rows.push(...page)
-      full = page.length === size
-    }
+    const { rows, full } = await this.#rows(count)
     if (generation === this.#generation) this.#loadBegan = began
-    const tail = full ? this.#data?.rows ?? [] : []
+    const known = full && below ? this.#data?.rows ?? [] : []
     const top = new Set(rows.map((row) => this.#keyOf(row)))
-    const joins = tail.some((row) => top.has(this.#keyOf(row))) // otherwise rows are missing in between
+    const joins = known.some((row) => top.has(this.#keyOf(row))) // otherwise rows are missing in between
     const last = rows.at(-1)
-    const below = joins && last ? tail.filter((row) => !top.has(this.#keyOf(row)) && this.#before(last, row)) : []
-    const hasMore = full && (below.length ? this.#data!.hasMore : true)
-    const loaded = { rows: [...rows, ...below], hasMore }
+    const tail = joins && last ? known.filter((row) => !top.has(this.#keyOf(row)) && this.#before(last, row)) : []
+    const hasMore = full && (tail.length ? this.#data!.hasMore : true)
+    const loaded = { rows: [...rows, ...tail], hasMore }
     this.#elsewhere.clear()
     return { rows: this.#merge(loaded, [...this.#put.values()].filter((row) => !top.has(this.#keyOf(row))), new Set()), hasMore }
+  }
+
+  /**
+   * As many rows as `count` after one of them; `full`: there may be more. An answer is short at the end of the table, or at a limit
+   * of the project's own (db-max-rows). That is told apart by asking for one row more, where no answer was longer before.
+   */
+  async #rows(count: number, after?: Row): Promise<{ rows: Row[], full: boolean }> {
+    const rows: Row[] = []
+    while (rows.length < count) {
+      const size = Math.min(count - rows.length, this.#limit)
+      const page = await this.#page(size, rows.at(-1) ?? after)
+      rows.push(...page)
+      if (page.length === size) continue
+      if (!page.length || page.length < this.#largest) return { rows, full: false }
+      const next = await this.#page(1, rows.at(-1))
+      if (!next.length) return { rows, full: false }
+      rows.push(...next)
+      this.#limit = page.length
+    }
+    return { rows, full: true }
   }
 
   async #page(size: number, after: Row | undefined): Promise<Row[]> {
@@ -358,19 +409,27 @@ export class AssetList<Row extends AnyRow> {
     return await this.#ask(builder.order(key, { ascending }).limit(size))
   }
 
-  /** Rows by their ids; of rows that are known, only the columns that autotag writes. */
-  async #byId(ids: readonly Key[], known: boolean): Promise<Row[]> {
+  /** Rows by their ids, also where an answer is cut at the project's limit. Those that do not come are gone. */
+  async #byId(ids: readonly string[], known: boolean): Promise<Row[]> {
+    const rows = await this.#some(ids, known)
+    if (!rows.length || rows.length >= ids.length || rows.length < this.#largest) return rows
+    const found = new Set(rows.map((row) => this.#keyOf(row)))
+    return [...rows, ...await this.#byId(ids.filter((id) => !found.has(id)), known)]
+  }
+
+  /** Of rows that are known, only the columns that autotag writes. */
+  async #some(ids: readonly string[], known: boolean): Promise<Row[]> {
     const { query, key, written } = this.source
     const builder = query()
     const full = builder.url.searchParams.get('select') as string | null
-    const lean = known && this.#lean ? leanSelect(full, key, written) : null
+    const lean = known && this.#lean ? leanSelect(full, key, this.#moves ? [...written, this.source.orderBy] : written) : null
     try {
-      const rows = await this.#ask((lean ? builder.select(lean.select) : builder).in(key, ids))
+      const rows = await this.#ask((lean ? builder.select(lean.select) : builder).filter(key, 'in', `(${ids.map(listed).join()})`))
       return lean ? rows.map((row) => renamed(row, lean.names)) : rows
     } catch (error) {
       if (!lean || (error as { code?: string }).code !== '42703') throw error
       this.#lean = false // the table has no column `tags`
-      return await this.#byId(ids, false)
+      return await this.#some(ids, false)
     }
   }
 }

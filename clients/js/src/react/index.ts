@@ -10,7 +10,7 @@ import { addressOf, AssetList, WRITTEN } from './assets.js'
 import type { AnyRow, AssetData, Key } from './assets.js'
 import { JobList, OneJob } from './jobs.js'
 import type { LiveJob } from './jobs.js'
-import { useShared } from './shared.js'
+import { nameOf, useShared } from './shared.js'
 
 export type { LiveJob } from './jobs.js'
 
@@ -20,9 +20,9 @@ const Context = createContext<Provided | null>(null)
 export interface AutotagProviderProps {
   supabase: AnyClient
   /** The workspace of hooks that name none. */
-  workspaceId?: Key
+  workspaceId?: Key | undefined
   /** Only where you call `supabase.realtime.setAuth(token)` yourself. */
-  accessToken?: () => Promise<string | null>
+  accessToken?: (() => Promise<string | null>) | undefined
   children?: ReactNode
 }
 
@@ -59,12 +59,24 @@ export interface Tagging {
   retry: UseMutationResult<Enqueued, AutotagError, string>
 }
 
+/** The key of what the cache has of a workspace for one client of supabase-js. Its user's end is that of all below it. */
+function useKey(given: Key): readonly ['autotag', number, string] {
+  const client = useQueryClient()
+  const { supabase, workspaceId, accessToken } = useProvided(given)
+  const scope = useMemo(() => ['autotag', nameOf(supabase), String(workspaceId)] as const, [supabase, workspaceId])
+  useEffect(() => {
+    _liveOf(supabase, workspaceId, accessToken).kept.set(client, () => client.removeQueries({ queryKey: scope, type: 'inactive' }))
+  }, [client, supabase, workspaceId, accessToken, scope])
+  return scope
+}
+
 /** A workspace's uploads: what runs, and how to begin, cancel and retry one. */
 export function useTagging(given?: Key): Tagging {
   const client = useQueryClient()
   const { workspaceId } = useProvided(given)
   const autotag = useAutotag(workspaceId)
-  const queryKey = useMemo(() => ['autotag', 'jobs', String(workspaceId)], [workspaceId])
+  const scope = useKey(workspaceId)
+  const queryKey = useMemo(() => [...scope, 'jobs'], [scope])
   const list = useShared(client, JSON.stringify(queryKey), () => new JobList(client, queryKey, autotag))
   const { data } = useQuery({ queryKey, queryFn: () => list.load(), staleTime: Infinity })
   const live = useLive(workspaceId)
@@ -97,7 +109,8 @@ export function useJob(jobId: string | null, given?: Key): { job: Job | undefine
   const client = useQueryClient()
   const { workspaceId } = useProvided(given)
   const autotag = useAutotag(workspaceId)
-  const queryKey = useMemo(() => ['autotag', 'job', String(workspaceId), jobId], [workspaceId, jobId])
+  const scope = useKey(workspaceId)
+  const queryKey = useMemo(() => [...scope, 'job', jobId], [scope, jobId])
   const one = useShared(client, JSON.stringify(queryKey), () => new OneJob(client, queryKey, autotag, jobId ?? ''))
   const { data, error, isPending } = useQuery<Job, AutotagError>({
     queryKey, queryFn: () => one.load(), enabled: jobId !== null, staleTime: Infinity,
@@ -144,10 +157,9 @@ export function useAssets<Row extends object>(options: AssetsOptions<Row>): Asse
   const client = useQueryClient()
   const { supabase, workspaceId, accessToken } = useProvided(options.workspaceId)
   const address = addressOf(query)
+  const scope = useKey(workspaceId)
   const queryKey = useMemo(
-    () => ['autotag', 'assets', String(workspaceId), address, key, orderBy, ascending, pageSize],
-    [workspaceId, address, key, orderBy, ascending, pageSize],
-  )
+    () => [...scope, 'assets', address, key, orderBy, ascending, pageSize], [scope, address, key, orderBy, ascending, pageSize])
   const written = options.tagsColumn ? [...WRITTEN.filter((name) => name !== 'tags'), options.tagsColumn] : WRITTEN
   const source = { query, key, orderBy, ascending, pageSize, written }
   const list = useShared(client, JSON.stringify(queryKey), () =>

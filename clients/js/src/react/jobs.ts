@@ -21,6 +21,7 @@ export class JobList {
   readonly #client: QueryClient
   readonly #queryKey: QueryKey
   readonly #autotag: Autotag
+  #users = 0 // that have come and gone
   #stop: (() => void) | null = null
   readonly refresh = coalesce(async () => {
     await this.#client.fetchQuery({ queryKey: this.#queryKey, queryFn: () => this.load(), staleTime: 0 }).catch(() => undefined)
@@ -37,7 +38,10 @@ export class JobList {
       onProgress: (message) => this.patch(told(message)),
       onJobComplete: (message) => this.patch({ ...told(message), finished_at: new Date().toISOString() }),
       onSync: () => { void this.refresh() },
-      onUserChange: () => { this.#client.setQueryData(this.#queryKey, []) },
+      onUserChange: () => {
+        this.#users++
+        this.#client.setQueryData(this.#queryKey, [])
+      },
     })
   }
 
@@ -45,8 +49,10 @@ export class JobList {
 
   async load(): Promise<LiveJob[]> {
     const before = this.#client.getQueryData<LiveJob[]>(this.#queryKey) ?? []
+    const users = this.#users
     try {
       const live: LiveJob[] = await this.#autotag.jobs({ onlyLive: true })
+      if (users !== this.#users) return await this.load() // these are the former user's
       const fetched = new Set(live.map((job) => job.job_id))
       return [...live, ...before.filter((job) => ended(job) && !fetched.has(job.job_id))]
     } catch (error) {
@@ -93,7 +99,7 @@ export class OneJob {
         void this.refresh()
       },
       onSync: () => { if (!this.#client.getQueryData<Job>(this.#queryKey)?.finished_at) void this.refresh() },
-      onUserChange: () => { this.#client.removeQueries({ queryKey: this.#queryKey, exact: true }) },
+      onUserChange: () => { void this.#client.resetQueries({ queryKey: this.#queryKey, exact: true }) },
     })
   }
 

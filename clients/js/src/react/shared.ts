@@ -1,23 +1,30 @@
 import type { QueryClient } from '@tanstack/react-query'
-import { useEffect, useMemo } from 'react'
+import { useEffect, useReducer } from 'react'
+import type { AnyClient } from '../types.js'
 
 export interface Shareable { start(): void, stop(): void }
 
 const all = new WeakMap<QueryClient, Map<string, Shareable>>()
 const users = new WeakMap<Shareable, number>()
+const names = new WeakMap<AnyClient, number>()
+let clients = 0
+
+/** A client of supabase-js as part of a key: two of them, with two users, can share a cache. */
+export function nameOf(supabase: AnyClient): number {
+  const name = names.get(supabase) ?? ++clients
+  names.set(supabase, name)
+  return name
+}
 
 /** One object for all components with the same name; it runs while one of them is on the page. */
 export function useShared<T extends Shareable>(client: QueryClient, name: string, make: () => T): T {
-  // eslint-disable-next-line react-hooks/exhaustive-deps
-  const shared = useMemo(() => {
-    const own = all.get(client) ?? new Map<string, Shareable>()
-    all.set(client, own)
-    const found = (own.get(name) as T | undefined) ?? make()
-    own.set(name, found)
-    return found
-  }, [client, name])
+  const [, lookAgain] = useReducer((count: number) => count + 1, 0)
+  const own = all.get(client) ?? new Map<string, Shareable>()
+  all.set(client, own)
+  const shared = (own.get(name) as T | undefined) ?? make()
+  own.set(name, shared)
   useEffect(() => {
-    const own = all.get(client)!
+    if (own.get(name) !== shared && own.has(name)) return lookAgain() // made by others while this component was hidden (<Activity>)
     own.set(name, shared)
     const count = (users.get(shared) ?? 0) + 1
     users.set(shared, count)
@@ -29,7 +36,7 @@ export function useShared<T extends Shareable>(client: QueryClient, name: string
       shared.stop()
       own.delete(name)
     }
-  }, [client, name, shared])
+  }, [own, name, shared])
   return shared
 }
 
