@@ -14,6 +14,8 @@ from typing import Any
 
 #: Band formats of libvips, in the order of its enum ``VipsBandFormat``.
 FORMATS = ("uchar", "char", "ushort", "short", "uint", "int", "float", "complex", "double", "dpcomplex")
+#: What libvips and libtiff say when they get no memory. Otherwise the file would count as damaged.
+NO_MEMORY = ("out of memory", "allocate memory", "No space for")
 Option = int | float | bool | str
 
 
@@ -200,4 +202,4 @@ def _error(ffi: Any = None, lib: Any = None) -> VipsError | MemoryError:
         ffi, lib = _library()
     text = bytes(ffi.string(lib.vips_error_buffer())).decode(errors="replace").strip()
     lib.vips_error_clear()
-    return MemoryError(text) if "out of memory" in text else VipsError(text)
+    return MemoryError(text) if any(words in text for words in NO_MEMORY) else VipsError(text)
