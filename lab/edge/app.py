@@ -74,8 +74,8 @@ def make_edge(authenticator_url: str, owner_url: str, secret: str, files: Path, 
             claims = verify(secret, bearer(request.headers.get("authorization")))
         except TokenError as error:
             return JSONResponse({"code": 403, "error_code": "bad_jwt", "msg": f"invalid JWT: {error}"}, 403)
-        return JSONResponse({"id": claims.get("sub"), "aud": "authenticated", "role": claims["role"],
-                             "app_metadata": {}, "user_metadata": {}, "created_at": "2026-01-01T00:00:00Z"})  # fmt: skip
+        known = {"id": claims.get("sub"), "aud": "authenticated", "role": claims["role"]}
+        return JSONResponse(known | {"app_metadata": {}, "user_metadata": {}, "created_at": "2026-01-01T00:00:00Z"})
 
     objects = Objects(pool, files)
     uploads = [*Storage(pool, secret, objects).routes(), *Resumable(secret, objects).routes()]

@@ -36,7 +36,7 @@ OLD = os.environ.get("AUTOTAG_CLIENT") == "old"
 SCENARIOS = ["large", "slow", "two", "strict", "lapse", "sessions", "users", "offline", "reload", "quota", "stranger",
              "plain", "react"]  # fmt: skip
 #: Set to examples/next, after `npm ci` there, to build and drive that example, too (the scenario `next`). It is 300 MB, so CI does.
-NEXT = os.environ.get("AUTOTAG_NEXT")
+NEXT = (Path.cwd() / os.environ["AUTOTAG_NEXT"]) if "AUTOTAG_NEXT" in os.environ else None
 PAGE = '<!doctype html><meta charset="utf-8"><title>page</title><div id="root"></div><script type="module" src="page.js"></script>'
 
 
@@ -195,7 +195,7 @@ async def next_app(stack: Stack) -> AsyncIterator[str | None]:
     if not NEXT:
         yield None
         return
-    folder, port = Path(NEXT).resolve(), free_port()
+    folder, port = NEXT, free_port()
     command = folder / "node_modules" / ".bin" / "next"
     environment = {"NEXT_PUBLIC_SUPABASE_URL": stack.supabase_url, "NEXT_PUBLIC_SUPABASE_PUBLISHABLE_KEY": stack.anon_key,
                    "NEXT_TELEMETRY_DISABLED": "1"}  # fmt: skip
