@@ -83,7 +83,12 @@ try {
   await Promise.all([choose(second, [...given.files, given.refused]), choose(third, others)])
   await stored(second, 10)
   await look(second, 'upload-1440-light')
-  for (const page of [second, third]) await page.waitForFunction(() => document.getElementById('stop').hidden)
+  for (const page of [second, third]) {
+    await page.waitForFunction(() => document.getElementById('stop').hidden).catch(async (error) => {
+      const lines = await page.$$eval('.file', (all) => all.map((line) => `${line.dataset.state} ${line.innerText.replace(/\s+/g, ' ')}`))
+      throw new Error(`${error.message}\n${page === second ? 'second' : 'third'} window:\n${lines.join('\n')}`)
+    })
+  }
   seen.resumedAfterReload = seen.resumed.slice(before)
   seen.left = await second.$$eval('.file', (lines) => lines.map((line) => line.innerText.replace(/\s+/g, ' ').trim()))
   await second.waitForFunction((count) => document.querySelectorAll('.image[data-stage=queued]').length === count, given.files.length)
