@@ -84,6 +84,8 @@ def _show_survey(found: Survey, host: Mapping[str, str], examples: Sequence[Mapp
     """Prints what was found, before anything is written."""
     if found.keeps_adapter:
         say(f"The database has its host adapter (file rule {found.host.files.name}); it stays as it is.")
+        for note in found.notes:
+            say(note)
     else:
         show_host(host)
         say_examples(examples, found.notes)

@@ -60,6 +60,12 @@ def render(template: str, host: Host) -> str:
     return text.replace("{{ answers }}", literal(json.dumps(_answers(text, host), ensure_ascii=False)))
 
 
+def record_answers(host: Host) -> dict[str, Any]:
+    """What the adapter for a host records in `autotag.adapter_answers`, as it is read there. Without the functions."""
+    found: dict[str, Any] = json.loads(json.dumps(_answers("", host)))
+    return found
+
+
 def hash_body(body: str) -> str:
     """The hash of a function's body as Postgres keeps it (``md5(prosrc)``)."""
     return hashlib.md5(body.encode(), usedforsecurity=False).hexdigest()

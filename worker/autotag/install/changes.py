@@ -19,10 +19,10 @@ from autotag.install.answers import Choices, HostError
 from autotag.install.facts import Facts
 from autotag.install.host import FileRule, Host
 from autotag.install.migrations import VERSION, Migration, version_time
+from autotag.install.written import Written, written_migrations
 from autotag.texts import name_some
 
 CHANGE = "adapter_change_"
-_FILE = re.compile(rf"\d{{14}}_autotag_({CHANGE}(\d+))\.sql")
 #: Choices of which one replaces the others.
 _EXCLUSIVE = (
     ("members_table", "members_claim", "claim_form", "members_function", "owner"),
@@ -46,8 +46,8 @@ def with_remembered(choices: Choices, facts: Facts) -> Choices:
     """
     if facts.answers is None:
         raise HostError(
-            "The adapter in the database does not record its answers (autotag.adapter_answers), so init cannot change"
-            " them; edit its functions in a migration of your own."
+            "The adapter does not record its answers (autotag.adapter_answers), so init cannot change them; edit its"
+            " functions in a migration of your own."
         )
     told = {
         name: value for name, value in facts.answers["choices"].items() if name in {f.name for f in fields(Choices)}
@@ -113,7 +113,13 @@ def plan_change(url: str, facts: Facts, host: Host, folder: Path | None) -> Migr
     added = (
         [] if {host.tags, host.result} <= set(columns) else re.findall(r"^alter table .*?;\n", adapter, re.M | re.S)[:1]
     )
+    waiting = [file for name, file in _changes(folder).items() if name not in facts.applied]
     if not changed and not added:
+        if waiting:
+            raise HostError(
+                f"{waiting[0].path.name} is not applied yet and changes the adapter to other answers; apply it"
+                " (supabase db push) or delete it first."
+            )
         return None
     names = name_some([f"autotag.{name}" for name in changed], len(changed))
     texts = [functions[name][0] for name in (*changed, "adapter_answers")]
@@ -150,17 +156,22 @@ def _check_fixed(url: str, facts: Facts, host: Host) -> None:
 _KEYS = ["asset_id", "workspace_id", "user_id"]
 
 
+def _changes(folder: Path | None) -> dict[str, Written]:
+    """The files with changes of the adapter, by name."""
+    return {name: file for name, file in written_migrations(folder).items() if name.startswith(CHANGE)}
+
+
 def _number(sql: str, facts: Facts, folder: Path | None) -> Migration:
     """The change as the next migration, or as the one that is there and waits to be applied."""
-    files = {
-        match[1]: path for path in (folder.glob("*.sql") if folder else ()) if (match := _FILE.fullmatch(path.name))
-    }
+    files = _changes(folder)
     waiting = [name for name in files if name not in facts.applied]
     numbers = [int(name.removeprefix(CHANGE)) for name in {*files, *facts.applied} if name.startswith(CHANGE)]
     name = f"{CHANGE}{1 + max(numbers, default=0)}"
     for other in waiting:
-        if files[other].read_text() != sql:
-            raise HostError(f"{files[other].name} is not applied yet; apply it (supabase db push) or delete it first.")
+        if files[other].sql != sql:
+            raise HostError(
+                f"{files[other].path.name} is not applied yet; apply it (supabase db push) or delete it first."
+            )
         name = other
     later = [version_time(version) + timedelta(seconds=1) for version in facts.applied.values()]
     return Migration(max([datetime.now(UTC).replace(tzinfo=None), *later]).strftime(VERSION), name, sql)

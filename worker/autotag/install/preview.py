@@ -58,7 +58,8 @@ def show_examples(url: str, found: Survey) -> list[dict[str, Any]] | None:
     """
     if found.keeps_adapter or (found.facts.adapter is not None and found.change is None):
         return None
-    adapter = found.change.sql if found.change else render(TEMPLATE.read_text(), found.host)
+    change = found.change or found.waiting
+    adapter = change.sql if change else render(TEMPLATE.read_text(), found.host)
     token = f"select set_config('request.jwt.claims', {literal(_stranger(found.host))}, true)"
     statements = f"begin; {adapter}; {token}; {_question(found.host)}; rollback"
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
