@@ -13,7 +13,16 @@ from dataclasses import dataclass, field, replace
 
 from autotag.install.answers import EVERY_ROW, Ask, Choices, HostError
 from autotag.install.conditions import check_form
-from autotag.install.evidence import WORKSPACE, claim_in, doubts_about, is_user, snake, sounds_like_members, states
+from autotag.install.evidence import (
+    WORKSPACE,
+    claim_in,
+    describe_functions,
+    doubts_about,
+    is_user,
+    snake,
+    sounds_like_members,
+    states,
+)
 from autotag.install.facts import Facts, Table
 from autotag.install.keys import KEY_TYPES, key_columns
 from autotag.texts import name_some
@@ -147,7 +156,9 @@ def _refuse_several(choices: Choices) -> None:
 def _ask(
     facts: Facts, table: Table, workspace: str, choices: Choices, candidates: Sequence[Candidate], ask: Ask
 ) -> Members:
-    functions = [name for name in _functions(facts, table.base_type(workspace) or "") if sounds_like_members(name)]
+    possible = _functions(facts, table.base_type(workspace) or "")
+    asked = describe_functions(table, possible)
+    functions = [*asked, *(name for name in possible if name not in asked and sounds_like_members(name))]
     tables = sorted(c.members.table for c in candidates)
     likely = [name for name in tables if sounds_like_members(name)] or tables
     if not likely and not functions:
@@ -160,7 +171,8 @@ def _ask(
     reasons = "; ".join(
         f"{c.members.table} {' and '.join(c.doubts[:2])}" for c in candidates if c.doubts and c.members.table in likely
     )
-    named = f" ({name_some(functions)})" if functions else ""
+    described = name_some([f"{name} {asked[name]}" if name in asked else name for name in functions])
+    named = f" ({described})" if functions else ""
     others = f"For another way, set --members-function{named}, --members-claim or --owner-column."
     if likely:
         question = (
@@ -171,6 +183,7 @@ def _ask(
     else:
         question = "Which function says whether the caller is a member of a workspace? If a table lists them, set"
         question += " --members-table; otherwise --members-claim or --owner-column."
+        question += f" ({described})" if asked else ""
         answer = ask("--members-function", question, functions)
     if _plain(answer) in functions:
         return _function(facts, table, workspace, answer)

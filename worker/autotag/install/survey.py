@@ -19,6 +19,7 @@ from autotag.install.files import find_full_paths, find_rule, users_see_files
 from autotag.install.host import Ask, Choices, FileRule, Host, HostError, notes_on_rows, notes_on_tags, propose
 from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, Migration, spending_limit
 from autotag.install.origin import storage_hosts
+from autotag.install.rights import note_on_updates
 from autotag.install.written import Written, check_answers, edited_functions, recorded_answers, written_migrations
 from autotag.texts import name_some
 
@@ -84,6 +85,7 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
         *notes_on_tags(facts, host),
         *_notes_on_trust(facts, host),
     )
+    notes += tuple(note_on_updates(facts, host))
     if waiting and facts.answers:
         check_answers(waiting, facts.answers, record_answers(host))
         notes += _notes_on_edits(waiting, facts.answers)
