@@ -176,6 +176,41 @@ def test_elsewhere_migrate_applies_what_init_would_write(
     assert (missing.exit_code, "no Supabase project" in missing.stderr) == (2, True)
 
 
+RIGHTS = """
+    select p.oid::regprocedure::text, p.prosrc, pg_get_function_result(p.oid), p.proconfig, p.prosecdef, array(
+      select distinct a.grantee::regrole::text || a.privilege_type from aclexplode(p.proacl) a order by 1)
+    from pg_proc p where p.pronamespace = 'autotag'::regnamespace order by 1"""
+
+
+def test_the_caller_can_change_while_no_user_is_stored(own_url: str, folder: Path) -> None:
+    """The type of users' ids changes with it, there and back; functions, their rights and the columns stay the same."""
+    url = own_url
+    init(url, *READERS)
+    assert invoke("migrate", url).exit_code == 0
+    with psycopg.connect(url, autocommit=True) as connection:
+        for claim, kind in (("sub", "text"), ("auth.uid()", "uuid")):
+            before = connection.execute(RIGHTS.encode()).fetchall()
+            init(url, "--caller-claim", claim)
+            assert invoke("migrate", url).exit_code == 0
+            after = connection.execute(RIGHTS.encode()).fetchall()
+            assert [row[0] for row in after] == [row[0] for row in before]
+            changed = {old[0] for old, new in zip(before, after, strict=True) if old != new}
+            assert changed == {"autotag.caller()", "autotag.nobody()", "autotag.adapter_answers()"}
+            assert [(old[2:]) for old in before] == [(new[2:]) for new in after], "types, settings and rights"
+            found = connection.execute(
+                "select distinct format_type(t.typbasetype, null) from pg_attribute a join pg_type t on t.oid = a.atttypid"
+                " where t.typname = 'user_id'"
+            ).fetchall()
+            assert found == [(kind,)]
+            assert connection.execute("select autotag.diagnose() -> 'findings'").fetchone()
+        with connection.transaction():
+            connection.execute("select set_config('request.jwt.claims', %s, true)", (json.dumps({"sub": READER}),))
+            connection.execute("set local role authenticated")
+            connection.execute("select public.enqueue_tagging(array[1]::bigint[])")
+    done = invoke("init", url, "--caller-claim", "sub")
+    assert (done.exit_code, "has stored ids" in done.stderr) == (2, True), done.output
+
+
 @pytest.mark.parametrize("text", ["", "it's", "a$b", "a\\b", "a\\044", "'$'", "\\$\\\\'"])
 def test_a_literal_is_read_as_it_was_written(text: str) -> None:
     assert read_literal(literal(text)) == text

@@ -19,6 +19,7 @@ from autotag.install.answers import Choices, HostError
 from autotag.install.facts import Facts
 from autotag.install.host import FileRule, Host
 from autotag.install.migrations import VERSION, Migration, version_time
+from autotag.install.user_type import SWAP, stores_users
 from autotag.install.written import Written, written_migrations
 from autotag.texts import name_some
 
@@ -89,7 +90,7 @@ def plan_change(url: str, facts: Facts, host: Host, folder: Path | None) -> Migr
             change has been written and not applied.
         psycopg.OperationalError: the database cannot be reached.
     """
-    _check_fixed(url, facts, host)
+    swap = _check_fixed(url, facts, host)
     written = {} if facts.answers is None else facts.answers["functions"]
     adapter = render(TEMPLATE.read_text(), host)
     functions = {found["name"]: (found[0], hash_body(found["body"])) for found in FUNCTION.finditer(adapter)}
@@ -123,19 +124,26 @@ def plan_change(url: str, facts: Facts, host: Host, folder: Path | None) -> Migr
         return None
     names = name_some([f"autotag.{name}" for name in changed], len(changed))
     texts = [functions[name][0] for name in (*changed, "adapter_answers")]
-    return _number("\n".join([_HEAD.format(names=names), *added, *(f"{text}\n" for text in texts)]), facts, folder)
+    return _number(
+        "\n".join([_HEAD.format(names=names), *swap, *added, *(f"{text}\n" for text in texts)]), facts, folder
+    )
 
 
-def _check_fixed(url: str, facts: Facts, host: Host) -> None:
-    """Refuses what is stored by now: other keys, another table beside the present one, another column of tags."""
+def _check_fixed(url: str, facts: Facts, host: Host) -> list[str]:
+    """Refuses what is stored by now: other keys, another table beside the present one, another column of tags.
+
+    Returns the statement that changes the type of users' ids, if it can change.
+    """
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
         types = connection.execute(
             "select format_type(atttypid, null) from pg_attribute"
             " where attrelid = 'autotag.keys'::regclass and attname = any (%s)"
             " order by array_position(%s, attname::text)", (_KEYS, _KEYS),
         ).fetchall()  # fmt: skip
-    wanted = (host.id_type, host.workspace_type, host.user_type)
-    if tuple(kind for (kind,) in types) != wanted:
+        present = [kind for (kind,) in types]
+        swaps = present[2:] != [host.user_type] and not stores_users(connection)
+    wanted = [host.id_type, host.workspace_type, host.user_type]
+    if present != wanted and not (swaps and present[:2] == wanted[:2]):
         raise HostError(
             f"The new answers need ids of other types ({', '.join(wanted)}), and autotag has stored ids of the present"
             " ones; uninstall it first (docs/install.md)."
@@ -151,6 +159,7 @@ def _check_fixed(url: str, facts: Facts, host: Host) -> None:
             f"autotag remembers whose each tag in {told['tags']} is, so the tags cannot move to {host.tags}: they would"
             f" all count as removed. Rename {told['tags']} instead, and run this again."
         )
+    return [SWAP.format(kind=host.user_type)] if swaps else []
 
 
 _KEYS = ["asset_id", "workspace_id", "user_id"]

@@ -135,9 +135,9 @@ def _agree_on_updates(holds: Mapping[Policy, bool]) -> bool:
     return not updates or (any(updates.values()) and all(policy.permissive for policy in updates))
 
 
-def called_functions(policies: Iterable[Policy], names: Iterable[str]) -> list[str]:
-    """Which of these functions the conditions of policies call."""
-    text = " ".join(f"{policy.using} {policy.check}" for policy in policies)
+def called_functions(conditions: Iterable[Policy | str], names: Iterable[str]) -> list[str]:
+    """Which of these functions the conditions, of policies or as text, call."""
+    text = " ".join(one if isinstance(one, str) else f"{one.using} {one.check}" for one in conditions)
     return [name for name in names if re.search(rf'(?<![\w".]){re.escape(table_name(name))}\(', text)]
 
 
@@ -352,6 +352,13 @@ def claim_in(images: Table, workspace: str) -> tuple[tuple[str, ...], str]:
         return none
     claim = found.pop()
     return claim if _agree_on_updates({policy: own == claim for policy, own in claims.items()}) else none
+
+
+def read_as(images: Table, claim: Sequence[str]) -> str:
+    """The form of a claim in policies that compare it in another way (``coalesce``): ``text``, or empty: not known."""
+    text = " ".join(plain(one) for policy in images.row_policies for one in (policy.using, policy.check))
+    as_text = caller_code(claim)
+    return "text" if as_text in text and as_text.replace("->>", "->") not in text else ""
 
 
 def claim_of(text: str, workspace: str) -> tuple[tuple[str, ...], str]:

@@ -18,7 +18,7 @@ from autotag.install.evidence import snake
 from autotag.install.facts import Facts, Table
 from autotag.install.keys import KEY_TYPES, check_table, check_written, find_id, key_columns, key_type
 from autotag.install.members import Members as Members
-from autotag.install.members import find_members, read_claim
+from autotag.install.members import find_members, read_caller
 from autotag.install.quoting import quote
 from autotag.texts import name_some
 
@@ -129,7 +129,7 @@ def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
     table = _table(facts, choices.table, ask)
     check_table(table)
     id_column = find_id(table, choices.id, ask)
-    caller = read_claim(choices.caller_claim, "--caller-claim") if choices.caller_claim else ()
+    caller = read_caller(choices)
     workspace, owned = _workspace(table, choices, ask)
     path, url, object_column = _places(table, choices, ask)
     bucket_column = _optional(table, "", None, BUCKETS) if path else None
@@ -141,15 +141,21 @@ def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
     members = (
         Members(owner=True, user_type=workspace_type) if owned else find_members(facts, table, workspace, choices, ask)
     )
-    # The ids of Supabase's own users are uuids. Those of another login are of the type that the project stores them in.
-    user_type = ("text" if members.claim or members.function else members.user_type) if caller else "uuid"
     return Host(
         table.name, id_column, workspace, _key(table, id_column, "--id-column"), workspace_type,
-        KEY_TYPES.get(user_type, user_type), path=path, bucket_column=bucket_column, bucket=bucket, url=url, tags=tags,
+        user_type(members, caller), path=path, bucket_column=bucket_column, bucket=bucket, url=url, tags=tags,
         tags_type=tags_type, result=RESULT, members=members, caller=caller,
         where=_where(table, choices, ask), object=object_column,
         full_paths=bool(choices.full_paths), editors=_editors(choices.editors),
     )  # fmt: skip
+
+
+def user_type(members: Members, caller: Sequence[str]) -> str:
+    """The base type of users' ids: those of Supabase's own are uuids, others have the type that is stored."""
+    if not caller:
+        return "uuid"
+    kind = "text" if members.claim or members.function else members.user_type
+    return KEY_TYPES.get(kind, kind)
 
 
 def _where(table: Table, choices: Choices, ask: Ask) -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from autotag.install.answers import EVERY_ROW, Ask, Choices, HostError
+from autotag.install.answers import EVERY_ROW, OWN_LOGINS, Ask, Choices, HostError
 from autotag.install.conditions import check_form
 from autotag.install.evidence import (
     WORKSPACE,
@@ -19,6 +19,7 @@ from autotag.install.evidence import (
     describe_functions,
     doubts_about,
     is_user,
+    read_as,
     snake,
     sounds_like_members,
     states,
@@ -89,6 +90,16 @@ def read_claim(text: str, option: str) -> tuple[str, ...]:
     return parts
 
 
+def read_caller(choices: Choices) -> tuple[str, ...]:
+    """The path of the claim that says who the caller is; empty: `auth.uid()`.
+
+    Raises:
+        HostError: it is no claim.
+    """
+    wanted = choices.caller_claim
+    return read_claim(wanted, "--caller-claim") if wanted and wanted != OWN_LOGINS else ()
+
+
 def find_members(facts: Facts, table: Table, workspace: str, choices: Choices, ask: Ask) -> Members:
     """Who belongs to the workspace of an image.
 
@@ -127,7 +138,8 @@ def _claim(table: Table, workspace: str, choices: Choices, wanted: str) -> Membe
     """The claim that a person names. What the policies read as one form is that form here, too."""
     claim, form = claim_in(table, workspace)
     named = read_claim(wanted, "--members-claim")
-    return Members(claim=named, claim_form=choices.claim_form or (form if claim == named else ""))
+    form = form if claim == named else read_as(table, named)
+    return Members(claim=named, claim_form=choices.claim_form or form)
 
 
 def _may_be_it(facts: Facts, images: Table, members: Members) -> bool:
@@ -255,8 +267,8 @@ def _candidate(facts: Facts, table: Table, workspace: str, other: Table, choices
     members = _members_of(facts, table, workspace, other, choices)
     if members is None or members.workspace == members.user:
         return None
-    caller = read_claim(choices.caller_claim, "--caller-claim") if choices.caller_claim else ()
-    doubts = doubts_about(facts, table, workspace, other, (members.workspace, members.user), caller)
+    columns = members.workspace, members.user
+    doubts = doubts_about(facts, table, workspace, other, columns, read_caller(choices))
     return Candidate(members, doubts + ([] if table.row_security else _beside(facts, table, workspace, other)))
 
 
@@ -292,7 +304,7 @@ def _members_of(facts: Facts, table: Table, workspace: str, other: Table, choice
 
 def _user_column(facts: Facts, other: Table, workspace: str | None, choices: Choices) -> str | None:
     """The column with the user: by its key, its reference, then its name."""
-    kinds = KEYS if choices.caller_claim else ("uuid", "text", "character varying")
+    kinds = KEYS if read_caller(choices) else ("uuid", "text", "character varying")
     possible = [n for n in other.columns if n != workspace and other.base_type(n) in kinds]
     named = [n for name in USERS for n in possible if snake(n) == name]
     referring = [n for n in possible if n in other.references and is_user(facts, other.references[n])]

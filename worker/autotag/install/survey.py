@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autotag.install.adapter import record_answers
+from autotag.install.callers import note_on_tokens, with_caller
 from autotag.install.changes import plan_change, with_kept_files, with_remembered
 from autotag.install.conditions import check_condition, check_tags, check_users
 from autotag.install.evidence import users_join, writes_unchecked
@@ -69,7 +70,7 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
     chosen = choices
     if facts.adapter is not None or waiting:
         choices = with_remembered(choices, facts)
-    host = propose(facts, choices, ask)
+    host = with_caller(url, facts, propose(facts, choices, ask), choices, ask)
     _check_host(url, facts, host)
     if choices.full_paths is None:
         host = replace(host, full_paths=find_full_paths(url, host))
@@ -85,7 +86,7 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
         *notes_on_tags(facts, host),
         *_notes_on_trust(facts, host),
     )
-    notes += tuple(note_on_updates(facts, host))
+    notes += (*note_on_updates(facts, host), *note_on_tokens(facts, host))
     if waiting and facts.answers:
         check_answers(waiting, facts.answers, record_answers(host))
         notes += _notes_on_edits(waiting, facts.answers)
@@ -120,8 +121,9 @@ def _check_host(url: str, facts: Facts, host: Host) -> None:
         check_condition(url, host.table, "a", host.where, "--where")
     if host.members.where:
         check_condition(url, host.members.table, "m", host.members.where, "--members-where")
-    if host.members.table and not host.caller and host.members.user_type != "uuid":
-        check_users(url, host.members.table, host.members.user)
+    members = host.members
+    if not host.caller and members.user_type != "uuid" and (members.table or members.owner):
+        check_users(url, *((host.table, host.workspace) if members.owner else (members.table, members.user)))
     if host.tags_type in ("json", "jsonb") and host.tags in images.columns and facts.adapter is None:
         check_tags(url, host.table, host.tags, images.defaults.get(host.tags))
 
