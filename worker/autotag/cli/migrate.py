@@ -13,10 +13,10 @@ import autotag
 from autotag.cli import options
 from autotag.cli.console import say, say_json
 from autotag.cli.errors import LOCAL_DATABASE, explain_install_errors
-from autotag.cli.questions import answerer, ask_spending_limit, on_terminal, show_host
+from autotag.cli.questions import ask_spending_limit, on_terminal, show_host, survey_project
 from autotag.install import migrations
 from autotag.install.host import Choices, HostError, describe
-from autotag.install.survey import plan_spending_limit, survey
+from autotag.install.survey import plan_extra, plan_spending_limit
 from autotag.install.written import Written, written_migrations
 
 HELP_END = options.help_end(
@@ -78,14 +78,14 @@ def _apply_answers(
     url: str, choices: Choices, spending_limit: float | None, *, interactive: bool, quiet: bool
 ) -> tuple[list[str], Sequence[str]]:
     """Applies what autotag init would write. Returns the names of what it applied, and what a person should know."""
-    found = survey(url, choices, answerer(interactive), may_ask=interactive)
+    found = survey_project(url, choices, interactive=interactive)
     if not quiet and (migrations.HOST_ADAPTER not in found.facts.applied or found.change):
         show_host(describe(found.host, found.facts))
         for note in found.notes:
             say(note)
     ask_limit = ask_spending_limit if interactive else None
     limit = plan_spending_limit(spending_limit, found.facts, None, ask_limit)
-    extra = [*filter(None, [found.change]), *limit]
+    extra = [*plan_extra(found), *limit]
     return migrations.apply_migrations(url, host=found.host, extra=extra), found.notes
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from autotag.install.answers import OWN_LOGINS, Ask, Choices
+from autotag.install.answers import OWN_LOGINS, Ask, Choices, HostError
 from autotag.install.conditions import UUID, find_user
 from autotag.install.evidence import called_functions, plain
 from autotag.install.facts import Facts
@@ -20,11 +20,17 @@ def with_caller(url: str, facts: Facts, host: Host, choices: Choices, ask: Ask) 
     """The host with the claim that says who the caller is, which is asked for where it seems not to be `auth.uid()`.
 
     Raises:
-        HostError: the answer is no claim, or ``ask`` raised it.
+        HostError: the answer is no claim, the owner of an image is a number, or ``ask`` raised it.
         psycopg.OperationalError: the database cannot be reached.
     """
     if choices.caller_claim:
         return host
+    if host.members.owner and host.members.user_type in ("bigint", "integer", "smallint"):
+        raise HostError(
+            f"{host.table}.{host.workspace} is {host.members.user_type}, and auth.uid() is a uuid, so no caller is such"
+            f" an owner; set --caller-claim to the claim with that number, or --workspace-column with a view"
+            f" of ({host.workspace}, uuid of the user) as --members-table."
+        )
     reason = _doubt(url, facts, host)
     if not reason:
         return host

@@ -26,6 +26,7 @@ from autotag.install.evidence import (
 )
 from autotag.install.facts import Facts, Table
 from autotag.install.keys import KEY_TYPES, key_columns
+from autotag.install.quoting import quote, table_name
 from autotag.texts import name_some
 
 USERS = ("user_id", "member_id", "profile_id", "auth_user_id")
@@ -174,14 +175,20 @@ def _ask(
     tables = sorted(c.members.table for c in candidates)
     likely = [name for name in tables if sounds_like_members(name)] or tables
     if not likely and not functions:
-        question = (
+        same = [
+            other for other in facts.tables.values() if table.references.get(workspace) in other.references.values()
+        ]
+        joins = [join for other in same if other.name != table.name and (join := needs_join(facts, other, choices))]
+        question = (f"{joins[0]}. " if joins else "") + (
             "Which claim of the JWT names the workspaces of a user (for example app_metadata.org_ids)? If a table lists"
             " the members, set --members-table, --members-workspace-column and --members-user-column; if a function"
             " decides, --members-function; if each user has a workspace of their own, --owner-column."
         )
         return _claim(table, workspace, choices, ask("--members-claim", question, ()))
     reasons = "; ".join(
-        f"{c.members.table} {' and '.join(c.doubts[:2])}" for c in candidates if c.doubts and c.members.table in likely
+        f"{c.members.table} {', and it '.join(c.doubts[:2])}"
+        for c in candidates
+        if c.doubts and c.members.table in likely
     )
     described = name_some([f"{name} {asked[name]}" if name in asked else name for name in functions])
     named = f" ({described})" if functions else ""
@@ -200,8 +207,8 @@ def _ask(
     if _plain(answer) in functions:
         return _function(facts, table, workspace, answer)
     chosen = _chosen_table(facts, table, workspace, choices, answer)
-    doubts = next((c.doubts for c in candidates if c.members.table == chosen.table), [])
-    return _current(chosen, doubts, choices, ask)
+    other = facts.tables.get(chosen.table) or facts.views[chosen.table]
+    return _current(chosen, states(other, (chosen.workspace, chosen.user)), choices, ask)
 
 
 def _current(chosen: Members, doubts: Sequence[str], choices: Choices, ask: Ask) -> Members:
@@ -238,6 +245,8 @@ def _chosen_table(facts: Facts, table: Table, workspace: str, choices: Choices, 
     if other is None:
         raise HostError(f"There is no table {name}; name the table of the members with --members-table.")
     found = _members_of(facts, table, workspace, other, choices)
+    if other.name != table.name and (join := needs_join(facts, other, choices)):
+        raise HostError(f"{join}.")
     if found is None or other.name == table.name:
         if choices.members_workspace or choices.members_user:
             raise HostError(
@@ -255,6 +264,37 @@ def _chosen_table(facts: Facts, table: Table, workspace: str, choices: Choices, 
             " (--members-table), or a security definer function (--members-function)."
         )
     return _with_condition(found, choices)
+
+
+def needs_join(facts: Facts, other: Table, choices: Choices) -> str:
+    """What to do where a table of members names users by keys of the project's own, which no login has; or empty."""
+    named = (choices.members_user, *USERS)
+    user = next((n for n in named if n and other.base_type(n) in ("bigint", "integer", "smallint")), None)
+    if (
+        user is None
+        or read_caller(choices)
+        or (choices.members_user is None and _user_column(facts, other, None, choices))
+    ):
+        return ""
+    to = other.references.get(user)
+    people = facts.tables.get(to[0]) if to else None
+    login = next(
+        (n for n in (people.columns if people else {}) if people and people.references.get(n) == ("auth.users", "id")),
+        None,
+    )
+    text = f"{other.name}.{user} is {other.base_type(user)}, and auth.uid() is a uuid"
+    if not (to and login):
+        return f"{text}; name a view with the uuids of the users (--members-table), or a function (--members-function)"
+    columns = ", ".join(f"m.{quote(n)}" for n in other.columns if n != user)
+    view = (
+        f"select {columns}, u.{quote(login)} as user_id from {table_name(other.name)} m"  # noqa: S608 - for people
+        f" join {table_name(to[0])} u on u.{quote(to[1])} = m.{quote(user)};"
+    )
+    return (
+        f"{text}, which is {to[0]}.{login}; make a view that joins them, and name it (--members-table private.members):"
+        f" create schema if not exists private; create view private.members as {view} or name a function"
+        " (--members-function)"
+    )
 
 
 def _with_condition(members: Members, choices: Choices) -> Members:

@@ -16,6 +16,7 @@ from autotag.install.adapter import render
 from autotag.install.answers import HostError
 from autotag.install.facts import adapter_version, applied_migrations
 from autotag.install.host import Host
+from autotag.install.quoting import quote, table_name
 from autotag.install.written import HOST_ADAPTER as HOST_ADAPTER
 from autotag.install.written import HOST_BASELINE, MIGRATION_FILE, Written, check_versions, written_migrations
 from autotag.texts import name_some
@@ -34,6 +35,19 @@ SPENDING_LIMIT_SQL = """\
 --   insert into autotag.quotas (workspace_id, scope, period, max_cost) values ('…', 'workspace', 'month', 100);
 insert into autotag.quotas (scope, period, max_cost)
 values ('workspace', 'month', DOLLARS) on conflict do nothing;
+"""
+PROFILE_VERSIONS = "profile_versions"
+PROFILE_VERSIONS_SQL = """\
+-- Images have results of an earlier installation, which name the versions of its profiles. The new versions go on
+-- behind them, so that autotag enqueue --outdated finds these images.
+set local statement_timeout = '10min';
+select setval('autotag.profile_versions', max(v.version)::integer)
+from {table} a
+cross join lateral (
+  select case when jsonb_typeof(a.{result} -> 'profile') = 'number' then (a.{result} -> 'profile')::numeric end
+) v (version)
+where v.version between 1 and 1000000   -- users may be able to write results
+having max(v.version) is not null;
 """
 VERSION = "%Y%m%d%H%M%S"
 _ADAPTER_VERSION = re.compile(r"autotag\.adapter_version\(\).*?select (\d+)", re.DOTALL)
@@ -95,6 +109,12 @@ def _planned(adapter: int | None, extra: Sequence[Migration], *, with_host_basel
 def spending_limit(dollars: float) -> Migration:
     """The migration that limits what each workspace may spend in a month. It is the last to apply."""
     return Migration("20261128999999", SPENDING_LIMIT, SPENDING_LIMIT_SQL.replace("DOLLARS", f"{dollars:.2f}"))
+
+
+def profile_versions(host: Host) -> Migration:
+    """The migration that continues the numbers of profiles where a column of results has been left."""
+    text = PROFILE_VERSIONS_SQL.format(table=table_name(host.table), result=quote(host.result))
+    return Migration("20261128999998", PROFILE_VERSIONS, text)
 
 
 def apply_migrations(

@@ -18,7 +18,7 @@ from autotag.install.evidence import users_join, writes_unchecked
 from autotag.install.facts import Facts, read_facts
 from autotag.install.files import find_full_paths, find_rule, users_see_files
 from autotag.install.host import Ask, Choices, FileRule, Host, HostError, notes_on_rows, notes_on_tags, propose
-from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, Migration, spending_limit
+from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, Migration, profile_versions, spending_limit
 from autotag.install.origin import storage_hosts
 from autotag.install.rights import note_on_updates
 from autotag.install.written import Written, check_answers, edited_functions, recorded_answers, written_migrations
@@ -44,6 +44,14 @@ class Survey:
     notes: tuple[str, ...] = ()
     change: Migration | None = None
     waiting: Written | None = None
+
+
+def plan_extra(found: Survey) -> list[Migration]:
+    """The migrations beside those of every project: a change of the adapter, or what an earlier installation left."""
+    host, facts = found.host, found.facts
+    table = facts.tables.get(host.table)
+    left = facts.adapter is None and table is not None and host.result in table.columns
+    return [*filter(None, [found.change]), *([profile_versions(host)] if left else [])]
 
 
 def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path | None = None) -> Survey:

@@ -1,0 +1,92 @@
+"""A person who runs `init` is asked what matters, and can correct an answer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from typer.testing import CliRunner, Result
+
+from autotag.cli.app import app
+from conftest import BARE_TEMPLATE, copied_database
+from lab.postgres import LocalPostgres
+
+#: As Prisma makes it, with ids of Supabase's users as text.
+SCHEMA = """
+    create table public."User" (id text primary key);
+    create table public."Workspace" (id text primary key);
+    create table public."WorkspaceMember" ("workspaceId" text references public."Workspace", "userId" text references public."User",
+      "createdAt" timestamp(3) not null default current_timestamp, primary key ("workspaceId", "userId"));
+    create table public.assets (id text primary key, "workspaceId" text not null, image_url text, deleted_at timestamptz);
+    insert into public."User" values ('00000000-0000-4000-8000-0000000000b1');
+    insert into public."Workspace" values ('w1');
+    insert into public."WorkspaceMember" values ('w1', '00000000-0000-4000-8000-0000000000b1');
+    insert into public.assets values ('a1', 'w1', 'https://example.com/1.jpg');"""
+
+
+@pytest.fixture(scope="module")
+def url(postgres: LocalPostgres) -> Iterator[str]:
+    """A database for tests that install nothing."""
+    with copied_database(postgres, BARE_TEMPLATE) as name:
+        with psycopg.connect(postgres.url(database=name), autocommit=True) as connection:
+            connection.execute(SCHEMA.encode())
+        yield postgres.url(database=name)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "supabase").mkdir()
+    (tmp_path / "supabase" / "config.toml").write_text('project_id = "test"\n')
+    return tmp_path
+
+
+def answer(url: str, project: Path, monkeypatch: pytest.MonkeyPatch, *answers: str) -> Result:
+    monkeypatch.setattr("autotag.cli.init.on_terminal", lambda: True)
+    return CliRunner().invoke(
+        app, ["init", str(project), "--database-url", url], input="".join(f"{a}\n" for a in answers)
+    )
+
+
+def test_only_what_a_row_can_be_is_asked(url: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No foreign key and text ids are no reason to ask which rows are members: an option would not be asked that, either."""
+    done = answer(url, project, monkeypatch, "WorkspaceMember", "deleted_at is null", "0")
+    assert done.exit_code == 0, done.output
+    assert "Which of its rows are members" not in done.output
+    assert "public.WorkspaceMember" in done.output
+    assert "and has" not in done.output
+
+
+def test_a_wrong_answer_is_asked_for_again_and_costs_no_other(
+    url: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = ("Memebers", "WorkspaceMember", "nothing at all", "deleted_at is null", "0")
+    done = answer(url, project, monkeypatch, *answers)
+    assert done.exit_code == 0, done.output
+    assert done.output.count("There is no table public.Memebers") == 1
+    assert done.output.count("Postgres does not accept --where") == 1
+    assert [done.output.count(f"\n{option}: ") for option in ("where", "members-table")] == [2, 2], (
+        "not the others again"
+    )
+    adapter = next((project / "supabase" / "migrations").glob("*_autotag_host_adapter.sql")).read_text()
+    assert "(deleted_at is null)" in adapter
+
+
+def test_ctrl_c_while_it_starts_is_no_traceback(tmp_path: Path) -> None:
+    """Imports take most of a second, so people press it there."""
+    hook = tmp_path / "sitecustomize.py"
+    hook.write_text("import signal, sys\n"
+                    "class Stop:\n"
+                    "    def find_spec(self, name, *_):\n"
+                    "        if name == 'autotag.cli.app':\n"
+                    "            signal.raise_signal(signal.SIGINT)\n"
+                    "sys.meta_path.insert(0, Stop())\n")  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "autotag", "--version"], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.strip()) == (130, "")
