@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -74,6 +76,40 @@ def test_a_wrong_answer_is_asked_for_again_and_costs_no_other(
     )
     adapter = next((project / "supabase" / "migrations").glob("*_autotag_host_adapter.sql")).read_text()
     assert "(deleted_at is null)" in adapter
+
+
+def test_without_a_person_everything_that_is_missing_is_named_at_once(url: str, project: Path) -> None:
+    named = ["init", str(project), "--database-url", url, "--yes"]
+    for options, missing in (((), ["--members-table", "--where"]), (("--members-table", "WorkspaceMember"), ["--where"]),
+                             (("--where", "true"), ["--members-table"]), (("--table", "User"), ["--workspace-column"])):  # fmt: skip
+        done = CliRunner().invoke(app, [*named, *options])
+        assert (done.exit_code, re.findall(r" Set (--[\w-]+)", done.stderr)) == (2, missing), done.output
+    assert not list((project / "supabase").rglob("*autotag*"))
+
+
+INIT = ("--yes", "--members-table", "WorkspaceMember", "--where", "true")
+
+
+def test_what_is_not_shown_has_a_reason(url: str, project: Path) -> None:
+    with psycopg.connect(url) as other:
+        other.execute("lock table public.assets in share mode")
+        done = CliRunner().invoke(app, ["init", str(project), "--database-url", url, *INIT, "--json"])
+    told = json.loads(done.stdout)
+    assert (told["examples"], "another session holds public.assets" in told["no_examples"]) == (None, True)
+
+
+def test_images_are_looked_for_in_other_schemas_and_a_view_is_said_to_be_one(url: str, project: Path) -> None:
+    init = ["init", str(project), "--database-url", url, *INIT]
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("alter table public.assets rename to pictured; create view public.images as select 1")
+        done = CliRunner().invoke(app, init)
+        connection.execute("drop view public.images; create schema app; alter table public.pictured rename to photos;"
+                           "alter table public.photos set schema app")  # fmt: skip
+        found = CliRunner().invoke(app, [*init, "--json"])
+        connection.execute("alter table app.photos set schema public; drop schema app;"
+                           "alter table public.photos rename to assets")  # fmt: skip
+    assert "Which table holds the images (public.images is a view, so name the table behind it)" in done.stderr
+    assert json.loads(found.stdout)["host"]["images"].startswith("app.photos")
 
 
 def test_ctrl_c_while_it_starts_is_no_traceback(tmp_path: Path) -> None:

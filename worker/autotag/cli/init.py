@@ -72,7 +72,8 @@ def init(
     index = offer_index(found.host, found.facts)
     if as_json:
         say_json({
-            "folder": str(folder), "host": host, "examples": examples, "notes": found.notes, "files": files,
+            "folder": str(folder), "host": host, "examples": None if isinstance(examples, str) else examples,
+            "no_examples": examples if isinstance(examples, str) else None, "notes": found.notes, "files": files,
             "tag_index": asdict(index),
         })  # fmt: skip
     else:
@@ -80,7 +81,7 @@ def init(
         say_index(index)
 
 
-def _show_survey(found: Survey, host: Mapping[str, str], examples: Sequence[Mapping[str, Any]] | None) -> None:
+def _show_survey(found: Survey, host: Mapping[str, str], examples: Sequence[Mapping[str, Any]] | str) -> None:
     """Prints what was found, before anything is written."""
     if found.keeps_adapter:
         say(f"The database has its host adapter (file rule {found.host.files.name}); it stays as it is.")

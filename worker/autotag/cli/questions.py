@@ -13,7 +13,7 @@ import typer
 from autotag.cli.console import say
 from autotag.cli.options import OFFERED_SPENDING_LIMIT
 from autotag.install.answers import Choices, HostError
-from autotag.install.survey import Survey, refuse_to_ask, survey
+from autotag.install.survey import Survey, survey, survey_alone
 from autotag.install.tag_index import TagIndex
 
 #: Why a row is refused -> what a person is told.
@@ -42,7 +42,7 @@ def survey_project(url: str, choices: Choices, *, interactive: bool, folder: Pat
         psycopg.OperationalError: the database cannot be reached.
     """
     if not interactive:
-        return survey(url, choices, refuse_to_ask, may_ask=False, folder=folder)
+        return survey_alone(url, choices, folder)
     answers: dict[str, str] = {}
 
     def ask_once(option: str, question: str, possible: Sequence[str]) -> str:
@@ -73,17 +73,18 @@ def show_host(found: Mapping[str, str]) -> None:
         say(f"{name + ':':<20} {value}")
 
 
-def say_examples(examples: Sequence[Mapping[str, Any]] | None, notes: Sequence[str]) -> None:
+def say_examples(examples: Sequence[Mapping[str, Any]] | str, notes: Sequence[str]) -> None:
     """Prints what the adapter answers for a few rows, and what else a person should know."""
     for note in notes:
         say(note)
-    if examples is None:
-        say("What the adapter answers for your rows is not shown: it could not be tried now.")
-    elif not examples:
+    if isinstance(examples, str):
+        say(f"What the adapter answers for your rows is not shown: {examples}.")
+        return
+    if not examples:
         say("The table has no rows yet that would be tagged, so there is no example to show.")
     else:
         say("Please check what the adapter answers for these rows:")
-    for example in examples or ():
+    for example in examples:
         where = example["image"] or REFUSED.get(example["refused"], "nowhere: the row names no file or URL")
         say(f"  image {example['id']}")
         say(f"    who may tag it:   {example['who']}")

@@ -12,7 +12,6 @@ from autotag.cli.console import count, fail, say, say_json
 from autotag.cli.errors import FAILED, LOCAL_DATABASE, WRONG_USAGE, explain_install_errors
 from autotag.cli.questions import on_terminal
 from autotag.install.uninstall import DROP_ROLES, InUse, Plan, drop_autotag, make_plan
-from autotag.texts import name_some
 
 HELP_END = options.help_end(
     environment=[options.OWNER_URL],
@@ -67,8 +66,8 @@ def uninstall(
         if not as_json:
             _show(plan, blocked)
         if drops and not yes:
-            lost = f" It takes {name_some([loss.what for loss in plan.losses])} with it." if plan.losses else ""
-            drops = typer.confirm(f"Drop this?{lost}")
+            lost = ", ".join(loss.what for loss in plan.losses)
+            drops = typer.confirm(f"Drop this, and lose {lost}?" if lost else "Drop this?")
         if drops:
             try:
                 plan = drop_autotag(url, keep_stages=keep_stages, drop_results=drop_results, also=cascade)

@@ -287,12 +287,12 @@ def needs_join(facts: Facts, other: Table, choices: Choices) -> str:
         return f"{text}; name a view with the uuids of the users (--members-table), or a function (--members-function)"
     columns = ", ".join(f"m.{quote(n)}" for n in other.columns if n != user)
     view = (
-        f"select {columns}, u.{quote(login)} as user_id from {table_name(other.name)} m"  # noqa: S608 - for people
+        f"as select {columns}, u.{quote(login)} as user_id from {table_name(other.name)} m"  # noqa: S608 - for people
         f" join {table_name(to[0])} u on u.{quote(to[1])} = m.{quote(user)};"
     )
     return (
         f"{text}, which is {to[0]}.{login}; make a view that joins them, and name it (--members-table private.members):"
-        f" create schema if not exists private; create view private.members as {view} or name a function"
+        f" create schema if not exists private; create view private.members {view} or name a function"
         " (--members-function)"
     )
 

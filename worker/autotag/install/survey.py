@@ -95,6 +95,11 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
         *_notes_on_trust(facts, host),
     )
     notes += (*note_on_updates(facts, host), *note_on_tokens(facts, host))
+    if facts.adapter is not None and HOST_ADAPTER not in facts.applied:
+        notes += (
+            "The database has autotag's adapter, but not in its migration history (supabase_migrations). After you have"
+            " compared the files with it, mark them: supabase migration repair --status applied <versions>.",
+        )
     if waiting and facts.answers:
         check_answers(waiting, facts.answers, record_answers(host))
         notes += _notes_on_edits(waiting, facts.answers)
@@ -186,14 +191,49 @@ def _first_answer(_option: str, _question: str, answers: Sequence[str]) -> str:
     return answers[0] if answers else "unknown"
 
 
+def survey_alone(url: str, choices: Choices, folder: Path | None = None) -> Survey:
+    """Surveys a project (`survey`) where no person is there.
+
+    Raises:
+        HostError: as `survey`; its message has every question that does not depend on the answer to another one.
+    """
+    missing: list[str] = []
+
+    def assume(option: str, question: str, answers: Sequence[str]) -> str:
+        depends = option not in _ALONE
+        if not (depends and missing):
+            missing.append(_refusal(option, question, answers))
+        if option != "--members-claim" and (not answers or (depends and len(missing) == 1)):
+            raise HostError(question)
+        return next(iter(answers), "unknown")  # only to find what else is missing
+
+    try:
+        found = survey(url, choices, assume, may_ask=False, folder=folder)
+    except HostError:
+        if missing:
+            raise HostError(" ".join(missing)) from None
+        raise
+    if missing:
+        raise HostError(" ".join(missing))
+    return found
+
+
+#: Options on whose answers no other question of `propose` depends.
+_ALONE = ("--bucket", "--members-table", "--members-function", "--members-claim", "--where")
+
+
 def refuse_to_ask(option: str, question: str, answers: Sequence[str]) -> str:
     """Answers no question, because no person is there.
 
     Raises:
         HostError: always; it names the option that answers the question.
     """
+    raise HostError(_refusal(option, question, answers))
+
+
+def _refusal(option: str, question: str, answers: Sequence[str]) -> str:
     choice = f" (one of {name_some(answers)})" if answers else ""
-    raise HostError(f"{question} Set {option}{choice}.")
+    return f"{question} Set {option}{choice}."
 
 
 def plan_spending_limit(
