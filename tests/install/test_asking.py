@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from autotag.cli.app import app
-from conftest import BARE_TEMPLATE, copied_database
+from conftest import BARE_TEMPLATE, ROOT, copied_database
 from lab.postgres import LocalPostgres
 
 #: As Prisma makes it, with ids of Supabase's users as text.
@@ -85,6 +85,38 @@ def test_without_a_person_everything_that_is_missing_is_named_at_once(url: str, 
         done = CliRunner().invoke(app, [*named, *options])
         assert (done.exit_code, re.findall(r" Set (--[\w-]+)", done.stderr)) == (2, missing), done.output
     assert not list((project / "supabase").rglob("*autotag*"))
+
+
+PARENTS = """
+    create table public.teams (id uuid primary key); create table public.albums (id uuid primary key, team_id uuid references public.teams);
+    create table public.photos (id uuid primary key, album_id uuid not null references public.albums);
+    create table public.users (id bigint primary key, auth_id uuid); create table public.org_users (org_id uuid, user_id bigint);
+    insert into public.teams values ('00000000-0000-4000-8000-0000000000a1'), ('00000000-0000-4000-8000-0000000000a2');
+    insert into public.albums select id, id from public.teams; insert into public.photos select id, id from public.teams"""
+
+
+def test_the_recipes_of_the_documentation_work(url: str) -> None:
+    text = (
+        (ROOT / "docs" / "install.md")
+        .read_text()
+        .partition("### Users with keys of your own")[2]
+        .partition("## Other")[0]
+    )
+    with psycopg.connect(url) as connection:
+        connection.execute(PARENTS.encode())
+        for block in re.findall(r"```sql\n(.*?)```", text, re.DOTALL):
+            connection.execute(block.encode())
+        one, two = "00000000-0000-4000-8000-0000000000a1", "00000000-0000-4000-8000-0000000000a2"
+        connection.execute(
+            "insert into public.photos values (gen_random_uuid(), %s, %s)", (one, two)
+        )  # not their album's team
+        teams = "select array_agg(distinct team_id::text) from public.photos where album_id = %s"
+        assert connection.execute(teams, (one,)).fetchone() == ([one],)
+        connection.execute("update public.albums set team_id = %s where id = %s", (two, one))
+        connection.execute("update public.photos set team_id = %s", (one,))
+        assert connection.execute(teams, (one,)).fetchone() == ([two],)
+        assert connection.execute("select count(*) from private.members").fetchone() == (0,)
+        connection.rollback()
 
 
 INIT = ("--yes", "--members-table", "WorkspaceMember", "--where", "true")

@@ -37,6 +37,18 @@ def note_on_updates(facts: Facts, host: Host) -> list[str]:
     ]
 
 
+def note_on_storage(facts: Facts, host: Host) -> list[str]:
+    """A note where a caller of another login cannot pass the policies of Storage, which the check of files asks."""
+    if not (host.caller and host.users_see_files) or not any(
+        policy.reads and "auth.uid(" in (policy.using or "") for policy in facts.storage_policies
+    ):
+        return []
+    return [
+        "Attention: a policy of storage.objects asks auth.uid(), which raises an error (22P02) for a token whose sub is"
+        f" no uuid, so enqueue_tagging fails for files. Let it compare the claim {'.'.join(host.caller)} (auth.jwt())."
+    ]
+
+
 def _lets_update(policy: Policy, facts: Facts, host: Host) -> bool:
     """Whether a policy lets just the members update an image: its condition, or one behind an OR, is theirs."""
     images, members, workspace = facts.tables[host.table], host.members, quote(host.workspace)

@@ -20,7 +20,7 @@ from autotag.install.files import find_full_paths, find_rule, users_see_files
 from autotag.install.host import Ask, Choices, FileRule, Host, HostError, notes_on_rows, notes_on_tags, propose
 from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, Migration, profile_versions, spending_limit
 from autotag.install.origin import storage_hosts
-from autotag.install.rights import note_on_updates
+from autotag.install.rights import note_on_storage, note_on_updates
 from autotag.install.written import Written, check_answers, edited_functions, recorded_answers, written_migrations
 from autotag.texts import name_some
 
@@ -94,7 +94,7 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
         *notes_on_tags(facts, host),
         *_notes_on_trust(facts, host),
     )
-    notes += (*note_on_updates(facts, host), *note_on_tokens(facts, host))
+    notes += (*note_on_updates(facts, host), *note_on_tokens(facts, host), *note_on_storage(facts, host))
     if facts.adapter is not None and HOST_ADAPTER not in facts.applied:
         notes += (
             "The database has autotag's adapter, but not in its migration history (supabase_migrations). After you have"
