@@ -85,6 +85,8 @@ def test_without_a_person_everything_that_is_missing_is_named_at_once(url: str, 
         done = CliRunner().invoke(app, [*named, *options])
         assert (done.exit_code, re.findall(r" Set (--[\w-]+)", done.stderr)) == (2, missing), done.output
     assert not list((project / "supabase").rglob("*autotag*"))
+    path = CliRunner().invoke(app, [*named, "--editors", "everybody"])
+    assert ("Set --members-table" in path.stderr, "--editors is none or members" in path.stderr) == (True, True)
 
 
 PARENTS = """

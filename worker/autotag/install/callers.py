@@ -78,8 +78,8 @@ def _reads(facts: Facts, host: Host) -> tuple[str, str]:
     for name in dict.fromkeys(filter(None, (host.table, host.members.table))):
         table = facts.tables.get(name)
         policies = table.row_policies if table else []
-        texts = {f"a policy of {name}": f"{policy.using} {policy.check}" for policy in policies}
-        texts |= {f"the default of {name}.{column}": text for column, text in (table.defaults if table else {}).items()}
+        texts = {f"A policy of {name}": f"{policy.using} {policy.check}" for policy in policies}
+        texts |= {f"The default of {name}.{column}": text for column, text in (table.defaults if table else {}).items()}
         for place, text in texts.items():
             called = [facts.caller_functions[one] for one in called_functions([text], facts.caller_functions)]
             own = place if "auth.uid(" in text or "uid" in called else own

@@ -191,6 +191,10 @@ def _first_answer(_option: str, _question: str, answers: Sequence[str]) -> str:
     return answers[0] if answers else "unknown"
 
 
+class _NoAnswer(HostError):
+    """A question that depends on an answer that is missing has no answer."""
+
+
 def survey_alone(url: str, choices: Choices, folder: Path | None = None) -> Survey:
     """Surveys a project (`survey`) where no person is there.
 
@@ -204,15 +208,17 @@ def survey_alone(url: str, choices: Choices, folder: Path | None = None) -> Surv
         if not (depends and missing):
             missing.append(_refusal(option, question, answers))
         if option != "--members-claim" and (not answers or (depends and len(missing) == 1)):
-            raise HostError(question)
+            raise _NoAnswer
         return next(iter(answers), "unknown")  # only to find what else is missing
 
     try:
         found = survey(url, choices, assume, may_ask=False, folder=folder)
-    except HostError:
-        if missing:
-            raise HostError(" ".join(missing)) from None
-        raise
+    except HostError as error:
+        if not missing:
+            raise
+        about_assumed = isinstance(error, _NoAnswer) or "--members" in str(error)
+        other = [] if about_assumed else [str(error)]
+        raise HostError(" ".join([*missing, *other])) from None
     if missing:
         raise HostError(" ".join(missing))
     return found
