@@ -368,6 +368,28 @@ def test_the_form_of_a_claim_is_the_policies(
     assert (found, named, other, told) == (form, form, "", form)
 
 
+@pytest.mark.parametrize(
+    ("condition", "form"),
+    [
+        ("coalesce(auth.jwt() ->> 'org', auth.jwt() -> 'o' ->> 'id') = workspace_id::text", "text"),
+        ("coalesce(auth.jwt() ->> 'org', auth.jwt() -> 'org' ->> 0) = workspace_id::text", ""),
+        ("workspace_id::text = auth.jwt() ->> 'orgs'", ""),
+    ],
+)
+def test_a_claim_inside_another_expression_has_the_form_of_its_use(
+    shared: tuple[psycopg.Connection[Any], str], condition: str, form: str
+) -> None:
+    """Clerk's own pattern: a token with an array there names no workspace, as for the policy."""
+    owner, url = shared
+    owner.execute("drop schema if exists hidden cascade; drop schema public cascade; create schema public")
+    owner.execute(fill((FOLDER / "guess.sql").read_text()).encode())
+    owner.execute(
+        "alter table public.assets enable row level security; create policy p on public.assets for select to"
+        f" authenticated using ({condition})".encode()
+    )
+    assert survey(url, Choices(members_claim="org"), refuse_to_ask, may_ask=False).host.members.claim_form == form
+
+
 def test_each_schema_has_a_case() -> None:
     assert {path.stem for path in FOLDER.glob("*.sql")} == {case["schema"] for case in CASES} | {"guess"}
     for cases in (CASES, GUESSES):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import psycopg
@@ -171,6 +172,62 @@ async def test_the_cli_pushes_again_after_it(url: str, tmp_path: Path) -> None:
         assert (code, "migration history" in out, "*_autotag_*.sql" in out) == (0, True, True), err
         for file in (tmp_path / "supabase" / "migrations").glob("*_autotag_*.sql"):
             file.unlink()
+
+
+KEPT = """
+    insert into autotag.vocabulary (workspace_id, tag) select workspace_id, 'barn' from public.assets;
+    insert into autotag.vocabulary (tag) values ('field'), ('sky');
+    insert into autotag.profiles (workspace_id, language, created_at) select workspace_id, 'German', now() from public.assets;
+    insert into autotag.profiles (language, created_at) values ('French', now());
+    insert into autotag.quotas (scope, period, max_images) values ('user', 'day', 7);
+    insert into autotag.usage (workspace_id, day, model, service_tier) select workspace_id, current_date, 'm', 'default' from public.assets"""
+
+
+async def test_what_is_lost_is_named_with_the_commands_that_keep_it(url: str, tmp_path: Path) -> None:
+    install(url)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(KEPT)
+    environment = {"DATABASE_URL": url}
+    code, out, _ = await run_command("uninstall", "--dry-run", environment=environment)
+    assert code == 0
+    for what in (
+        "3 tags of the vocabulary",
+        "2 versions of profiles",
+        "1 quota.",
+        "1 row of usage",
+        "1 upload that run",
+    ):
+        assert f"This is lost: {what}" in out, out
+    told = json.loads((await run_command("uninstall", "--dry-run", "--json", environment=environment))[1])
+    kept = {}
+    for command in (one for loss in told["losses"] for one in loss["keep"]):
+        assert f"  {command}\n" in out
+        words, _, file = command.partition(" > ")
+        if words.startswith("autotag "):
+            code, kept[file], err = await run_command(*shlex.split(words)[1:], environment=environment)
+            assert code == 0, err
+    assert [name.split("-")[0] for name in kept] == ["vocabulary.csv", "vocabulary", "profile.json", "profile"]
+    assert all(word in "".join(kept.values()) for word in ("barn", "field", "sky", "German", "French")), kept
+
+
+async def test_versions_of_profiles_go_on_after_a_new_installation(url: str, tmp_path: Path) -> None:
+    """An image that the old version 2 tagged is no image of the new version 1 or 2."""
+    install(url)
+    new = "insert into autotag.profiles (language, created_at) values ('German', now()) returning version"
+    with psycopg.connect(url, autocommit=True) as connection:
+        assert [connection.execute(new).fetchone() for _ in range(2)] == [(1,), (2,)]
+        connection.execute("update public.assets set tagging_result = '{\"profile\": 2}'")
+        connection.execute("insert into public.assets (workspace_id, tagging_result) values (gen_random_uuid(),"
+                           " '{\"profile\": 2000000000}'), (gen_random_uuid(), '{\"profile\": \"9\"}')")  # fmt: skip
+    drop_autotag(url)
+    (tmp_path / "supabase").mkdir()
+    (tmp_path / "supabase" / "config.toml").write_text('project_id = "test"\n')
+    options = ("--yes", "--members-table", "public.workspace_members", "--file-rule", "any")
+    for command in (("init", str(tmp_path), *options), ("migrate", str(tmp_path))):
+        code, out, err = await run_command(*command, environment={"DATABASE_URL": url})
+        assert (code, "profile_versions" in out) == (0, True), err
+    with psycopg.connect(url) as connection:
+        assert connection.execute(new).fetchone() == (3,)
 
 
 async def test_the_command_shows_first_and_drops_only_when_told(url: str) -> None:

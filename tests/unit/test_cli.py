@@ -22,6 +22,7 @@ from autotag.cli.app import COMMANDS, app
 from autotag.db import Refused, VersionsDiffer
 from autotag.install.facts import Facts, Table
 from autotag.install.host import Choices, HostError, propose
+from autotag.install.migrations import spending_limit
 from autotag.install.survey import plan_spending_limit, refuse_to_ask
 from autotag.operate import backfill as work
 from autotag.operate.backfill import Backfill, backfill
@@ -218,8 +219,10 @@ def test_a_spending_limit_is_asked_for_once(tmp_path: Path) -> None:
     assert plan_spending_limit(None, installed, None, lambda: 5) == plan_spending_limit(5, limited, None, None) == []
     with pytest.raises(HostError, match="0 means no limit"):
         plan_spending_limit(None, new, None, lambda: -1)
-    (tmp_path / "20270101000000_autotag_spending_limit.sql").touch()
-    assert plan_spending_limit(5, new, tmp_path, None) == []
+    (tmp_path / "20270101000000_autotag_spending_limit.sql").write_text(spending_limit(5).sql)
+    assert plan_spending_limit(5, new, tmp_path, None) == plan_spending_limit(None, new, tmp_path, None) == []
+    with pytest.raises(HostError, match="has another limit"):
+        plan_spending_limit(6, new, tmp_path, None)
 
 
 @pytest.mark.parametrize(("width", "gone"), [(200, []), (120, ["written", "cached"]), (80, ["reasoning", "input"])])

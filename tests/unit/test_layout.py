@@ -25,10 +25,12 @@ ALLOWED = {
         "evidence",
         "facts",
         "files",
+        "losses",
         "migrations",
         "preview",
         "tag_index",
         "uninstall",
+        "user_type",
     )
 }
 #: Every module of ours that is no test, by its name.

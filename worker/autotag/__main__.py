@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 
 import typer
 
@@ -19,8 +20,12 @@ def load() -> typer.Typer:
 
 
 def main() -> None:
-    """Runs the command."""
-    load()()
+    """Runs the command. Ctrl-C during the imports ends it as at any other time."""
+    try:
+        command = load()
+    except KeyboardInterrupt:
+        sys.exit(130)  # what shells expect
+    command()
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ import typer
 from autotag.cli import options
 from autotag.cli.console import say, say_json
 from autotag.cli.errors import LOCAL_DATABASE, explain_install_errors
-from autotag.cli.questions import answerer, ask_spending_limit, on_terminal, say_examples, say_index, show_host
+from autotag.cli.questions import ask_spending_limit, on_terminal, say_examples, say_index, show_host, survey_project
 from autotag.install.changes import CHANGE
 from autotag.install.host import Choices, describe
 from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, project_folder, write_migrations
 from autotag.install.origin import push_command
 from autotag.install.preview import show_examples
-from autotag.install.survey import Survey, plan_spending_limit, survey
+from autotag.install.survey import Survey, plan_extra, plan_spending_limit
 from autotag.install.tag_index import offer_index
 
 HELP_END = options.help_end(
@@ -58,21 +58,22 @@ def init(
     url = options.read_database_url(database_url)
     with explain_install_errors(url):
         folder = project_folder(project)
-        found = survey(url, choices, answerer(interactive), may_ask=interactive, folder=folder)
+        found = survey_project(url, choices, interactive=interactive, folder=folder)
         examples = show_examples(url, found)
         host = describe(found.host, found.facts)
         if not as_json:
             _show_survey(found, host, examples)
         ask_limit = ask_spending_limit if interactive else None
         limit = plan_spending_limit(spending_limit, found.facts, folder, ask_limit)
-        extra = [*filter(None, [found.change]), *limit]
+        extra = [*plan_extra(found), *limit]
         files = write_migrations(folder, found.host, found.facts.applied, adapter=found.facts.adapter, extra=extra)
     if found.facts.adapter is not None:  # its file never changes: new answers are a migration of their own
         files = {name: "there" if name.endswith(f"{HOST_ADAPTER}.sql") else state for name, state in files.items()}
     index = offer_index(found.host, found.facts)
     if as_json:
         say_json({
-            "folder": str(folder), "host": host, "examples": examples, "notes": found.notes, "files": files,
+            "folder": str(folder), "host": host, "examples": None if isinstance(examples, str) else examples,
+            "no_examples": examples if isinstance(examples, str) else None, "notes": found.notes, "files": files,
             "tag_index": asdict(index),
         })  # fmt: skip
     else:
@@ -80,10 +81,12 @@ def init(
         say_index(index)
 
 
-def _show_survey(found: Survey, host: Mapping[str, str], examples: Sequence[Mapping[str, Any]] | None) -> None:
+def _show_survey(found: Survey, host: Mapping[str, str], examples: Sequence[Mapping[str, Any]] | str) -> None:
     """Prints what was found, before anything is written."""
     if found.keeps_adapter:
         say(f"The database has its host adapter (file rule {found.host.files.name}); it stays as it is.")
+        for note in found.notes:
+            say(note)
     else:
         show_host(host)
         say_examples(examples, found.notes)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,16 +13,21 @@ import autotag
 from autotag.cli import options
 from autotag.cli.console import say, say_json
 from autotag.cli.errors import LOCAL_DATABASE, explain_install_errors
-from autotag.cli.questions import answerer, ask_spending_limit, on_terminal, show_host
+from autotag.cli.questions import ask_spending_limit, on_terminal, show_host, survey_project
 from autotag.install import migrations
-from autotag.install.host import Choices, Host, describe
-from autotag.install.survey import plan_spending_limit, survey
+from autotag.install.host import Choices, HostError, describe
+from autotag.install.survey import plan_extra, plan_spending_limit
+from autotag.install.written import Written, written_migrations
 
 HELP_END = options.help_end(
     environment=[options.OWNER_URL],
     dotenv=False,
-    examples=["autotag migrate --table public.photos", "autotag migrate --stand-alone"],
+    examples=["autotag migrate", "autotag migrate --table public.photos", "autotag migrate --stand-alone"],
 )
+Project = Annotated[
+    Path | None,
+    typer.Argument(help="The Supabase project's folder. (default: the one that you are in, if any)", file_okay=False),
+]
 StandAlone = Annotated[
     bool, typer.Option("--stand-alone", help="Also create the tables of the images: workspaces, members, assets.")
 ]
@@ -27,6 +35,7 @@ StandAlone = Annotated[
 
 @options.with_choices
 def migrate(
+    project: Project = None,
     database_url: options.DatabaseUrl = LOCAL_DATABASE,
     stand_alone: StandAlone = False,
     choices: Choices = Choices(),  # noqa: B008 - the decorator replaces it by options
@@ -36,31 +45,68 @@ def migrate(
 ) -> None:
     """Apply autotag's migrations to a database, where there is no Supabase CLI.
 
-    Reads the project's tables as autotag init does. Migrations that the
-    database has already, from this command or from supabase db push, are
-    skipped.
+    In a Supabase project for which autotag init has written files, it applies
+    these files as they stand, with your edits. Elsewhere it reads the
+    project's tables as autotag init does, and takes the same options.
+    Migrations that the database has already, from this command or from
+    supabase db push, are skipped.
     """
     url = options.read_database_url(database_url)
-    interactive = on_terminal() and not (yes or as_json)
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
     with explain_install_errors(url):
-        if stand_alone:
-            host = Host()
+        files = {} if stand_alone else _files(project)
+        if files:
+            _refuse_options(files, choices, spending_limit)
+            if not as_json:
+                say(f"Applying the files of autotag in {files[min(files)].path.parent}, as they stand.")
+            applied = migrations.apply_written(url, files)
+        elif stand_alone:
             limit = [migrations.spending_limit(spending_limit)] if spending_limit else []
+            applied = migrations.apply_migrations(url, with_host_baseline=True, extra=limit)
         else:
-            found = survey(url, choices, answerer(interactive), may_ask=interactive)
-            host = found.host
-            notes = found.notes
-            if not as_json and (migrations.HOST_ADAPTER not in found.facts.applied or found.change):
-                show_host(describe(host, found.facts))
-                for note in notes:
-                    say(note)
-            ask_limit = ask_spending_limit if interactive else None
-            limit = [*filter(None, [found.change]), *plan_spending_limit(spending_limit, found.facts, None, ask_limit)]
-        applied = migrations.apply_migrations(url, host=host, with_host_baseline=stand_alone, extra=limit)
+            interactive = on_terminal() and not (yes or as_json)
+            applied, notes = _apply_answers(url, choices, spending_limit, interactive=interactive, quiet=as_json)
     if as_json:
         say_json({"applied": applied, "version": autotag.__version__, "notes": notes})
         return
     say(f"Applied: {', '.join(applied)}." if applied else "Nothing to apply: the schema is up to date.")
     if applied:
         say("Next: run autotag doctor, which says what is still missing.")
+
+
+def _apply_answers(
+    url: str, choices: Choices, spending_limit: float | None, *, interactive: bool, quiet: bool
+) -> tuple[list[str], Sequence[str]]:
+    """Applies what autotag init would write. Returns the names of what it applied, and what a person should know."""
+    found = survey_project(url, choices, interactive=interactive)
+    if not quiet and (migrations.HOST_ADAPTER not in found.facts.applied or found.change):
+        show_host(describe(found.host, found.facts))
+        for note in found.notes:
+            say(note)
+    ask_limit = ask_spending_limit if interactive else None
+    limit = plan_spending_limit(spending_limit, found.facts, None, ask_limit)
+    extra = [*plan_extra(found), *limit]
+    return migrations.apply_migrations(url, host=found.host, extra=extra), found.notes
+
+
+def _files(project: Path | None) -> Mapping[str, Written]:
+    """The files that autotag init has written into the project; none, if this is no project's folder."""
+    try:
+        return written_migrations(migrations.project_folder(project or Path()))
+    except HostError:
+        if project is None:
+            return {}
+        raise
+
+
+def _refuse_options(files: Mapping[str, Written], choices: Choices, spending_limit: float | None) -> None:
+    """Refuses answers beside those in the files.
+
+    Raises:
+        HostError: there are some.
+    """
+    if replace(choices, project_url=None) != Choices() or spending_limit is not None:
+        raise HostError(
+            f"{files[min(files)].path.parent} has files of autotag, which this command applies as they stand; give the"
+            " options to autotag init, which writes them into a file, and run autotag migrate without them."
+        )

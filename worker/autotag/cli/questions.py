@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from autotag.cli.console import say
 from autotag.cli.options import OFFERED_SPENDING_LIMIT
-from autotag.install.answers import Ask
-from autotag.install.survey import refuse_to_ask
+from autotag.install.answers import Choices, HostError
+from autotag.install.survey import Survey, survey, survey_alone
 from autotag.install.tag_index import TagIndex
 
 #: Why a row is refused -> what a person is told.
@@ -27,14 +29,36 @@ def on_terminal() -> bool:
     return sys.stdin.isatty()
 
 
-def answerer(interactive: bool) -> Ask:
-    """What answers the questions of a survey: a person, or an error that names the option."""
-    return _ask if interactive else refuse_to_ask
-
-
 def _ask(option: str, question: str, answers: Sequence[str]) -> str:
     say(question + (f"  [{', '.join(answers)}]" if answers else ""))
     return str(typer.prompt(option.removeprefix("--")))
+
+
+def survey_project(url: str, choices: Choices, *, interactive: bool, folder: Path | None = None) -> Survey:
+    """Surveys a project (`install.survey`). A person whose answer cannot be used is asked that question again.
+
+    Raises:
+        HostError: the tables or an option cannot be used, or a question has no answer.
+        psycopg.OperationalError: the database cannot be reached.
+    """
+    if not interactive:
+        return survey_alone(url, choices, folder)
+    answers: dict[str, str] = {}
+
+    def ask_once(option: str, question: str, possible: Sequence[str]) -> str:
+        if option not in answers:
+            answers[option] = _ask(option, question, possible)
+        return answers[option]
+
+    while True:
+        try:
+            return survey(url, choices, ask_once, may_ask=True, folder=folder)
+        except HostError as error:
+            wrong = [option for option in answers if re.search(rf"{option}(?![\w-])", str(error))]
+            if not wrong:
+                raise
+            say(str(error))
+            del answers[wrong[-1]]
 
 
 def ask_spending_limit() -> float:
@@ -49,17 +73,18 @@ def show_host(found: Mapping[str, str]) -> None:
         say(f"{name + ':':<20} {value}")
 
 
-def say_examples(examples: Sequence[Mapping[str, Any]] | None, notes: Sequence[str]) -> None:
+def say_examples(examples: Sequence[Mapping[str, Any]] | str, notes: Sequence[str]) -> None:
     """Prints what the adapter answers for a few rows, and what else a person should know."""
     for note in notes:
         say(note)
-    if examples is None:
-        say("What the adapter answers for your rows is not shown: it could not be tried now.")
-    elif not examples:
+    if isinstance(examples, str):
+        say(f"What the adapter answers for your rows is not shown: {examples}.")
+        return
+    if not examples:
         say("The table has no rows yet that would be tagged, so there is no example to show.")
     else:
         say("Please check what the adapter answers for these rows:")
-    for example in examples or ():
+    for example in examples:
         where = example["image"] or REFUSED.get(example["refused"], "nowhere: the row names no file or URL")
         say(f"  image {example['id']}")
         say(f"    who may tag it:   {example['who']}")

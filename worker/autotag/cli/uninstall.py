@@ -52,7 +52,9 @@ def uninstall(
 
     Shows what it will drop: the schema autotag, the functions in public, the
     columns with the stage of an image, the cron jobs, and the rows of the
-    migration history, so that autotag can be installed again. Stop the workers
+    migration history, so that autotag can be installed again. Shows what is
+    lost with the schema (vocabulary, profiles, quotas, usage, uploads that run),
+    and how to export it. Stop the workers
     first. If something of yours uses autotag, it stops and names it.
     """
     url = options.read_database_url(database_url)
@@ -64,7 +66,8 @@ def uninstall(
         if not as_json:
             _show(plan, blocked)
         if drops and not yes:
-            drops = typer.confirm("Drop this?")
+            lost = ", ".join(loss.what for loss in plan.losses)
+            drops = typer.confirm(f"Drop this, and lose {lost}?" if lost else "Drop this?")
         if drops:
             try:
                 plan = drop_autotag(url, keep_stages=keep_stages, drop_results=drop_results, also=cascade)
@@ -99,6 +102,10 @@ def _show(plan: Plan, blocked: list[str]) -> None:
         for line in lines:
             say(f"  {name:<18} {line}")
     say(f"This stays: your tags{''.join(f', {name}' for name in plan.kept)}.")
+    for loss in plan.losses:
+        say(f"This is lost: {loss.what}.{' To keep that, first run:' if loss.keep else ''}")
+        for command in loss.keep:
+            say(f"  {command}")
     if plan.unfinished:
         waiting = count(plan.unfinished, "image")
         say(f"Not finished: {waiting}, whose answers are lost. Batches at the provider go on, and are billed.")

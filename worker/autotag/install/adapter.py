@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from autotag.install.answers import EVERY_ROW, HostError
+from autotag.install.answers import EVERY_ROW, OWN_LOGINS, HostError
 from autotag.install.host import FileRule, Host, Members
 from autotag.install.location import MAX_KEY, location_code, mark_code, too_long_code
 from autotag.install.quoting import literal, quote, table_name
@@ -60,6 +60,12 @@ def render(template: str, host: Host) -> str:
     return text.replace("{{ answers }}", literal(json.dumps(_answers(text, host), ensure_ascii=False)))
 
 
+def record_answers(host: Host) -> dict[str, Any]:
+    """What the adapter for a host records in `autotag.adapter_answers`, as it is read there. Without the functions."""
+    found: dict[str, Any] = json.loads(json.dumps(_answers("", host)))
+    return found
+
+
 def hash_body(body: str) -> str:
     """The hash of a function's body as Postgres keeps it (``md5(prosrc)``)."""
     return hashlib.md5(body.encode(), usedforsecurity=False).hexdigest()
@@ -77,7 +83,7 @@ def _answers(text: str, host: Host) -> dict[str, Any]:
         "members_where": (members.where or EVERY_ROW) if members.table else None,
         "members_claim": ".".join(members.claim) or None, "claim_form": members.claim_form or None,
         "members_function": members.function or None,
-        "caller_claim": ".".join(host.caller) or None, "editors": host.editors,
+        "caller_claim": ".".join(host.caller) or OWN_LOGINS, "editors": host.editors,
     }  # fmt: skip
     return {
         "choices": {name: value for name, value in choices.items() if value is not None},

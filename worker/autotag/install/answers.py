@@ -10,6 +10,8 @@ from dataclasses import dataclass
 Ask = Callable[[str, str, Sequence[str]], str]
 #: The condition that every row meets: whoever writes it has seen what the rows may be.
 EVERY_ROW = "true"
+#: The answer that Supabase's own logins say who a caller is.
+OWN_LOGINS = "auth.uid()"
 
 
 class HostError(Exception):

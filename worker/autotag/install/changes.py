@@ -19,10 +19,11 @@ from autotag.install.answers import Choices, HostError
 from autotag.install.facts import Facts
 from autotag.install.host import FileRule, Host
 from autotag.install.migrations import VERSION, Migration, version_time
+from autotag.install.user_type import SWAP, stores_users
+from autotag.install.written import Written, written_migrations
 from autotag.texts import name_some
 
 CHANGE = "adapter_change_"
-_FILE = re.compile(rf"\d{{14}}_autotag_({CHANGE}(\d+))\.sql")
 #: Choices of which one replaces the others.
 _EXCLUSIVE = (
     ("members_table", "members_claim", "claim_form", "members_function", "owner"),
@@ -46,8 +47,8 @@ def with_remembered(choices: Choices, facts: Facts) -> Choices:
     """
     if facts.answers is None:
         raise HostError(
-            "The adapter in the database does not record its answers (autotag.adapter_answers), so init cannot change"
-            " them; edit its functions in a migration of your own."
+            "The adapter does not record its answers (autotag.adapter_answers), so init cannot change them; edit its"
+            " functions in a migration of your own."
         )
     told = {
         name: value for name, value in facts.answers["choices"].items() if name in {f.name for f in fields(Choices)}
@@ -89,7 +90,7 @@ def plan_change(url: str, facts: Facts, host: Host, folder: Path | None) -> Migr
             change has been written and not applied.
         psycopg.OperationalError: the database cannot be reached.
     """
-    _check_fixed(url, facts, host)
+    swap = _check_fixed(url, facts, host)
     written = {} if facts.answers is None else facts.answers["functions"]
     adapter = render(TEMPLATE.read_text(), host)
     functions = {found["name"]: (found[0], hash_body(found["body"])) for found in FUNCTION.finditer(adapter)}
@@ -113,23 +114,36 @@ def plan_change(url: str, facts: Facts, host: Host, folder: Path | None) -> Migr
     added = (
         [] if {host.tags, host.result} <= set(columns) else re.findall(r"^alter table .*?;\n", adapter, re.M | re.S)[:1]
     )
+    waiting = [file for name, file in _changes(folder).items() if name not in facts.applied]
     if not changed and not added:
+        if waiting:
+            raise HostError(
+                f"{waiting[0].path.name} is not applied yet and changes the adapter to other answers; apply it"
+                " (supabase db push) or delete it first."
+            )
         return None
     names = name_some([f"autotag.{name}" for name in changed], len(changed))
     texts = [functions[name][0] for name in (*changed, "adapter_answers")]
-    return _number("\n".join([_HEAD.format(names=names), *added, *(f"{text}\n" for text in texts)]), facts, folder)
+    return _number(
+        "\n".join([_HEAD.format(names=names), *swap, *added, *(f"{text}\n" for text in texts)]), facts, folder
+    )
 
 
-def _check_fixed(url: str, facts: Facts, host: Host) -> None:
-    """Refuses what is stored by now: other keys, another table beside the present one, another column of tags."""
+def _check_fixed(url: str, facts: Facts, host: Host) -> list[str]:
+    """Refuses what is stored by now: other keys, another table beside the present one, another column of tags.
+
+    Returns the statement that changes the type of users' ids, if it can change.
+    """
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
         types = connection.execute(
             "select format_type(atttypid, null) from pg_attribute"
             " where attrelid = 'autotag.keys'::regclass and attname = any (%s)"
             " order by array_position(%s, attname::text)", (_KEYS, _KEYS),
         ).fetchall()  # fmt: skip
-    wanted = (host.id_type, host.workspace_type, host.user_type)
-    if tuple(kind for (kind,) in types) != wanted:
+        present = [kind for (kind,) in types]
+        swaps = present[2:] != [host.user_type] and not stores_users(connection)
+    wanted = [host.id_type, host.workspace_type, host.user_type]
+    if present != wanted and not (swaps and present[:2] == wanted[:2]):
         raise HostError(
             f"The new answers need ids of other types ({', '.join(wanted)}), and autotag has stored ids of the present"
             " ones; uninstall it first (docs/install.md)."
@@ -145,22 +159,28 @@ def _check_fixed(url: str, facts: Facts, host: Host) -> None:
             f"autotag remembers whose each tag in {told['tags']} is, so the tags cannot move to {host.tags}: they would"
             f" all count as removed. Rename {told['tags']} instead, and run this again."
         )
+    return [SWAP.format(kind=host.user_type)] if swaps else []
 
 
 _KEYS = ["asset_id", "workspace_id", "user_id"]
 
 
+def _changes(folder: Path | None) -> dict[str, Written]:
+    """The files with changes of the adapter, by name."""
+    return {name: file for name, file in written_migrations(folder).items() if name.startswith(CHANGE)}
+
+
 def _number(sql: str, facts: Facts, folder: Path | None) -> Migration:
     """The change as the next migration, or as the one that is there and waits to be applied."""
-    files = {
-        match[1]: path for path in (folder.glob("*.sql") if folder else ()) if (match := _FILE.fullmatch(path.name))
-    }
+    files = _changes(folder)
     waiting = [name for name in files if name not in facts.applied]
     numbers = [int(name.removeprefix(CHANGE)) for name in {*files, *facts.applied} if name.startswith(CHANGE)]
     name = f"{CHANGE}{1 + max(numbers, default=0)}"
     for other in waiting:
-        if files[other].read_text() != sql:
-            raise HostError(f"{files[other].name} is not applied yet; apply it (supabase db push) or delete it first.")
+        if files[other].sql != sql:
+            raise HostError(
+                f"{files[other].path.name} is not applied yet; apply it (supabase db push) or delete it first."
+            )
         name = other
     later = [version_time(version) + timedelta(seconds=1) for version in facts.applied.values()]
     return Migration(max([datetime.now(UTC).replace(tzinfo=None), *later]).strftime(VERSION), name, sql)

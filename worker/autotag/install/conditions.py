@@ -15,6 +15,7 @@ from autotag.install.answers import HostError
 from autotag.install.quoting import quote, table_name
 from autotag.texts import clean_text
 
+UUID = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 MAX_LENGTH = 2000  # characters
 #: A string or a quoted name is one token. A string of the form E'…' may escape its quote.
 TOKEN = re.compile(
@@ -125,21 +126,31 @@ def check_tags(url: str, table: str, column: str, default: str | None) -> None:
         )
 
 
-def check_users(url: str, table: str, user: str) -> None:
+def find_user(url: str, table: str, column: str) -> str | None:
+    """A user of the first rows: one whose id is no uuid, if there is one; None: there is no user.
+
+    Raises:
+        psycopg.OperationalError: the database cannot be reached.
+    """
+    with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
+        connection.execute("set default_transaction_read_only = on")
+        statement = f"""
+            select u.id from (select m.{quote(column)}::text as id from {table_name(table)} m limit 100000) u
+            where u.id is not null order by u.id ~* '{UUID}' limit 1"""  # noqa: S608 - quoted
+        found = connection.execute(statement.encode()).fetchone()
+    return str(found[0]) if found else None
+
+
+def check_users(url: str, table: str, column: str) -> None:
     """Refuses users of another login where the adapter would look for Supabase's own, whose ids are uuids.
 
     Raises:
-        HostError: the table of members has such a user.
+        HostError: the column has such a user.
         psycopg.OperationalError: the database cannot be reached.
     """
-    value = f"m.{quote(user)}::text"
-    uuids = "'^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'"
-    with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
-        connection.execute("set default_transaction_read_only = on")
-        statement = f"select {value} from {table_name(table)} m where {value} !~* {uuids} limit 1"  # noqa: S608 - quoted
-        found = connection.execute(statement.encode()).fetchone()
-    if found:
+    found = find_user(url, table, column)
+    if found is not None and not re.fullmatch(UUID, found, re.IGNORECASE):
         raise HostError(
-            f"{table} has the user {clean_text(str(found[0]))[:60]!r}, who is none of Supabase's own: those have uuids."
+            f"{table} has the user {clean_text(found)[:60]!r}, who is none of Supabase's own: those have uuids."
             " Where Clerk, Auth0 or another service signs people in, set --caller-claim sub."
         )

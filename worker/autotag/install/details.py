@@ -180,6 +180,21 @@ def read_indexes(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str,
     return found
 
 
+def read_caller_functions(connection: Connection[tuple[Any, ...]]) -> dict[str, str]:
+    """The project's functions that read who the caller is: name -> ``uid`` (auth.uid()) or ``sub`` (of the token)."""
+    rows = connection.execute(
+        r"""
+        select n.nspname || '.' || p.proname, case when s.text ~ '\mauth\.uid\(' then 'uid' else 'sub' end
+        from pg_proc p join pg_namespace n on n.oid = p.pronamespace
+        cross join lateral (select coalesce(pg_get_function_sqlbody(p.oid), p.prosrc) as text) s
+        where p.prokind = 'f' and n.nspname <> all (%s) and n.nspname not like 'pg\_%%'
+          and (s.text ~ '\mauth\.uid\(' or s.text ~ 'jwt' and s.text ~ '''sub''|claim\.sub')
+        order by 1, 2 desc""",
+        (list(NOT_THE_PROJECTS),),
+    ).fetchall()
+    return {str(name): str(kind) for name, kind in rows}
+
+
 def read_member_functions(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str, str]]:
     """The project's functions that can be called with one argument and return one boolean.
 

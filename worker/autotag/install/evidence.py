@@ -7,12 +7,12 @@ state, and policies of the table of images that ask for one of its rows and for 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from autotag.install.details import Policy
 from autotag.install.facts import Facts, Table
 from autotag.install.keys import KINDS
-from autotag.install.quoting import quote
+from autotag.install.quoting import quote, table_name
 
 LIKE_MEMBERS = re.compile(
     r"member|user|account|people|person|staff|employee|collaborat|participa|seat|crew|profile|role|access|permission"
@@ -114,7 +114,7 @@ def _policies(
         named = _only_members(other, images.references.get(workspace), workspace)
         return [] if named else ["does not sound like a list of members"]
     asking = {
-        policy: policy.permissive and _asks_for_row(policy.using, images, workspace, other, columns, caller)
+        policy: policy.permissive and asks_for_row(policy.using, images, workspace, other, columns, caller)
         for policy in images.row_policies
     }
     if not all(asks for policy, asks in asking.items() if policy.reads):
@@ -133,6 +133,20 @@ def _agree_on_updates(holds: Mapping[Policy, bool]) -> bool:
     """Whether the policies for update, if there are any, let those update for whom this holds."""
     updates = {policy: held for policy, held in holds.items() if policy.updates}
     return not updates or (any(updates.values()) and all(policy.permissive for policy in updates))
+
+
+def called_functions(conditions: Iterable[Policy | str], names: Iterable[str]) -> list[str]:
+    """Which of these functions the conditions, of policies or as text, call."""
+    text = " ".join(one if isinstance(one, str) else f"{one.using} {one.check}" for one in conditions)
+    return [name for name in names if re.search(rf'(?<![\w".]){re.escape(table_name(name))}\(', text)]
+
+
+def describe_functions(images: Table, names: Sequence[str]) -> dict[str, str]:
+    """Those of these functions that the policies of the images call, with what they decide; first those for update."""
+    updating = called_functions([policy for policy in images.row_policies if policy.updates], names)
+    reading = called_functions([policy for policy in images.row_policies if policy.reads], names)
+    may_see = {name: "decides who may see images" for name in reading if name not in updating}
+    return {**dict.fromkeys(updating, "decides who may change images"), **may_see}
 
 
 def _references(
@@ -221,7 +235,7 @@ def caller_code(path: Sequence[str]) -> str:
     return f"auth.jwt {''.join(f'-> {part!r} ' for part in path[:-1])}->> '{path[-1]}'" if path else "auth.uid"
 
 
-def _asks_for_row(
+def asks_for_row(
     using: str | None, images: Table, workspace: str, other: Table, columns: tuple[str, str], claim: Sequence[str]
 ) -> bool:
     """Whether a policy of the table of images says: there is a row with this workspace and the caller. Nothing else."""
@@ -332,7 +346,7 @@ def claim_in(images: Table, workspace: str) -> tuple[tuple[str, ...], str]:
     Beside it its form (`members.Members.claim_form`), as the policies read it.
     """
     none: tuple[tuple[str, ...], str] = (), ""
-    claims = {p: _claim(plain(p.using), quote(workspace)) if p.permissive else none for p in images.row_policies}
+    claims = {p: claim_of(plain(p.using), quote(workspace)) if p.permissive else none for p in images.row_policies}
     found = {claim for policy, claim in claims.items() if policy.reads}
     if not images.row_security or not images.users_read or len(found) != 1:
         return none
@@ -340,7 +354,14 @@ def claim_in(images: Table, workspace: str) -> tuple[tuple[str, ...], str]:
     return claim if _agree_on_updates({policy: own == claim for policy, own in claims.items()}) else none
 
 
-def _claim(text: str, workspace: str) -> tuple[tuple[str, ...], str]:
+def read_as(images: Table, claim: Sequence[str]) -> str:
+    """The form of a claim in policies that compare it in another way (``coalesce``): ``text``, or empty: not known."""
+    text = " ".join(plain(one) for policy in images.row_policies for one in (policy.using, policy.check))
+    as_text = caller_code(claim)
+    return "text" if as_text in text and as_text.replace("->>", "->") not in text else ""
+
+
+def claim_of(text: str, workspace: str) -> tuple[tuple[str, ...], str]:
     name, column = r"'(?:[^']+)'", re.escape(workspace)
     path, last = rf"auth\.jwt((?: -> {name})*", rf" ->> {name})"
     lists = rf"(?:SELECT )?jsonb_array_elements_text {path})(?: AS \w+)?"

@@ -13,6 +13,7 @@ from autotag.install.details import (
     NOT_THE_PROJECTS,
     Gin,
     Policy,
+    read_caller_functions,
     read_details,
     read_indexes,
     read_member_functions,
@@ -107,6 +108,8 @@ class Facts:
         views: the project's views and foreign tables by qualified name.
         member_functions: the project's functions that take one argument and return a boolean: name -> the
             argument's types, each with a sentence why autotag cannot call it (empty: it can).
+        caller_functions: the project's functions that read who the caller is: name -> ``uid`` (by auth.uid()) or
+            ``sub`` (by the claim of the token).
         answers: what the installed adapter was told (``autotag.adapter_answers``); None: there is none.
     """
 
@@ -121,6 +124,7 @@ class Facts:
     views: dict[str, Table] = field(default_factory=dict)
     member_functions: dict[str, dict[str, str]] = field(default_factory=dict)
     answers: dict[str, Any] | None = None
+    caller_functions: dict[str, str] = field(default_factory=dict)
 
     def name_of(self, wanted: str) -> str:
         """The qualified name of the table that a person names, with or without its schema and quotes."""
@@ -155,6 +159,7 @@ def read_facts(url: str) -> Facts:
             tables, buckets, applied_migrations(connection), of_storage, bool(readable),
             _file_functions(connection), _of_adapter(connection, "file_rule"), adapter_version(connection),
             views, read_member_functions(connection), _of_adapter(connection, "adapter_answers"),
+            read_caller_functions(connection),
         )  # fmt: skip
 
 

@@ -16,9 +16,9 @@ from autotag.install.answers import HostError as HostError
 from autotag.install.conditions import check_form
 from autotag.install.evidence import snake
 from autotag.install.facts import Facts, Table
-from autotag.install.keys import KEY_TYPES, check_table, check_written, find_id, key_columns, key_type
+from autotag.install.keys import KEY_TYPES, KINDS, check_table, check_written, find_id, key_columns, key_type
 from autotag.install.members import Members as Members
-from autotag.install.members import find_members, read_claim
+from autotag.install.members import find_members, read_caller
 from autotag.install.quoting import quote
 from autotag.texts import name_some
 
@@ -129,7 +129,7 @@ def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
     table = _table(facts, choices.table, ask)
     check_table(table)
     id_column = find_id(table, choices.id, ask)
-    caller = read_claim(choices.caller_claim, "--caller-claim") if choices.caller_claim else ()
+    caller = read_caller(choices)
     workspace, owned = _workspace(table, choices, ask)
     path, url, object_column = _places(table, choices, ask)
     bucket_column = _optional(table, "", None, BUCKETS) if path else None
@@ -141,15 +141,21 @@ def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
     members = (
         Members(owner=True, user_type=workspace_type) if owned else find_members(facts, table, workspace, choices, ask)
     )
-    # The ids of Supabase's own users are uuids. Those of another login are of the type that the project stores them in.
-    user_type = ("text" if members.claim or members.function else members.user_type) if caller else "uuid"
     return Host(
         table.name, id_column, workspace, _key(table, id_column, "--id-column"), workspace_type,
-        KEY_TYPES.get(user_type, user_type), path=path, bucket_column=bucket_column, bucket=bucket, url=url, tags=tags,
+        user_type(members, caller), path=path, bucket_column=bucket_column, bucket=bucket, url=url, tags=tags,
         tags_type=tags_type, result=RESULT, members=members, caller=caller,
         where=_where(table, choices, ask), object=object_column,
         full_paths=bool(choices.full_paths), editors=_editors(choices.editors),
     )  # fmt: skip
+
+
+def user_type(members: Members, caller: Sequence[str]) -> str:
+    """The base type of users' ids: those of Supabase's own are uuids, others have the type that is stored."""
+    if not caller:
+        return "uuid"
+    kind = "text" if members.claim or members.function else members.user_type
+    return KEY_TYPES.get(kind, kind)
 
 
 def _where(table: Table, choices: Choices, ask: Ask) -> str | None:
@@ -273,19 +279,33 @@ def _table(facts: Facts, wanted: str | None, ask: Ask) -> Table:
             "The database has no table of images yet; create it first, or let autotag migrate --stand-alone create one."
         )
     if wanted is None:
-        public = {name.removeprefix("public."): name for name in facts.tables if name.startswith("public.")}
-        found = [public[name] for name in _likely(public, (*TABLES, *(name.removesuffix("s") for name in TABLES)))]
+        found = _named_like_images(facts.tables)
         # `assets` is the usual name. A table of another name is taken only if it is the only candidate.
+        views = [f"{name} is {KINDS[facts.views[name].kind]}" for name in _named_like_images(facts.views)]
         if found and (found[0] in ("public.assets", "public.Asset") or len(found) == 1):
             wanted = found[0]
         else:
-            wanted = ask("--table", "Which table holds the images?", found or sorted(facts.tables))
+            why = f" ({name_some(views)}, so name the table behind it)" if views else ""
+            wanted = ask("--table", f"Which table holds the images{why}?", found or sorted(facts.tables))
     name = facts.name_of(wanted)
     if name in facts.views:
         check_table(facts.views[name])
     if name not in facts.tables:
         raise HostError(f"There is no table {name}; name the table of the images with --table.")
     return facts.tables[name]
+
+
+def _named_like_images(names: Iterable[str]) -> list[str]:
+    """Those in the schema public, or else in any other, whose name is one for images; the most likely first."""
+    likely = (*TABLES, *(name.removesuffix("s") for name in TABLES))
+    for schemas in (["public"], sorted({name.partition(".")[0] for name in names} - {"public"})):
+        found = []
+        for schema in schemas:
+            own = {name.partition(".")[2]: name for name in names if name.partition(".")[0] == schema}
+            found += [own[name] for name in _likely(own, likely)]
+        if found:
+            return found
+    return []
 
 
 def _existing(table: Table, option: str, name: str, kinds: Sequence[str]) -> str:

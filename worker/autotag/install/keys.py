@@ -87,11 +87,17 @@ def _what_to_do(table: Table, column: str | None, unique: Sequence[str]) -> str:
     if unique:
         return f"Set --id-column to {name_some(unique)}."
     if table.kind == "p":
-        return "A partitioned table can have such a column only where it is partitioned by it."
+        return (
+            "A partitioned table can have such a column only where it is partitioned by it: partition it by hash of the"
+            " id, or let its rows refer to a plain table with one row an image, and name that one (--table)."
+        )
     if column is None:
         return "Add a column with a unique id, or name another table (--table)."
     required = "" if column in table.required else ", and set it not null"
-    return f'Add the constraint unique ("{column}"){required}, or name another column (--id-column).'
+    return (
+        f'Add the constraint unique ("{column}"){required}; where its values repeat, add a column instead: alter table'
+        f" {table_name(table.name)} add column image_id uuid not null unique default gen_random_uuid(); (--id-column)."
+    )
 
 
 def check_table(table: Table) -> None:

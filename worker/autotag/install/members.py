@@ -11,11 +11,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from autotag.install.answers import EVERY_ROW, Ask, Choices, HostError
+from autotag.install.answers import EVERY_ROW, OWN_LOGINS, Ask, Choices, HostError
 from autotag.install.conditions import check_form
-from autotag.install.evidence import WORKSPACE, claim_in, doubts_about, is_user, snake, sounds_like_members, states
+from autotag.install.evidence import (
+    WORKSPACE,
+    claim_in,
+    describe_functions,
+    doubts_about,
+    is_user,
+    read_as,
+    snake,
+    sounds_like_members,
+    states,
+)
 from autotag.install.facts import Facts, Table
 from autotag.install.keys import KEY_TYPES, key_columns
+from autotag.install.quoting import quote, table_name
 from autotag.texts import name_some
 
 USERS = ("user_id", "member_id", "profile_id", "auth_user_id")
@@ -80,6 +91,16 @@ def read_claim(text: str, option: str) -> tuple[str, ...]:
     return parts
 
 
+def read_caller(choices: Choices) -> tuple[str, ...]:
+    """The path of the claim that says who the caller is; empty: `auth.uid()`.
+
+    Raises:
+        HostError: it is no claim.
+    """
+    wanted = choices.caller_claim
+    return read_claim(wanted, "--caller-claim") if wanted and wanted != OWN_LOGINS else ()
+
+
 def find_members(facts: Facts, table: Table, workspace: str, choices: Choices, ask: Ask) -> Members:
     """Who belongs to the workspace of an image.
 
@@ -118,7 +139,8 @@ def _claim(table: Table, workspace: str, choices: Choices, wanted: str) -> Membe
     """The claim that a person names. What the policies read as one form is that form here, too."""
     claim, form = claim_in(table, workspace)
     named = read_claim(wanted, "--members-claim")
-    return Members(claim=named, claim_form=choices.claim_form or (form if claim == named else ""))
+    form = form if claim == named else read_as(table, named)
+    return Members(claim=named, claim_form=choices.claim_form or form)
 
 
 def _may_be_it(facts: Facts, images: Table, members: Members) -> bool:
@@ -147,20 +169,29 @@ def _refuse_several(choices: Choices) -> None:
 def _ask(
     facts: Facts, table: Table, workspace: str, choices: Choices, candidates: Sequence[Candidate], ask: Ask
 ) -> Members:
-    functions = [name for name in _functions(facts, table.base_type(workspace) or "") if sounds_like_members(name)]
+    possible = _functions(facts, table.base_type(workspace) or "")
+    asked = describe_functions(table, possible)
+    functions = [*asked, *(name for name in possible if name not in asked and sounds_like_members(name))]
     tables = sorted(c.members.table for c in candidates)
     likely = [name for name in tables if sounds_like_members(name)] or tables
     if not likely and not functions:
-        question = (
+        same = [
+            other for other in facts.tables.values() if table.references.get(workspace) in other.references.values()
+        ]
+        joins = [join for other in same if other.name != table.name and (join := needs_join(facts, other, choices))]
+        question = (f"{joins[0]}. " if joins else "") + (
             "Which claim of the JWT names the workspaces of a user (for example app_metadata.org_ids)? If a table lists"
             " the members, set --members-table, --members-workspace-column and --members-user-column; if a function"
             " decides, --members-function; if each user has a workspace of their own, --owner-column."
         )
         return _claim(table, workspace, choices, ask("--members-claim", question, ()))
     reasons = "; ".join(
-        f"{c.members.table} {' and '.join(c.doubts[:2])}" for c in candidates if c.doubts and c.members.table in likely
+        f"{c.members.table} {', and it '.join(c.doubts[:2])}"
+        for c in candidates
+        if c.doubts and c.members.table in likely
     )
-    named = f" ({name_some(functions)})" if functions else ""
+    described = name_some([f"{name} {asked[name]}" if name in asked else name for name in functions])
+    named = f" ({described})" if functions else ""
     others = f"For another way, set --members-function{named}, --members-claim or --owner-column."
     if likely:
         question = (
@@ -171,12 +202,13 @@ def _ask(
     else:
         question = "Which function says whether the caller is a member of a workspace? If a table lists them, set"
         question += " --members-table; otherwise --members-claim or --owner-column."
+        question += f" ({described})" if asked else ""
         answer = ask("--members-function", question, functions)
     if _plain(answer) in functions:
         return _function(facts, table, workspace, answer)
     chosen = _chosen_table(facts, table, workspace, choices, answer)
-    doubts = next((c.doubts for c in candidates if c.members.table == chosen.table), [])
-    return _current(chosen, doubts, choices, ask)
+    other = facts.tables.get(chosen.table) or facts.views[chosen.table]
+    return _current(chosen, states(other, (chosen.workspace, chosen.user)), choices, ask)
 
 
 def _current(chosen: Members, doubts: Sequence[str], choices: Choices, ask: Ask) -> Members:
@@ -213,6 +245,8 @@ def _chosen_table(facts: Facts, table: Table, workspace: str, choices: Choices, 
     if other is None:
         raise HostError(f"There is no table {name}; name the table of the members with --members-table.")
     found = _members_of(facts, table, workspace, other, choices)
+    if other.name != table.name and (join := needs_join(facts, other, choices)):
+        raise HostError(f"{join}.")
     if found is None or other.name == table.name:
         if choices.members_workspace or choices.members_user:
             raise HostError(
@@ -232,6 +266,37 @@ def _chosen_table(facts: Facts, table: Table, workspace: str, choices: Choices, 
     return _with_condition(found, choices)
 
 
+def needs_join(facts: Facts, other: Table, choices: Choices) -> str:
+    """What to do where a table of members names users by keys of the project's own, which no login has; or empty."""
+    named = (choices.members_user, *USERS)
+    user = next((n for n in named if n and other.base_type(n) in ("bigint", "integer", "smallint")), None)
+    if (
+        user is None
+        or read_caller(choices)
+        or (choices.members_user is None and _user_column(facts, other, None, choices))
+    ):
+        return ""
+    to = other.references.get(user)
+    people = facts.tables.get(to[0]) if to else None
+    login = next(
+        (n for n in (people.columns if people else {}) if people and people.references.get(n) == ("auth.users", "id")),
+        None,
+    )
+    text = f"{other.name}.{user} is {other.base_type(user)}, and auth.uid() is a uuid"
+    if not (to and login):
+        return f"{text}; name a view with the uuids of the users (--members-table), or a function (--members-function)"
+    columns = ", ".join(f"m.{quote(n)}" for n in other.columns if n != user)
+    view = (
+        f"as select {columns}, u.{quote(login)} as user_id from {table_name(other.name)} m"  # noqa: S608 - for people
+        f" join {table_name(to[0])} u on u.{quote(to[1])} = m.{quote(user)};"
+    )
+    return (
+        f"{text}, which is {to[0]}.{login}; make a view that joins them, and name it (--members-table private.members):"
+        f" create schema if not exists private; create view private.members {view} or name a function"
+        " (--members-function)"
+    )
+
+
 def _with_condition(members: Members, choices: Choices) -> Members:
     where = choices.members_where
     return replace(members, where=check_form(where, "--members-where")) if where and where != EVERY_ROW else members
@@ -242,8 +307,8 @@ def _candidate(facts: Facts, table: Table, workspace: str, other: Table, choices
     members = _members_of(facts, table, workspace, other, choices)
     if members is None or members.workspace == members.user:
         return None
-    caller = read_claim(choices.caller_claim, "--caller-claim") if choices.caller_claim else ()
-    doubts = doubts_about(facts, table, workspace, other, (members.workspace, members.user), caller)
+    columns = members.workspace, members.user
+    doubts = doubts_about(facts, table, workspace, other, columns, read_caller(choices))
     return Candidate(members, doubts + ([] if table.row_security else _beside(facts, table, workspace, other)))
 
 
@@ -279,7 +344,7 @@ def _members_of(facts: Facts, table: Table, workspace: str, other: Table, choice
 
 def _user_column(facts: Facts, other: Table, workspace: str | None, choices: Choices) -> str | None:
     """The column with the user: by its key, its reference, then its name."""
-    kinds = KEYS if choices.caller_claim else ("uuid", "text", "character varying")
+    kinds = KEYS if read_caller(choices) else ("uuid", "text", "character varying")
     possible = [n for n in other.columns if n != workspace and other.base_type(n) in kinds]
     named = [n for name in USERS for n in possible if snake(n) == name]
     referring = [n for n in possible if n in other.references and is_user(facts, other.references[n])]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,9 +16,11 @@ from autotag.install.adapter import render
 from autotag.install.answers import HostError
 from autotag.install.facts import adapter_version, applied_migrations
 from autotag.install.host import Host
+from autotag.install.quoting import quote, table_name
+from autotag.install.written import HOST_ADAPTER as HOST_ADAPTER
+from autotag.install.written import HOST_BASELINE, MIGRATION_FILE, Written, check_versions, written_migrations
+from autotag.texts import name_some
 
-HOST_BASELINE = "host_baseline"
-HOST_ADAPTER = "host_adapter"
 SPENDING_LIMIT = "spending_limit"
 #: Version of the adapter -> the template of what that version adds. An existing adapter belongs to its project and is
 #: never written again, so a newer version comes as a migration of its own.
@@ -34,7 +36,19 @@ SPENDING_LIMIT_SQL = """\
 insert into autotag.quotas (scope, period, max_cost)
 values ('workspace', 'month', DOLLARS) on conflict do nothing;
 """
-_FILE = re.compile(r"(?P<version>\d{14})_(?P<name>\w+)\.sql")
+PROFILE_VERSIONS = "profile_versions"
+PROFILE_VERSIONS_SQL = """\
+-- Images have results of an earlier installation, which name the versions of its profiles. The new versions go on
+-- behind them, so that autotag enqueue --outdated finds these images.
+set local statement_timeout = '10min';
+select setval('autotag.profile_versions', max(v.version)::integer)
+from {table} a
+cross join lateral (
+  select case when jsonb_typeof(a.{result} -> 'profile') = 'number' then (a.{result} -> 'profile')::numeric end
+) v (version)
+where v.version between 1 and 1000000   -- users may be able to write results
+having max(v.version) is not null;
+"""
 VERSION = "%Y%m%d%H%M%S"
 _ADAPTER_VERSION = re.compile(r"autotag\.adapter_version\(\).*?select (\d+)", re.DOTALL)
 
@@ -62,7 +76,7 @@ def migrations(*, with_host_baseline: bool = False) -> list[Migration]:
     """All migrations in order; ``with_host_baseline`` includes the host's own tables, for a stand-alone stack."""
     found = []
     for path in sorted(MIGRATIONS.glob("*.sql")):
-        match = _FILE.fullmatch(path.name)
+        match = MIGRATION_FILE.fullmatch(path.name)
         if match is None:
             continue
         name = match["name"].removeprefix("autotag_")
@@ -97,6 +111,12 @@ def spending_limit(dollars: float) -> Migration:
     return Migration("20261128999999", SPENDING_LIMIT, SPENDING_LIMIT_SQL.replace("DOLLARS", f"{dollars:.2f}"))
 
 
+def profile_versions(host: Host) -> Migration:
+    """The migration that continues the numbers of profiles where a column of results has been left."""
+    text = PROFILE_VERSIONS_SQL.format(table=table_name(host.table), result=quote(host.result))
+    return Migration("20261128999998", PROFILE_VERSIONS, text)
+
+
 def apply_migrations(
     url: str, *, host: Host | None = None, with_host_baseline: bool = False, extra: Sequence[Migration] = ()
 ) -> list[str]:
@@ -115,28 +135,59 @@ def apply_migrations(
         psycopg.errors.LockNotAvailable: another session kept the host's table locked for all tries.
         psycopg.Error: a migration failed and was rolled back. Earlier migrations stay applied.
     """
-    applied: list[str] = []
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute(
-            "create schema if not exists supabase_migrations;"
-            "create table if not exists supabase_migrations.schema_migrations"
-            " (version text primary key, statements text[], name text)"
-        )
-        existing, adapter = applied_migrations(connection), adapter_version(connection)
-        for migration in _planned(adapter, extra, with_host_baseline=with_host_baseline):
-            if migration.name not in existing:
-                _apply(connection, migration, host or Host())
-                applied.append(migration.name)
-    return applied
+        planned = _planned(adapter_version(connection), extra, with_host_baseline=with_host_baseline)
+        return _apply_missing(connection, [replace(one, sql=one.text(host or Host())) for one in planned])
+
+
+def apply_written(url: str, written: Mapping[str, Written]) -> list[str]:
+    """Applies the files of a project that its database lacks: as they stand, in order, as `supabase db push` does.
+
+    Args:
+        url: connection URL of the database's owner.
+        written: the files of autotag in the project's folder.
+
+    Returns:
+        The names of the migrations that this call applied.
+
+    Raises:
+        HostError: the folder lacks a migration, or the database has one under another version.
+        psycopg.Error: as in `apply_migrations`.
+    """
+    with psycopg.connect(url, autocommit=True) as connection:
+        applied = applied_migrations(connection)
+        check_versions(written, applied)
+        adapter = _version_of(written[HOST_ADAPTER]) if HOST_ADAPTER in written else adapter_version(connection)
+        missing = [one.name for one in _planned(adapter, ()) if one.name not in {*written, *applied}]
+        if missing:
+            raise HostError(
+                f"The project's folder has files of autotag, but lacks {name_some(missing)}; run autotag init, which"
+                " writes that, and then this again."
+            )
+        return _apply_missing(connection, [Migration(one.version, one.name, one.sql) for one in written.values()])
+
+
+def _apply_missing(connection: psycopg.Connection[tuple[str, ...]], planned: Sequence[Migration]) -> list[str]:
+    """Applies the migrations that the history has not, and returns their names."""
+    connection.execute(
+        "create schema if not exists supabase_migrations;"
+        "create table if not exists supabase_migrations.schema_migrations"
+        " (version text primary key, statements text[], name text)"
+    )
+    existing = applied_migrations(connection)
+    missing = [migration for migration in planned if migration.name not in existing]
+    for migration in missing:
+        _apply(connection, migration)
+    return [migration.name for migration in missing]
 
 
 @retry(
     retry=retry_if_exception_type(psycopg.errors.LockNotAvailable),
     stop=stop_after_attempt(MAX_LOCK_TRIES), wait=wait_random_exponential(0.5, max=5), reraise=True,
 )  # fmt: skip
-def _apply(connection: psycopg.Connection[tuple[str, ...]], migration: Migration, host: Host) -> None:
+def _apply(connection: psycopg.Connection[tuple[str, ...]], migration: Migration) -> None:
     with connection.transaction():
-        connection.execute(migration.text(host).encode())
+        connection.execute(migration.sql.encode())
         connection.execute(
             "insert into supabase_migrations.schema_migrations (version, name) values (%s, %s)",
             (migration.version, f"autotag_{migration.name}"),
@@ -181,28 +232,43 @@ def write_migrations(
         OSError: a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    present = {}
+    present = written_migrations(folder)
+    check_versions(present, applied)
+    versions = {match["version"] for path in folder.glob("*.sql") if (match := MIGRATION_FILE.fullmatch(path.name))}
     newest = (now or datetime.now(UTC)).replace(tzinfo=None)
-    for path in sorted(folder.glob("*.sql")):
-        match = _FILE.fullmatch(path.name)
-        if match and match["name"].startswith("autotag_"):
-            present[match["name"].removeprefix("autotag_")] = path
-        if match:
-            newest = max(newest, version_time(match["version"]) + timedelta(seconds=1))
+    newest = max([newest, *(version_time(version) + timedelta(seconds=1) for version in versions)])
     result = {}
     if there := present.get(HOST_ADAPTER):
-        match = _ADAPTER_VERSION.search(there.read_text())
-        adapter = int(match[1]) if match else 0
-    for number, migration in enumerate(_planned(adapter, extra)):
+        adapter = _version_of(there)
+    planned = _planned(adapter, extra)
+    for number, migration in enumerate(planned):
         text = migration.text(host)
         if there := present.get(migration.name):
-            result[there.name] = "there" if there.read_text() == text else "differs"
+            result[there.path.name] = "there" if there.sql == text else "differs"
             continue
-        version = applied.get(migration.name) or (newest + timedelta(seconds=number)).strftime(VERSION)
+        behind = [present[one.name].version for one in planned[number:] if one.name in {*present} - {*applied}]
+        version = applied.get(migration.name) or _free(newest + timedelta(seconds=number), behind, versions)
+        versions.add(version)
         path = folder / f"{version}_autotag_{migration.name}.sql"
         path.write_text(text)
         result[path.name] = "written"
     return result
+
+
+def _free(time: datetime, behind: Sequence[str], taken: Collection[str]) -> str:
+    """A version for a new file: at this time, or the last one in front of ``behind``, files that need the new one."""
+    first = min(map(version_time, behind), default=datetime.min)
+    if first != datetime.min:
+        time = min(time, first - timedelta(seconds=1))
+        while time.strftime(VERSION) in taken:
+            time -= timedelta(seconds=1)
+    return time.strftime(VERSION)
+
+
+def _version_of(adapter: Written) -> int:
+    """The version of the adapter in a project's file."""
+    match = _ADAPTER_VERSION.search(adapter.sql)
+    return int(match[1]) if match else 0
 
 
 def version_time(version: str) -> datetime:

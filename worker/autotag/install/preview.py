@@ -49,23 +49,26 @@ class Example:
     tags: str | None
 
 
-def show_examples(url: str, found: Survey) -> list[dict[str, Any]] | None:
-    """What the adapter answers for three rows; empty: the table has none. None: it cannot be tried now.
+def show_examples(url: str, found: Survey) -> list[dict[str, Any]] | str:
+    """What the adapter answers for three rows; empty: the table has none. A text: why it was not tried.
 
     Raises:
         HostError: the adapter does not fit the project's tables, or everybody would be a member.
         psycopg.OperationalError: the database cannot be reached.
     """
     if found.keeps_adapter or (found.facts.adapter is not None and found.change is None):
-        return None
-    adapter = found.change.sql if found.change else render(TEMPLATE.read_text(), found.host)
+        return "the database has this adapter already"
+    change = found.change or found.waiting
+    adapter = change.sql if change else render(TEMPLATE.read_text(), found.host)
     token = f"select set_config('request.jwt.claims', {literal(_stranger(found.host))}, true)"
     statements = f"begin; {adapter}; {token}; {_question(found.host)}; rollback"
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
         try:
             cursor = connection.execute(statements.encode())
-        except (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled, psycopg.errors.InsufficientPrivilege):
-            return None
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled):
+            return f"another session holds {found.host.table}; to see them, run this again"
+        except psycopg.errors.InsufficientPrivilege as error:
+            return f"the login may not create the adapter ({printable(error.diag.message_primary, 200)})"
         except psycopg.OperationalError:
             raise
         except psycopg.Error as error:

@@ -34,3 +34,17 @@ def literal(text: str) -> str:
     if "$" not in text:
         return "'" + text.replace("'", "''") + "'"
     return "E'" + text.replace("\\", "\\\\").replace("'", "''").replace("$", "\\044") + "'"
+
+
+def read_literal(code: str) -> str:
+    """The string that `literal` wrote as ``code``.
+
+    Raises:
+        ValueError: it did not write that.
+    """
+    text = code.removeprefix("E")[1:-1].replace("''", "'")
+    if code.startswith("E"):
+        text = re.sub(r"\\(044|\\)", lambda match: "$" if match[1] == "044" else "\\", text)
+    if literal(text) != code:
+        raise ValueError(f"not as literal() writes it: {code[:100]}")
+    return text

@@ -5,18 +5,23 @@ A callback answers what the database does not show, so that this works with and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from autotag.install.adapter import record_answers
+from autotag.install.callers import note_on_tokens, with_caller
 from autotag.install.changes import plan_change, with_kept_files, with_remembered
 from autotag.install.conditions import check_condition, check_tags, check_users
 from autotag.install.evidence import users_join, writes_unchecked
 from autotag.install.facts import Facts, read_facts
 from autotag.install.files import find_full_paths, find_rule, users_see_files
 from autotag.install.host import Ask, Choices, FileRule, Host, HostError, notes_on_rows, notes_on_tags, propose
-from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, Migration, spending_limit
+from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, Migration, profile_versions, spending_limit
 from autotag.install.origin import storage_hosts
+from autotag.install.rights import note_on_storage, note_on_updates
+from autotag.install.written import Written, check_answers, edited_functions, recorded_answers, written_migrations
 from autotag.texts import name_some
 
 
@@ -30,6 +35,7 @@ class Survey:
         keeps_adapter: the database has an adapter, and no choice asks for a different one.
         notes: what a person should know about the host.
         change: the migration that changes the installed adapter to new answers; None: there is nothing to change.
+        waiting: the project's file of an adapter that is not applied yet; it has the same answers.
     """
 
     facts: Facts
@@ -37,6 +43,15 @@ class Survey:
     keeps_adapter: bool
     notes: tuple[str, ...] = ()
     change: Migration | None = None
+    waiting: Written | None = None
+
+
+def plan_extra(found: Survey) -> list[Migration]:
+    """The migrations beside those of every project: a change of the adapter, or what an earlier installation left."""
+    host, facts = found.host, found.facts
+    table = facts.tables.get(host.table)
+    left = facts.adapter is None and table is not None and host.result in table.columns
+    return [*filter(None, [found.change]), *([profile_versions(host)] if left else [])]
 
 
 def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path | None = None) -> Survey:
@@ -54,27 +69,17 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
         HostError: the tables cannot be used, or a question has no answer.
     """
     facts = read_facts(url)
+    files = written_migrations(folder)
     if HOST_ADAPTER in facts.applied and replace(choices, project_url=None) == Choices():
-        # The adapter is not written again, so no answer matters. It alone knows the buckets of its rule.
-        try:
-            host = propose(facts, choices, _first_answer)
-        except HostError:
-            host = Host()
-        return Survey(facts, replace(host, files=FileRule(facts.file_rule or "none", ())), keeps_adapter=True)
+        return _kept(facts, choices, files)
+    waiting = files.get(HOST_ADAPTER) if facts.adapter is None else None
+    if waiting:  # its file is never overwritten, so its answers are those of an adapter that is installed
+        facts = replace(facts, answers=recorded_answers(waiting.sql))
     chosen = choices
-    if facts.adapter is not None:
+    if facts.adapter is not None or waiting:
         choices = with_remembered(choices, facts)
-    host = propose(facts, choices, ask)
-    _check_rules(facts, host)
-    if host.where:
-        check_condition(url, host.table, "a", host.where, "--where")
-    if host.members.where:
-        check_condition(url, host.members.table, "m", host.members.where, "--members-where")
-    if host.members.table and not host.caller and host.members.user_type != "uuid":
-        check_users(url, host.members.table, host.members.user)
-    images = facts.tables[host.table]
-    if host.tags_type in ("json", "jsonb") and host.tags in images.columns and facts.adapter is None:
-        check_tags(url, host.table, host.tags, images.defaults.get(host.tags))
+    host = with_caller(url, facts, propose(facts, choices, ask), choices, ask)
+    _check_host(url, facts, host)
     if choices.full_paths is None:
         host = replace(host, full_paths=find_full_paths(url, host))
     notes: tuple[str, ...] = ()
@@ -84,9 +89,63 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
         hosts = storage_hosts(url, choices.project_url, folder)
         host, notes = _find_files(url, facts, replace(host, storage_hosts=hosts), choices, ask, may_ask=may_ask)
         host = replace(host, users_see_files=host.names_files and users_see_files(facts, host.files))
-    notes += (*notes_on_rows(images, host), *notes_on_tags(facts, host), *_notes_on_trust(facts, host))
+    notes += (
+        *notes_on_rows(facts.tables[host.table], host),
+        *notes_on_tags(facts, host),
+        *_notes_on_trust(facts, host),
+    )
+    notes += (*note_on_updates(facts, host), *note_on_tokens(facts, host), *note_on_storage(facts, host))
+    if facts.adapter is not None and HOST_ADAPTER not in facts.applied:
+        notes += (
+            "The database has autotag's adapter, but not in its migration history (supabase_migrations). After you have"
+            " compared the files with it, mark them: supabase migration repair --status applied <versions>.",
+        )
+    if waiting and facts.answers:
+        check_answers(waiting, facts.answers, record_answers(host))
+        notes += _notes_on_edits(waiting, facts.answers)
     change = plan_change(url, facts, host, folder) if facts.adapter is not None else None
-    return Survey(facts, host, False, notes, change)
+    return Survey(facts, host, False, notes, change, waiting)
+
+
+def _kept(facts: Facts, choices: Choices, files: Mapping[str, Written]) -> Survey:
+    """What is known where the adapter is not written again, so no answer matters. It alone knows its rule's buckets."""
+    try:
+        host = propose(facts, choices, _first_answer)
+    except HostError:
+        host = Host()
+    notes = [
+        f"{file.path.name} is not applied yet: supabase db push or autotag migrate applies it."
+        for name, file in files.items()
+        if name not in facts.applied
+    ]
+    rule = FileRule(facts.file_rule or "none", ())
+    return Survey(facts, replace(host, files=rule), keeps_adapter=True, notes=tuple(notes))
+
+
+def _check_host(url: str, facts: Facts, host: Host) -> None:
+    """Refuses what Postgres does not accept, and rows that autotag cannot use."""
+    images = facts.tables[host.table]
+    if images.rules:  # Postgres cannot apply it to autotag's updates, so no tags are stored
+        raise HostError(
+            f"{host.table} has a rule on update ({images.rules[0]}), so no tags can be stored there. "
+            f'Use a trigger instead, and: drop rule "{images.rules[0]}" on {host.table};'
+        )
+    if host.where:
+        check_condition(url, host.table, "a", host.where, "--where")
+    if host.members.where:
+        check_condition(url, host.members.table, "m", host.members.where, "--members-where")
+    members = host.members
+    if not host.caller and members.user_type != "uuid" and (members.table or members.owner):
+        check_users(url, *((host.table, host.workspace) if members.owner else (members.table, members.user)))
+    if host.tags_type in ("json", "jsonb") and host.tags in images.columns and facts.adapter is None:
+        check_tags(url, host.table, host.tags, images.defaults.get(host.tags))
+
+
+def _notes_on_edits(file: Written, answers: Mapping[str, Any]) -> tuple[str, ...]:
+    edited = edited_functions(file.sql, answers)
+    if not edited:
+        return ()
+    return (f"The project has changed {name_some(edited)} in {file.path.name}; the examples show what that answers.",)
 
 
 def _find_files(
@@ -128,18 +187,45 @@ def _notes_on_trust(facts: Facts, host: Host) -> list[str]:
     return notes
 
 
-def _check_rules(facts: Facts, host: Host) -> None:
-    """Refuses a table with a rule on update: Postgres cannot apply it to autotag's updates, so no tags are stored."""
-    rules = facts.tables[host.table].rules
-    if rules:
-        raise HostError(
-            f"{host.table} has a rule on update ({rules[0]}), so no tags can be stored there. "
-            f'Use a trigger instead, and: drop rule "{rules[0]}" on {host.table};'
-        )
-
-
 def _first_answer(_option: str, _question: str, answers: Sequence[str]) -> str:
     return answers[0] if answers else "unknown"
+
+
+class _NoAnswer(HostError):
+    """A question that depends on an answer that is missing has no answer."""
+
+
+def survey_alone(url: str, choices: Choices, folder: Path | None = None) -> Survey:
+    """Surveys a project (`survey`) where no person is there.
+
+    Raises:
+        HostError: as `survey`; its message has every question that does not depend on the answer to another one.
+    """
+    missing: list[str] = []
+
+    def assume(option: str, question: str, answers: Sequence[str]) -> str:
+        depends = option not in _ALONE
+        if not (depends and missing):
+            missing.append(_refusal(option, question, answers))
+        if option != "--members-claim" and (not answers or (depends and len(missing) == 1)):
+            raise _NoAnswer
+        return next(iter(answers), "unknown")  # only to find what else is missing
+
+    try:
+        found = survey(url, choices, assume, may_ask=False, folder=folder)
+    except HostError as error:
+        if not missing:
+            raise
+        about_assumed = isinstance(error, _NoAnswer) or "--members" in str(error)
+        other = [] if about_assumed else [str(error)]
+        raise HostError(" ".join([*missing, *other])) from None
+    if missing:
+        raise HostError(" ".join(missing))
+    return found
+
+
+#: Options on whose answers no other question of `propose` depends.
+_ALONE = ("--bucket", "--members-table", "--members-function", "--members-claim", "--where")
 
 
 def refuse_to_ask(option: str, question: str, answers: Sequence[str]) -> str:
@@ -148,8 +234,12 @@ def refuse_to_ask(option: str, question: str, answers: Sequence[str]) -> str:
     Raises:
         HostError: always; it names the option that answers the question.
     """
+    raise HostError(_refusal(option, question, answers))
+
+
+def _refusal(option: str, question: str, answers: Sequence[str]) -> str:
     choice = f" (one of {name_some(answers)})" if answers else ""
-    raise HostError(f"{question} Set {option}{choice}.")
+    return f"{question} Set {option}{choice}."
 
 
 def plan_spending_limit(
@@ -166,7 +256,15 @@ def plan_spending_limit(
     Raises:
         HostError: the answer is negative.
     """
-    if SPENDING_LIMIT in facts.applied or (folder and list(folder.glob(f"*_autotag_{SPENDING_LIMIT}.sql"))):
+    there = written_migrations(folder).get(SPENDING_LIMIT)
+    if SPENDING_LIMIT in facts.applied:
+        return []
+    if there:
+        if wanted is not None and there.sql != spending_limit(wanted).sql:
+            raise HostError(
+                f"{there.path.name} is not applied yet and has another limit; edit that file, or delete it and"
+                " run this again."
+            )
         return []
     if wanted is None and ask and facts.adapter is None:
         wanted = ask()

@@ -6,11 +6,13 @@ Tags stay. Nothing of the host's is dropped unless the caller names it. Everythi
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg
 from psycopg import sql
+
+from autotag.install.losses import Loss, find_losses
 
 STAGE_COLUMNS = ("tagging_stage", "tagging_progress", "tagging_eta", "tagging_error")
 STAGE_CHECKS = ("assets_tagging_stage_check", "assets_tagging_progress_check")
@@ -127,6 +129,7 @@ class Plan:
         migrations: rows of the migration history.
         yours: objects of the host that Postgres would drop with autotag's, and functions that call it.
         unfinished: images that are being tagged.
+        losses: what is nowhere else and goes with the schema.
     """
 
     schema: bool
@@ -137,6 +140,7 @@ class Plan:
     migrations: list[str]
     yours: list[str]
     unfinished: int
+    losses: list[Loss] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
@@ -225,6 +229,7 @@ def _plan(connection: Connection, *, keep_stages: bool, drop_results: bool) -> P
         migrations=_names(connection, "supabase_migrations.schema_migrations", _HISTORY),
         yours=yours,
         unfinished=int(_one(connection, count)) if waiting else 0,
+        losses=find_losses(connection),
     )  # fmt: skip
 
 

@@ -1,0 +1,116 @@
+"""The migrations of autotag that a project's folder has. They are the project's: it may have edited them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autotag.install.adapter import FUNCTION, hash_body
+from autotag.install.answers import HostError
+from autotag.install.quoting import read_literal
+from autotag.texts import name_some
+
+MIGRATION_FILE = re.compile(r"(?P<version>\d{14})_(?P<name>\w+)\.sql")
+HOST_BASELINE = "host_baseline"
+HOST_ADAPTER = "host_adapter"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A migration of autotag in a project's folder.
+
+    Attributes:
+        name: without ``autotag_``.
+        version: its place in the order, 14 digits.
+        path: its file.
+    """
+
+    name: str
+    version: str
+    path: Path
+
+    @property
+    def sql(self) -> str:
+        """Its text, as it stands."""
+        return self.path.read_text()
+
+
+def written_migrations(folder: Path | None) -> dict[str, Written]:
+    """The migrations of autotag in a folder, in order, by name. Of autotag's own checkout: none, it is no project."""
+    found = {}
+    for path in sorted(folder.glob("*.sql")) if folder else ():
+        match = MIGRATION_FILE.fullmatch(path.name)
+        if match and match["name"].startswith("autotag_"):
+            name = match["name"].removeprefix("autotag_")
+            found[name] = Written(name, match["version"], path)
+    return {} if HOST_BASELINE in found else found
+
+
+def check_versions(written: Mapping[str, Written], applied: Mapping[str, str]) -> None:
+    """Refuses files of migrations that the database has under other versions: `supabase db push` would, too.
+
+    Args:
+        written: the files of the project.
+        applied: the migrations in the database, name -> version.
+
+    Raises:
+        HostError: there is such a file. The message says how to rename it.
+    """
+    for name, file in written.items():
+        version = applied.get(name)
+        if version not in (None, file.version):
+            raise HostError(
+                f"The database has {name} as version {version}, and the project's folder as {file.path.name}, so"
+                f" supabase db push refuses both; rename the file to {version}_autotag_{name}.sql if it is what the"
+                " database has."
+            )
+
+
+def recorded_answers(adapter: str) -> dict[str, Any] | None:
+    """What an adapter's text records in `autotag.adapter_answers`; None: it does not."""
+    body = next((found["body"] for found in FUNCTION.finditer(adapter) if found["name"] == "adapter_answers"), "")
+    match = re.fullmatch(r"\s*select (.*)::jsonb\s*", body, re.DOTALL)
+    try:
+        found = json.loads(read_literal(match[1])) if match else None
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def edited_functions(adapter: str, answers: Mapping[str, Any]) -> list[str]:
+    """The functions of an adapter's text that are not as autotag wrote them."""
+    bodies = {found["name"]: hash_body(found["body"]) for found in FUNCTION.finditer(adapter)}
+    return [f"autotag.{name}" for name, wrote in answers["functions"].items() if bodies.get(name) != wrote]
+
+
+def check_answers(file: Written, told: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses answers that are not those of an adapter that waits to be applied: its file is never overwritten.
+
+    Args:
+        file: of that adapter.
+        told: what it records.
+        now: what this version would record for the answers of now.
+
+    Raises:
+        HostError: they differ. The message names what differs, and what to do.
+    """
+    before, after = ({**of["choices"], **{n: v for n, v in of.items() if n not in ("choices", "functions")}}
+                     for of in (told, now))  # fmt: skip
+    other = [
+        f"{name.replace('_', ' ')}: {_shown(before.get(name))} in the file, {_shown(after.get(name))} now"
+        for name in {**before, **after}
+        if before.get(name) != after.get(name)
+    ]
+    if other:
+        raise HostError(
+            f"{file.path.name} is there and holds other answers ({name_some(other)}). Nothing was written: delete that"
+            " file and run this again with all options, or edit it and leave these options out."
+        )
+
+
+def _shown(value: object) -> str:
+    return "nothing" if value is None else value if isinstance(value, str) else json.dumps(value)
