@@ -22,6 +22,10 @@ async function open() {
   page.on('request', (request) => {
     if (request.method() === 'PATCH') seen.resumed.push(Number(request.headers()['upload-offset']))
   })
+  page.requests = [] // the last ones
+  const note = (request, outcome) => { page.requests = [...page.requests, `${request.method()} …${request.url().slice(-60)} ${outcome}`].slice(-20) }
+  page.on('response', (response) => note(response.request(), response.status()))
+  page.on('requestfailed', (request) => note(request, request.failure()?.errorText))
   await page.goto(given.mine)
   await page.waitForFunction(() => document.getElementById('connection').textContent === 'Live')
   const devtools = await context.newCDPSession(page)
@@ -86,7 +90,7 @@ try {
   for (const page of [second, third]) {
     await page.waitForFunction(() => document.getElementById('stop').hidden).catch(async (error) => {
       const lines = await page.$$eval('.file', (all) => all.map((line) => `${line.dataset.state} ${line.innerText.replace(/\s+/g, ' ')}`))
-      throw new Error(`${error.message}\n${page === second ? 'second' : 'third'} window:\n${lines.join('\n')}`)
+      throw new Error(`${error.message}\n${page === second ? 'second' : 'third'} window:\n${[...lines, ...page.requests].join('\n')}`)
     })
   }
   seen.resumedAfterReload = seen.resumed.slice(before)
