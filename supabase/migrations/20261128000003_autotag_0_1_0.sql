@@ -3269,7 +3269,10 @@ end $$;
 -- p_visible_marks[i]: the mark of the file of p_asset_ids[i] that the caller may see (`visible_file_marks`), which matches no file if the
 -- caller may not see it; null: not checked. If the image's file has another mark when a worker claims it, the image fails as if
 -- the file did not exist.
-create or replace function autotag.enqueue(p_asset_ids autotag.asset_id[], p_visible_marks uuid[] default null) returns jsonb
+-- p_visible: those of the images whose rows the caller can read (`visible_assets`); null: not checked. The others do not exist for them.
+create or replace function autotag.enqueue(
+  p_asset_ids autotag.asset_id[], p_visible_marks uuid[] default null, p_visible autotag.asset_id[] default null
+) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -3284,15 +3287,14 @@ declare
   v_suspects autotag.picture[];   -- and those that may have been enqueued before
 begin
   if array_ndims(p_asset_ids) > 1 or array_position(p_asset_ids, null) is not null then
-    perform autotag.refuse(400, 'bad_asset_ids', 'asset_ids must be a plain list of ids.',
-      'Pass an array of ids without nulls.');
+    perform autotag.refuse(400, 'bad_asset_ids', 'asset_ids must be a plain list of ids.', 'Pass an array of ids without nulls.');
   end if;
   perform autotag.check_image_count(cardinality(p_asset_ids));
 
-  -- An image of another workspace is reported like one that does not exist, so that callers cannot find out which ids exist.
+  -- An image of another workspace, or with a hidden row, is reported like one that does not exist: nobody can find out which ids exist.
   with there as materialized (
     select d.asset_id, d.workspace_id, d.refused, d.stage, hash_record_extended(row(d.asset_id, d.mark), 0) as mark
-    from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
+    from autotag.describe_assets(coalesce(p_visible, p_asset_ids)) d where d.workspace_id is not null
   ), theirs as materialized (
     -- offset 0: call is_member once per workspace, not once per image
     select w.id from (select distinct t.workspace_id as id from there t offset 0) w
@@ -10310,6 +10312,21 @@ begin
       format('Use a trigger instead, and: drop rule %I on %s;', v_rules[1], autotag.image_table())) end;
 end $$;
 
+-- Which images of their workspace members may tag: those whose rows they see, if signed-in users read the table themselves.
+create or replace function autotag.diagnose_rows() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_table text := autotag.image_table()::text;
+begin
+  return autotag.finding('rows', 'ok', case
+    when not autotag.may_read_images('authenticated')
+      then format('Signed-in users have no privilege to read %s, so members may tag every image of their workspace.', v_table)
+    when not (select c.relrowsecurity from pg_class c where c.oid = autotag.image_table())
+      then format('Row level security of %s is off, so members may tag every image of their workspace.', v_table)
+    else format('Members may tag the images whose rows they see under row level security of %s.', v_table) end);
+end $$;
+
 -- Whether a workspace's profile allows only the tags of a vocabulary that is empty: then no tag is stored. No finding if none does.
 create or replace function autotag.diagnose_vocabulary() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -10338,7 +10355,7 @@ begin
   sample := autotag.sample_image();
   findings := jsonb_build_array(
     autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.'),
-    autotag.diagnose_rules(), autotag.diagnose_files()) || autotag.diagnose_vocabulary();
+    autotag.diagnose_rules(), autotag.diagnose_rows(), autotag.diagnose_files()) || autotag.diagnose_vocabulary();
 exception when others then
   findings := jsonb_build_array(autotag.finding('host adapter', 'error',
     'The adapter does not fit the host''s tables: ' || sqlerrm,
@@ -10708,7 +10725,8 @@ language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform autotag.check_image_count(cardinality(asset_ids));   -- before any function reads that many
-  return jsonb_populate_record(null::public.tagging_upload_result, autotag.enqueue(asset_ids, autotag.visible_file_marks(asset_ids)));
+  return jsonb_populate_record(null::public.tagging_upload_result,
+    autotag.enqueue(asset_ids, autotag.visible_file_marks(asset_ids), autotag.visible_assets(asset_ids)));
 end $$;
 
 create or replace function public.cancel_tagging(job_id uuid) returns public.tagging_cancel_result
@@ -10719,7 +10737,7 @@ create or replace function public.retry_tagging(job_id uuid) returns public.tagg
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_asset_ids autotag.asset_id[] := autotag.failed_assets(job_id);
+  v_asset_ids autotag.asset_id[] := autotag.visible_assets(autotag.failed_assets(job_id));
 begin
   perform autotag.check_image_count(greatest(cardinality(v_asset_ids), 1));   -- retry() judges 0 images
   return jsonb_populate_record(null::public.tagging_upload_result,
@@ -11070,7 +11088,7 @@ grant execute on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job, public.tagging_jobs,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
   public.tagging_profile, public.set_tagging_profile, autotag.read_profile, autotag.edit_profile,
-  autotag.check_image_count, autotag.enqueue, autotag.visible_file_marks, autotag.files_to_check, autotag.failed_assets,
+  autotag.check_image_count, autotag.enqueue, autotag.visible_file_marks, autotag.files_to_check, autotag.visible_assets, autotag.has_to_see, autotag.check_caller, autotag.failed_assets,
   autotag.cancel, autotag.retry,
   autotag.describe_job, autotag.list_jobs,
   autotag.describe_strategy, autotag.take_allowance, autotag.list_usage

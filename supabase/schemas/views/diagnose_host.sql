@@ -62,6 +62,21 @@ begin
       format('Use a trigger instead, and: drop rule %I on %s;', v_rules[1], autotag.image_table())) end;
 end $$;
 
+-- Which images of their workspace members may tag: those whose rows they see, if signed-in users read the table themselves.
+create or replace function autotag.diagnose_rows() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_table text := autotag.image_table()::text;
+begin
+  return autotag.finding('rows', 'ok', case
+    when not autotag.may_read_images('authenticated')
+      then format('Signed-in users have no privilege to read %s, so members may tag every image of their workspace.', v_table)
+    when not (select c.relrowsecurity from pg_class c where c.oid = autotag.image_table())
+      then format('Row level security of %s is off, so members may tag every image of their workspace.', v_table)
+    else format('Members may tag the images whose rows they see under row level security of %s.', v_table) end);
+end $$;
+
 -- Whether a workspace's profile allows only the tags of a vocabulary that is empty: then no tag is stored. No finding if none does.
 create or replace function autotag.diagnose_vocabulary() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -90,7 +105,7 @@ begin
   sample := autotag.sample_image();
   findings := jsonb_build_array(
     autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.'),
-    autotag.diagnose_rules(), autotag.diagnose_files()) || autotag.diagnose_vocabulary();
+    autotag.diagnose_rules(), autotag.diagnose_rows(), autotag.diagnose_files()) || autotag.diagnose_vocabulary();
 exception when others then
   findings := jsonb_build_array(autotag.finding('host adapter', 'error',
     'The adapter does not fit the host''s tables: ' || sqlerrm,
