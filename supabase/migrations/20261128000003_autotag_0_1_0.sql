@@ -2380,7 +2380,8 @@ begin
       select from autotag.vocabulary_names o where o.workspace_id = p_workspace_id and o.key = n.key);
 end $$;
 
--- Those of these tags that the vocabulary knows: by their key, else because exactly one name is nearly the same.
+-- Those of these tags that the vocabulary knows: by their key, else because they are a tag with its description, else because exactly
+-- one name is nearly the same.
 create or replace function autotag.know_tags(p_workspace_id autotag.workspace_id, p_tags text[]) returns autotag.known_tag[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2391,6 +2392,9 @@ declare
 begin
   select coalesce(array_agg(f.key), '{}'), coalesce(array_agg(f.id), '{}') into v_names, v_ids
   from autotag.find_names(p_workspace_id, array(select distinct k from unnest(v_keys) k where k <> '')) f;
+  select v_names || coalesce(array_agg(d.key), '{}'), v_ids || coalesce(array_agg(d.id), '{}') into v_names, v_ids
+  from autotag.find_described(p_workspace_id, array(
+    select t.tag from unnest(p_tags, v_keys) t (tag, key) where t.tag ~ '[:(]' and t.key not in (select unnest(v_names)))) d;
   select v_names || coalesce(array_agg(s.key), '{}'), v_ids || coalesce(array_agg(s.id), '{}') into v_names, v_ids
   from autotag.find_similar(p_workspace_id, array(
     select distinct k from unnest(v_keys) k where k <> '' and k not in (select unnest(v_names)))) s;
@@ -2417,6 +2421,24 @@ begin
         where n.workspace_id is null and n.key = k.key and not exists (
           select from autotag.vocabulary_names o where o.workspace_id = p_workspace_id and o.key = g.key)) x
       order by x.rank limit 1) f;
+end $$;
+
+-- Those of these tags that are a name of an entry with (the beginning of) its description, which the prompt gives and a model may copy:
+-- "barn: a building for hay", "barn (a building for hay)". Other words behind a name can mean something else: "jaguar (car)".
+create or replace function autotag.find_described(p_workspace_id autotag.workspace_id, p_tags text[]) returns table (key text, id bigint)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+    with copied as materialized (
+      select distinct autotag.tag_key(t) as key, autotag.tag_key(m[1]) as name, autotag.tag_key(m[2]) as said
+      from unnest(p_tags) t cross join lateral regexp_match(t, '^([^:(]+)[:(](.+)$') m where m is not null
+    )
+    select distinct on (c.key) c.key, v.id
+    from copied c
+    join autotag.find_names(p_workspace_id, array(select distinct x.name from copied x)) f on f.key = c.name
+    join autotag.vocabulary v on v.id = f.id
+    where c.said <> '' and starts_with(autotag.tag_key(v.description), c.said) order by c.key;
 end $$;
 
 -- For each of these keys, which no entry has, the entry with a name that is nearly the same: trigrams (of all that one or the other
@@ -2506,7 +2528,7 @@ end $$;
 
 -- Reading and changing vocabularies: the prompt's list, the commands `autotag vocabulary`, and the calls for a page.
 
--- The vocabulary of a workspace for the prompt: at most 500 tags, as a JSON array of "tag" or "tag: description", by key. A workspace's
+-- The vocabulary of a workspace for the prompt: at most 500 tags, as a JSON array of "tag" or ["tag", "description"], by key. A workspace's
 -- own come before general ones, then those that most images have. It only changes with the vocabulary, because the provider's prompt
 -- cache needs the same beginning in every call.
 create or replace function autotag.vocabulary_for_prompt(p_workspace_id autotag.workspace_id) returns jsonb
@@ -2515,7 +2537,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp s
 as $$
 begin
   return (
-    select coalesce(jsonb_agg(p.tag || coalesce(': ' || p.description, '') order by p.key), '[]')
+    select coalesce(jsonb_agg(case when p.description is null then to_jsonb(p.tag) else jsonb_build_array(p.tag, p.description) end order by p.key), '[]')
     from (
       select v.key, v.tag, case when length(v.description) > 80 then left(v.description, 79) || '…' else v.description end as description
       from (

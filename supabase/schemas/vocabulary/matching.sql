@@ -79,7 +79,8 @@ begin
       select from autotag.vocabulary_names o where o.workspace_id = p_workspace_id and o.key = n.key);
 end $$;
 
--- Those of these tags that the vocabulary knows: by their key, else because exactly one name is nearly the same.
+-- Those of these tags that the vocabulary knows: by their key, else because they are a tag with its description, else because exactly
+-- one name is nearly the same.
 create or replace function autotag.know_tags(p_workspace_id autotag.workspace_id, p_tags text[]) returns autotag.known_tag[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -90,6 +91,9 @@ declare
 begin
   select coalesce(array_agg(f.key), '{}'), coalesce(array_agg(f.id), '{}') into v_names, v_ids
   from autotag.find_names(p_workspace_id, array(select distinct k from unnest(v_keys) k where k <> '')) f;
+  select v_names || coalesce(array_agg(d.key), '{}'), v_ids || coalesce(array_agg(d.id), '{}') into v_names, v_ids
+  from autotag.find_described(p_workspace_id, array(
+    select t.tag from unnest(p_tags, v_keys) t (tag, key) where t.tag ~ '[:(]' and t.key not in (select unnest(v_names)))) d;
   select v_names || coalesce(array_agg(s.key), '{}'), v_ids || coalesce(array_agg(s.id), '{}') into v_names, v_ids
   from autotag.find_similar(p_workspace_id, array(
     select distinct k from unnest(v_keys) k where k <> '' and k not in (select unnest(v_names)))) s;
@@ -116,6 +120,24 @@ begin
         where n.workspace_id is null and n.key = k.key and not exists (
           select from autotag.vocabulary_names o where o.workspace_id = p_workspace_id and o.key = g.key)) x
       order by x.rank limit 1) f;
+end $$;
+
+-- Those of these tags that are a name of an entry with (the beginning of) its description, which the prompt gives and a model may copy:
+-- "barn: a building for hay", "barn (a building for hay)". Other words behind a name can mean something else: "jaguar (car)".
+create or replace function autotag.find_described(p_workspace_id autotag.workspace_id, p_tags text[]) returns table (key text, id bigint)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+    with copied as materialized (
+      select distinct autotag.tag_key(t) as key, autotag.tag_key(m[1]) as name, autotag.tag_key(m[2]) as said
+      from unnest(p_tags) t cross join lateral regexp_match(t, '^([^:(]+)[:(](.+)$') m where m is not null
+    )
+    select distinct on (c.key) c.key, v.id
+    from copied c
+    join autotag.find_names(p_workspace_id, array(select distinct x.name from copied x)) f on f.key = c.name
+    join autotag.vocabulary v on v.id = f.id
+    where c.said <> '' and starts_with(autotag.tag_key(v.description), c.said) order by c.key;
 end $$;
 
 -- For each of these keys, which no entry has, the entry with a name that is nearly the same: trigrams (of all that one or the other
