@@ -8074,6 +8074,7 @@ begin
     autotag.recall_tags(p_memory, 'removed'));
   error := case p_reason
     when 'form' then 'The tags of this image are not a list, so they stay as they are.'
+    when 'objects' then 'The tags of this image are objects, so they stay as they are.'
     when 'size' then 'This image has too many tags to add to, so they stay as they are.'
     else 'People have removed too many tags of this image to remember more, so its tags stay as they are.' end;
 end $$;
@@ -8114,7 +8115,8 @@ begin
   end if;
 end $$;
 
--- The same for a column of JSON (jsonb, json). Elements stay as they are written, also those that are no texts.
+-- The same for a column of JSON (jsonb, json). Elements stay as they are written, also those that are no texts. A list with an object is
+-- left alone: texts among objects would break who reads it.
 create or replace function autotag.merge_json(
   p_tags json, p_large boolean, p_memory jsonb, p_answer jsonb, p_workspace_id autotag.workspace_id, out tags json, out result jsonb, out error text
 )
@@ -8123,6 +8125,7 @@ as $$
 declare
   v_list text[];           -- the elements as JSON
   v_texts text[];          -- the same as texts
+  v_objects boolean;       -- one is an object
   v_merged record;
   v_reason text;
 begin
@@ -8135,14 +8138,15 @@ begin
     when coalesce(json_typeof(p_tags) not in ('array', 'null'), false) then 'form' end;
   if v_reason is null and json_typeof(p_tags) = 'array' then
     begin
-      select array_agg(e::text order by i), array_agg(case when json_typeof(e) = 'string' then e #>> '{}' end order by i)
-      into v_list, v_texts from json_array_elements(p_tags) with ordinality u (e, i);
+      select array_agg(e::text order by i), array_agg(case when json_typeof(e) = 'string' then e #>> '{}' end order by i),
+        bool_or(json_typeof(e) = 'object')
+      into v_list, v_texts, v_objects from json_array_elements(p_tags) with ordinality u (e, i);
     exception when data_exception then
       v_reason := 'form';   -- JSON can hold texts that Postgres cannot: "\u0000"
     end;
   end if;
   if v_reason is null then
-    v_reason := case when cardinality(v_list) > 1000 then 'size' end;
+    v_reason := case when cardinality(v_list) > 1000 then 'size' when v_objects then 'objects' end;
   end if;
   if v_reason is null then
     v_merged := autotag.merge_tags(v_texts, p_memory, p_answer, null, p_workspace_id);
