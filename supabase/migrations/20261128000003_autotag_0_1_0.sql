@@ -2318,7 +2318,8 @@ end $$;
 -- Replaces the tags of results by those of the vocabulary. p_mode: `prefer` keeps tags that it does not know, every other mode drops
 -- them. p_parents: adds the tags above, with the confidence of the tag below. Tags that become the same keep the highest confidence.
 -- The most confident come first, then in the model's order; at most 50. names: {tag: [key, …]}, by which a person may know a tag of the
--- vocabulary: its own, its aliases, and what the model gave (merge_tags, which also finds what is nearly the same).
+-- vocabulary: its own, its aliases, and what the model gave (merge_tags, which also finds what is nearly the same). above: {tag: [tag, …]},
+-- the tags for whose sake a parent was added; not one that the model gave itself (answered_tags).
 create or replace function autotag.match_tags(
   p_workspace_id autotag.workspace_id, p_results jsonb[], p_mode text, p_parents boolean
 ) returns jsonb[]
@@ -2348,22 +2349,23 @@ begin
         select k.id, k.key from unnest(v_known, autotag.tag_keys(array(select x.given from unnest(v_known) x))) k (given, id, key)) n on n.id = w.id
       group by w.tag
     ), chosen as (
-      select g.i, coalesce(w.tag, g.tag) as tag, g.sure, g.place from given g left join words w on w.id = g.id
+      select g.i, coalesce(w.tag, g.tag) as tag, g.sure, g.place, null as below from given g left join words w on w.id = g.id
       where w.id is not null or p_mode = 'prefer'
       union all
-      select g.i, w.tag, g.sure, 1000 * a.depth + g.place
-      from given g join unnest(v_above) a on a.id = g.id join words w on w.id = a.above
+      select g.i, w.tag, g.sure, 1000 * a.depth + g.place, b.tag
+      from given g join unnest(v_above) a on a.id = g.id join words w on w.id = a.above join words b on b.id = g.id
     ), merged as (
-      select c.i, c.tag, max(c.sure) as sure,
+      select c.i, c.tag, max(c.sure) as sure, case when bool_and(c.below is not null) then jsonb_agg(c.below) end as below,
         row_number() over (partition by c.i order by max(c.sure) desc nulls last, min(c.place)) as place
       from chosen c group by c.i, c.tag
     ), matched as (
       select m.i, jsonb_agg(m.tag order by m.place) as tags, jsonb_object_agg(m.tag, m.sure) filter (where m.sure is not null) as sure,
-        jsonb_object_agg(m.tag, n.keys) filter (where n.keys is not null) as names
+        jsonb_object_agg(m.tag, n.keys) filter (where n.keys is not null) as names,
+        jsonb_object_agg(m.tag, m.below) filter (where m.below is not null) as above
       from merged m left join names n on n.tag = m.tag where m.place <= 50 group by m.i
     )
     select r.result || jsonb_build_object('tags', coalesce(m.tags, '[]'), 'confidence', coalesce(m.sure, '{}'),
-      'names', coalesce(m.names, '{}'))
+      'names', coalesce(m.names, '{}')) || case when m.above is null then '{}' else jsonb_build_object('above', m.above) end
     from unnest(p_results) with ordinality r (result, i) left join matched m on m.i = r.i order by r.i);
 end $$;
 
@@ -8007,6 +8009,29 @@ begin
   return array[]::text[];
 end $$;
 
+-- The tags of an answer, without those that the vocabulary only adds because they are above tags that people removed (`above` of
+-- match_tags). p_removed: their keys; p_there: the keys of the tags that are there.
+create or replace function autotag.answered_tags(p_answer jsonb, p_removed text[], p_there text[], p_workspace_id autotag.workspace_id)
+returns text[]
+language plpgsql stable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tags text[] := array(select jsonb_array_elements_text(p_answer -> 'tags'));
+  v_gone text[];               -- those of them that people removed
+begin
+  if p_answer -> 'above' is null or p_removed = '{}' then
+    return v_tags;
+  end if;
+  v_gone := autotag.near_tags(p_workspace_id, p_answer -> 'names', p_removed);
+  v_gone := array(
+    select t.tag from unnest(v_tags, autotag.tag_keys(v_tags)) t (tag, key)
+    where (t.key = any (p_removed) or p_answer -> 'names' -> t.tag ?| p_removed or t.tag = any (v_gone))
+      and (t.key = any (p_there)) is not true);
+  return array(
+    select t.tag from unnest(v_tags) with ordinality t (tag, i)
+    where (p_answer -> 'above' -> t.tag <@ to_jsonb(v_gone)) is not true order by t.i);
+end $$;
+
 -- What the answer of a run changes. p_tags: the tags that are there; null: an element that is not a text. p_memory: tagging_result as it
 -- is. p_answer: as in store_tags; a tag is left out if one of its `names` (match_tags) is a person's tag or was removed, or if one of these is nearly the same
 -- (near_tags). p_longest: the column's limit of a tag's length, if it has one. dropped: the places of tags that an
@@ -8023,8 +8048,8 @@ declare
   v_added text[];
   v_removed text[];
   v_kept text[];               -- the keys of what stays in the column
-  v_answer text[] := array(select jsonb_array_elements_text(p_answer -> 'tags'));
-  v_answer_keys text[] := autotag.tag_keys(v_answer);
+  v_answer text[];
+  v_answer_keys text[];
   v_names jsonb := coalesce(p_answer -> 'names', '{}');
   v_taken text[];              -- the keys of people's tags, and of those that they removed …
   v_near text[];               -- … and tags of the vocabulary that are nearly the same
@@ -8033,6 +8058,8 @@ begin
     select k from unnest(autotag.tag_keys(
       v_given || autotag.recall_tags(p_memory, 'added') || autotag.recall_tags(p_memory, 'removed'))) k
     where k <> '' except select unnest(v_keys) order by 1);
+  v_answer := autotag.answered_tags(p_answer, v_removed, v_keys, p_workspace_id);
+  v_answer_keys := autotag.tag_keys(v_answer);
   select coalesce(array_agg(t.i) filter (where t.given and not t.again), '{}'),
     coalesce(array_agg(t.tag order by t.i) filter (where t.given and t.again), '{}'),
     array_agg(t.tag order by t.i) filter (where not t.given),
@@ -8060,7 +8087,7 @@ create or replace function autotag.remember_tags(p_answer jsonb, p_given text[],
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return p_answer - '{tags,names}'::text[] || jsonb_build_object('given', p_given)
+  return p_answer - '{tags,names,above}'::text[] || jsonb_build_object('given', p_given)
     || case when p_added <> '{}' then jsonb_build_object('added', p_added) else '{}' end
     || case when p_removed <> '{}' then jsonb_build_object('removed', p_removed) else '{}' end;
 end $$;
@@ -8093,7 +8120,7 @@ declare
 begin
   if coalesce(p_tags = '{}', not p_large) and p_memory is null and p_longest is null then
     tags := array(select jsonb_array_elements_text(p_answer -> 'tags'));
-    result := p_answer - '{tags,names}'::text[] || jsonb_build_object('given', p_answer -> 'tags');
+    result := p_answer - '{tags,names,above}'::text[] || jsonb_build_object('given', p_answer -> 'tags');
     return;
   end if;
   v_reason := case when p_large or cardinality(p_tags) > 1000 or pg_column_size(p_tags) > 65536 then 'size'
@@ -8131,7 +8158,7 @@ declare
 begin
   if not p_large and (p_tags is null or p_tags::text = '[]') and p_memory is null then
     tags := p_answer -> 'tags';
-    result := p_answer - '{tags,names}'::text[] || jsonb_build_object('given', p_answer -> 'tags');
+    result := p_answer - '{tags,names,above}'::text[] || jsonb_build_object('given', p_answer -> 'tags');
     return;
   end if;
   v_reason := case when p_large or octet_length(p_tags::text) > 65536 then 'size'

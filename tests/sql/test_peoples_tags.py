@@ -485,7 +485,7 @@ class Library:
             " autotag.match_results(%s::uuid, array[%s::jsonb]), array[null::uuid])",
             IMAGE, WORKSPACE, WORKSPACE, json.dumps(answer),
         )  # fmt: skip
-        assert "names" not in self.row.memory()
+        assert not {"names", "above"} & set(self.row.memory())
         return self.row.tags()
 
 
@@ -558,3 +558,21 @@ def test_a_name_of_an_own_entry_is_no_name_of_a_general_one(library: Library) ->
     library.know({"tag": "Pet"})
     library.row.edit(["pet"])
     assert library.run("animal", "pet") == ["pet", "Animal"]
+
+
+def test_parents_of_removed_tags_alone_are_not_added(library: Library) -> None:
+    library.row.sql(
+        "select autotag.save_profile(%s::uuid, %s)",
+        WORKSPACE, json.dumps({"vocabulary_mode": library.mode, "add_parents": True}),
+    )  # fmt: skip
+    nature = [{"tag": "Natur"}, {"tag": "Blau", "parent": "Natur"}]
+    library.know({"tag": "sky"}, *nature)
+    assert library.run("sky") == ["sky"]
+    library.row.edit(["mine"])
+    library.know({"tag": "Himmel", "aliases": ["sky"], "parent": "Blau"}, {"tag": "Wald", "parent": "Natur"}, *nature)
+    assert library.run("himmel") == ["mine"], "both levels follow from it alone"
+    assert library.run("himmel", "wald") == ["mine", "Wald", "Natur"], "Natur is above Wald, too"
+    assert set(library.run("himmel", "blau")) == {"mine", "Natur", "Blau"}, "the model gave one of them itself"
+    assert library.run("himmel") == ["mine"], "what an earlier run gave goes with its reason"
+    library.row.edit(["mine", "Himmel"])
+    assert set(library.run("himmel")) == {"mine", "Himmel", "Blau", "Natur"}, "it is there again"

@@ -362,7 +362,7 @@ begin
     update {{ table }} a
     set ({{ tags }}, {{ result }}, tagging_error) = (
           -- nothing to compare with, as nearly always: a call of the function takes longer than the rest of the update
-          select {{ new_tags }}, r.result - '{tags,names}'::text[] || jsonb_build_object('given', r.result -> 'tags'), null
+          select {{ new_tags }}, r.result - '{tags,names,above}'::text[] || jsonb_build_object('given', r.result -> 'tags'), null
           where a.{{ tags }} is null and a.{{ result }} is null{{ and_no_limit }}
           union all
           select {{ merged_tags }}, m.result, m.error
