@@ -9,7 +9,9 @@ import pytest
 
 from support import Library
 
-MEMBERS = "workspace_id in (select m.workspace_id from public.workspace_members m where m.user_id = (select auth.uid()))"
+MEMBERS = (
+    "workspace_id in (select m.workspace_id from public.workspace_members m where m.user_id = (select auth.uid()))"
+)
 SEEN = 'create policy "members see the assets of their workspaces" on public.assets for select'
 #: What hides the row {hidden} from members, and the error that they get.
 WAYS = {
@@ -32,7 +34,7 @@ def refusal(library: Library, *assets: str) -> tuple[str | None, str, str]:
 
 
 def hide(library: Library, code: str) -> None:
-    library.sql("drop policy \"members see the assets of their workspaces\" on public.assets")
+    library.sql('drop policy "members see the assets of their workspaces" on public.assets')
     library.sql(code)
 
 

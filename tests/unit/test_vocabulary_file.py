@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from autotag.operate.vocabulary_file import FileError, read_vocabulary, write_csv
 from autotag.texts import visible_text
 
+
 @pytest.mark.parametrize(
     ("data", "commas"),
     [(b"tag;aliases\ncat;kitty|puss\ngrass;field, meadow\n", ("line 3", "field, meadow")),

@@ -418,9 +418,7 @@ def statements(scene: Scene, caller: str) -> list[Attempt]:
         for name, types in functions(scene, schema):
             values = [theirs(scene, argument, kind) for argument, kind in types.items()]
             places = ", ".join(f"%s::{kind}" for kind in types.values())
-            harmless = (
-                name in OPEN | HARMLESS and caller != "anon"
-            )
+            harmless = name in OPEN | HARMLESS and caller != "anon"
             add(f"select {schema}.{name}({places})", ANY if harmless else DENIED, *values)
     for statement in (
         "create table public.x (a int)", "create function public.x() returns int language sql as 'select 1'",
