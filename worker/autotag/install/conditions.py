@@ -119,8 +119,9 @@ def check_tags(url: str, table: str, column: str, default: str | None) -> None:
         f"jsonb_path_exists({value}, 'strict $[*] ? (@.type() == \"{one}\")', '{{}}', true)"
         for one in ("object", "string")
     )
-    statement = f"""select count(*) filter (where kind = 'array'), count(*) filter (where kind not in ('array', 'null')),
-        count(*) filter (where objects), count(*) filter (where not objects and texts)
+    statement = f"""select count(*) filter (where kind = 'array'),
+        count(*) filter (where kind not in ('array', 'null')), count(*) filter (where objects),
+        count(*) filter (where not objects and texts)
         from (select k.kind, k.kind = 'array' and {objects} as objects, k.kind = 'array' and {texts} as texts
               from (select * from {table_name(table)} limit 10000) a cross join lateral (select {kind}) k (kind)) x"""  # noqa: S608 - quoted
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:

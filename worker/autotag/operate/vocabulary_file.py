@@ -45,7 +45,7 @@ class VocabularyFile:
         places: where each of them is: "line 3" or "entry 3".
         encoding: how its bytes were read; None: as Unicode, which is certain.
         first_row: the first line of a file with several columns and without a header that is known; None: any other.
-        commas: the place of the first alias with a comma, and the alias: it may be meant to be several; None: none has one.
+        commas: the place of the first alias with a comma, which may be meant to be several, and the alias.
     """
 
     entries: Sequence[Entry]
