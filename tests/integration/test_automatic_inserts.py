@@ -220,7 +220,6 @@ def test_every_image_that_is_committed_is_in_one_job_of_its_uploader(sealer: Lib
                     inserted = {row["id"]: user if name == "a user" else None for row in got if row["workspace"]}
                     if name not in {"a user", *SERVER}:
                         uncollected |= set(inserted)
-                        inserted = {}
                     session.open[-1] |= inserted
                 case "savepoint":
                     connection.execute(f"savepoint s{len(session.open)}".encode())
@@ -248,7 +247,7 @@ def test_every_image_that_is_committed_is_in_one_job_of_its_uploader(sealer: Lib
     assert seal(sealer) == []
     seal(sealer)
     there = {row["id"] for row in sealer.sql("select id::text from public.assets where workspace_id is not null")}
-    there -= uncollected
+    there, committed = there - uncollected, {a: user for a, user in committed.items() if a not in uncollected}
     tasks = sealer.sql("select t.asset_id::text as id, j.user_id::text as user from autotag.tasks t join autotag.jobs j on j.id = t.job_id"
                        " where t.workspace_id in (select id from public.workspaces)")  # fmt: skip
     assert max(Counter(task["id"] for task in tasks).values()) == 1
