@@ -122,6 +122,8 @@ create table autotag.settings (
   -- how long newer uploads of its workspace may pass an upload whose single calls wait; uploads of more than chunk_max_images
   -- images can be passed for longer, in proportion
   upload_patience interval not null default '2 min' check (upload_patience >= '0'),
+  -- whether automatic mode tags rows that somebody without a user inserts, such as anon: whoever may insert rows spends your money then
+  automatic_for_anyone boolean not null default false,
   -- whether members may call check_rate_limit, which counts against the limit; they may always call peek_rate_limit
   members_may_take boolean not null default false,
   -- Longest expected time from the release of a call to its arrival at the provider. This share of a minute's limit stays
@@ -2318,7 +2320,8 @@ end $$;
 -- Replaces the tags of results by those of the vocabulary. p_mode: `prefer` keeps tags that it does not know, every other mode drops
 -- them. p_parents: adds the tags above, with the confidence of the tag below. Tags that become the same keep the highest confidence.
 -- The most confident come first, then in the model's order; at most 50. names: {tag: [key, …]}, by which a person may know a tag of the
--- vocabulary: its own, its aliases, and what the model gave (merge_tags, which also finds what is nearly the same).
+-- vocabulary: its own, its aliases, and what the model gave (merge_tags, which also finds what is nearly the same). above: {tag: [tag, …]},
+-- the tags for whose sake a parent was added; not one that the model gave itself (answered_tags).
 create or replace function autotag.match_tags(
   p_workspace_id autotag.workspace_id, p_results jsonb[], p_mode text, p_parents boolean
 ) returns jsonb[]
@@ -2348,22 +2351,23 @@ begin
         select k.id, k.key from unnest(v_known, autotag.tag_keys(array(select x.given from unnest(v_known) x))) k (given, id, key)) n on n.id = w.id
       group by w.tag
     ), chosen as (
-      select g.i, coalesce(w.tag, g.tag) as tag, g.sure, g.place from given g left join words w on w.id = g.id
+      select g.i, coalesce(w.tag, g.tag) as tag, g.sure, g.place, null as below from given g left join words w on w.id = g.id
       where w.id is not null or p_mode = 'prefer'
       union all
-      select g.i, w.tag, g.sure, 1000 * a.depth + g.place
-      from given g join unnest(v_above) a on a.id = g.id join words w on w.id = a.above
+      select g.i, w.tag, g.sure, 1000 * a.depth + g.place, b.tag
+      from given g join unnest(v_above) a on a.id = g.id join words w on w.id = a.above join words b on b.id = g.id
     ), merged as (
-      select c.i, c.tag, max(c.sure) as sure,
+      select c.i, c.tag, max(c.sure) as sure, case when bool_and(c.below is not null) then jsonb_agg(c.below) end as below,
         row_number() over (partition by c.i order by max(c.sure) desc nulls last, min(c.place)) as place
       from chosen c group by c.i, c.tag
     ), matched as (
       select m.i, jsonb_agg(m.tag order by m.place) as tags, jsonb_object_agg(m.tag, m.sure) filter (where m.sure is not null) as sure,
-        jsonb_object_agg(m.tag, n.keys) filter (where n.keys is not null) as names
+        jsonb_object_agg(m.tag, n.keys) filter (where n.keys is not null) as names,
+        jsonb_object_agg(m.tag, m.below) filter (where m.below is not null) as above
       from merged m left join names n on n.tag = m.tag where m.place <= 50 group by m.i
     )
     select r.result || jsonb_build_object('tags', coalesce(m.tags, '[]'), 'confidence', coalesce(m.sure, '{}'),
-      'names', coalesce(m.names, '{}'))
+      'names', coalesce(m.names, '{}')) || case when m.above is null then '{}' else jsonb_build_object('above', m.above) end
     from unnest(p_results) with ordinality r (result, i) left join matched m on m.i = r.i order by r.i);
 end $$;
 
@@ -2380,7 +2384,8 @@ begin
       select from autotag.vocabulary_names o where o.workspace_id = p_workspace_id and o.key = n.key);
 end $$;
 
--- Those of these tags that the vocabulary knows: by their key, else because exactly one name is nearly the same.
+-- Those of these tags that the vocabulary knows: by their key, else because they are a tag with its description, else because exactly
+-- one name is nearly the same.
 create or replace function autotag.know_tags(p_workspace_id autotag.workspace_id, p_tags text[]) returns autotag.known_tag[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2391,6 +2396,9 @@ declare
 begin
   select coalesce(array_agg(f.key), '{}'), coalesce(array_agg(f.id), '{}') into v_names, v_ids
   from autotag.find_names(p_workspace_id, array(select distinct k from unnest(v_keys) k where k <> '')) f;
+  select v_names || coalesce(array_agg(d.key), '{}'), v_ids || coalesce(array_agg(d.id), '{}') into v_names, v_ids
+  from autotag.find_described(p_workspace_id, array(
+    select t.tag from unnest(p_tags, v_keys) t (tag, key) where t.tag ~ '[:(]' and t.key not in (select unnest(v_names)))) d;
   select v_names || coalesce(array_agg(s.key), '{}'), v_ids || coalesce(array_agg(s.id), '{}') into v_names, v_ids
   from autotag.find_similar(p_workspace_id, array(
     select distinct k from unnest(v_keys) k where k <> '' and k not in (select unnest(v_names)))) s;
@@ -2417,6 +2425,24 @@ begin
         where n.workspace_id is null and n.key = k.key and not exists (
           select from autotag.vocabulary_names o where o.workspace_id = p_workspace_id and o.key = g.key)) x
       order by x.rank limit 1) f;
+end $$;
+
+-- Those of these tags that are a name of an entry with (the beginning of) its description, which the prompt gives and a model may copy:
+-- "barn: a building for hay", "barn (a building for hay)". Other words behind a name can mean something else: "jaguar (car)".
+create or replace function autotag.find_described(p_workspace_id autotag.workspace_id, p_tags text[]) returns table (key text, id bigint)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+    with copied as materialized (
+      select distinct autotag.tag_key(t) as key, autotag.tag_key(m[1]) as name, autotag.tag_key(m[2]) as said
+      from unnest(p_tags) t cross join lateral regexp_match(t, '^([^:(]+)[:(](.+)$') m where m is not null
+    )
+    select distinct on (c.key) c.key, v.id
+    from copied c
+    join autotag.find_names(p_workspace_id, array(select distinct x.name from copied x)) f on f.key = c.name
+    join autotag.vocabulary v on v.id = f.id
+    where c.said <> '' and starts_with(autotag.tag_key(v.description), c.said) order by c.key;
 end $$;
 
 -- For each of these keys, which no entry has, the entry with a name that is nearly the same: trigrams (of all that one or the other
@@ -2506,7 +2532,7 @@ end $$;
 
 -- Reading and changing vocabularies: the prompt's list, the commands `autotag vocabulary`, and the calls for a page.
 
--- The vocabulary of a workspace for the prompt: at most 500 tags, as a JSON array of "tag" or "tag: description", by key. A workspace's
+-- The vocabulary of a workspace for the prompt: at most 500 tags, as a JSON array of "tag" or ["tag", "description"], by key. A workspace's
 -- own come before general ones, then those that most images have. It only changes with the vocabulary, because the provider's prompt
 -- cache needs the same beginning in every call.
 create or replace function autotag.vocabulary_for_prompt(p_workspace_id autotag.workspace_id) returns jsonb
@@ -2515,7 +2541,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp s
 as $$
 begin
   return (
-    select coalesce(jsonb_agg(p.tag || coalesce(': ' || p.description, '') order by p.key), '[]')
+    select coalesce(jsonb_agg(case when p.description is null then to_jsonb(p.tag) else jsonb_build_array(p.tag, p.description) end order by p.key), '[]')
     from (
       select v.key, v.tag, case when length(v.description) > 80 then left(v.description, 79) || '…' else v.description end as description
       from (
@@ -3269,7 +3295,10 @@ end $$;
 -- p_visible_marks[i]: the mark of the file of p_asset_ids[i] that the caller may see (`visible_file_marks`), which matches no file if the
 -- caller may not see it; null: not checked. If the image's file has another mark when a worker claims it, the image fails as if
 -- the file did not exist.
-create or replace function autotag.enqueue(p_asset_ids autotag.asset_id[], p_visible_marks uuid[] default null) returns jsonb
+-- p_visible: those of the images whose rows the caller can read (`visible_assets`); null: not checked. The others do not exist for them.
+create or replace function autotag.enqueue(
+  p_asset_ids autotag.asset_id[], p_visible_marks uuid[] default null, p_visible autotag.asset_id[] default null
+) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -3284,15 +3313,14 @@ declare
   v_suspects autotag.picture[];   -- and those that may have been enqueued before
 begin
   if array_ndims(p_asset_ids) > 1 or array_position(p_asset_ids, null) is not null then
-    perform autotag.refuse(400, 'bad_asset_ids', 'asset_ids must be a plain list of ids.',
-      'Pass an array of ids without nulls.');
+    perform autotag.refuse(400, 'bad_asset_ids', 'asset_ids must be a plain list of ids.', 'Pass an array of ids without nulls.');
   end if;
   perform autotag.check_image_count(cardinality(p_asset_ids));
 
-  -- An image of another workspace is reported like one that does not exist, so that callers cannot find out which ids exist.
+  -- An image of another workspace, or with a hidden row, is reported like one that does not exist: nobody can find out which ids exist.
   with there as materialized (
     select d.asset_id, d.workspace_id, d.refused, d.stage, hash_record_extended(row(d.asset_id, d.mark), 0) as mark
-    from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
+    from autotag.describe_assets(coalesce(p_visible, p_asset_ids)) d where d.workspace_id is not null
   ), theirs as materialized (
     -- offset 0: call is_member once per workspace, not once per image
     select w.id from (select distinct t.workspace_id as id from there t offset 0) w
@@ -3702,19 +3730,30 @@ end $$;
 -- lock), forbid PREPARE TRANSACTION, and fail it while the queue of notifications is full. It is not needed either: an upload is not
 -- sealed before upload_quiet has passed, and a worker that looks that often sees each upload in time (seal_uploads: wait).
 
--- The signed-in user of the host's transaction (caller); nobody(): nobody. Anything can stand in the claims of a direct
--- connection: that is nobody, not an error.
+-- Who uploads in the host's transaction: the signed-in user (caller), nobody() for the project's own server, which has no user. Null: a
+-- token that names no user, such as that of anon; their rows are not collected, because they may not tag images, unless the owner
+-- allows it (automatic_for_anyone). Anything can stand in the claims of a direct connection: that is the server, not an error.
 create or replace function autotag.find_uploader() returns autotag.user_id
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_user autotag.user_id;
 begin
-  return coalesce(autotag.caller(), autotag.nobody());
-exception when others or assert_failure then
+  begin
+    v_user := autotag.caller();
+  exception when others or assert_failure then
+    null;
+  end;
+  if v_user is null and (autotag.is_service() or (select s.automatic_for_anyone from autotag.settings s)) then
+    return autotag.nobody();
+  end if;
+  return v_user;
+exception when invalid_text_representation then   -- the claims are no JSON
   return autotag.nobody();
 end $$;
 
 -- Collects the images that one statement inserted: their ids and workspaces; those without a workspace are left out. Whether there is
--- a file or URL is found out when the upload is sealed. Called by the host's transaction, so it only inserts: it locks no row, and
+-- a file or URL is found out when the upload is sealed. Rows of nobody's (find_uploader) are not collected. Called by the host's transaction, so it only inserts: it locks no row, and
 -- waits for nothing but a lock of the whole table (an upgrade of autotag), for 50 ms at most. Errors are caught by the trigger.
 create or replace function autotag.collect(p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
@@ -3726,7 +3765,7 @@ begin
   insert into autotag.arrivals (asset_id, workspace_id, uploader, arrived_at)
   select n.asset_id, n.workspace_id, v_uploader, v_now
   from unnest(p_asset_ids, p_workspace_ids) n (asset_id, workspace_id)
-  where n.asset_id is not null and n.workspace_id is not null;
+  where n.asset_id is not null and n.workspace_id is not null and v_uploader is not null;
 end $$;
 
 -- At most p_limit uploads that may still grow, by workspace and uploader, with their first and last arrival. Only workspaces from
@@ -7983,6 +8022,29 @@ begin
   return array[]::text[];
 end $$;
 
+-- The tags of an answer, without those that the vocabulary only adds because they are above tags that people removed (`above` of
+-- match_tags). p_removed: their keys; p_there: the keys of the tags that are there.
+create or replace function autotag.answered_tags(p_answer jsonb, p_removed text[], p_there text[], p_workspace_id autotag.workspace_id)
+returns text[]
+language plpgsql stable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tags text[] := array(select jsonb_array_elements_text(p_answer -> 'tags'));
+  v_gone text[];               -- those of them that people removed
+begin
+  if p_answer -> 'above' is null or p_removed = '{}' then
+    return v_tags;
+  end if;
+  v_gone := autotag.near_tags(p_workspace_id, p_answer -> 'names', p_removed);
+  v_gone := array(
+    select t.tag from unnest(v_tags, autotag.tag_keys(v_tags)) t (tag, key)
+    where (t.key = any (p_removed) or p_answer -> 'names' -> t.tag ?| p_removed or t.tag = any (v_gone))
+      and (t.key = any (p_there)) is not true);
+  return array(
+    select t.tag from unnest(v_tags) with ordinality t (tag, i)
+    where (p_answer -> 'above' -> t.tag <@ to_jsonb(v_gone)) is not true order by t.i);
+end $$;
+
 -- What the answer of a run changes. p_tags: the tags that are there; null: an element that is not a text. p_memory: tagging_result as it
 -- is. p_answer: as in store_tags; a tag is left out if one of its `names` (match_tags) is a person's tag or was removed, or if one of these is nearly the same
 -- (near_tags). p_longest: the column's limit of a tag's length, if it has one. dropped: the places of tags that an
@@ -7999,8 +8061,8 @@ declare
   v_added text[];
   v_removed text[];
   v_kept text[];               -- the keys of what stays in the column
-  v_answer text[] := array(select jsonb_array_elements_text(p_answer -> 'tags'));
-  v_answer_keys text[] := autotag.tag_keys(v_answer);
+  v_answer text[];
+  v_answer_keys text[];
   v_names jsonb := coalesce(p_answer -> 'names', '{}');
   v_taken text[];              -- the keys of people's tags, and of those that they removed …
   v_near text[];               -- … and tags of the vocabulary that are nearly the same
@@ -8009,6 +8071,8 @@ begin
     select k from unnest(autotag.tag_keys(
       v_given || autotag.recall_tags(p_memory, 'added') || autotag.recall_tags(p_memory, 'removed'))) k
     where k <> '' except select unnest(v_keys) order by 1);
+  v_answer := autotag.answered_tags(p_answer, v_removed, v_keys, p_workspace_id);
+  v_answer_keys := autotag.tag_keys(v_answer);
   select coalesce(array_agg(t.i) filter (where t.given and not t.again), '{}'),
     coalesce(array_agg(t.tag order by t.i) filter (where t.given and t.again), '{}'),
     array_agg(t.tag order by t.i) filter (where not t.given),
@@ -8036,7 +8100,7 @@ create or replace function autotag.remember_tags(p_answer jsonb, p_given text[],
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return p_answer - '{tags,names}'::text[] || jsonb_build_object('given', p_given)
+  return p_answer - '{tags,names,above}'::text[] || jsonb_build_object('given', p_given)
     || case when p_added <> '{}' then jsonb_build_object('added', p_added) else '{}' end
     || case when p_removed <> '{}' then jsonb_build_object('removed', p_removed) else '{}' end;
 end $$;
@@ -8050,6 +8114,7 @@ begin
     autotag.recall_tags(p_memory, 'removed'));
   error := case p_reason
     when 'form' then 'The tags of this image are not a list, so they stay as they are.'
+    when 'objects' then 'The tags of this image are objects, so they stay as they are.'
     when 'size' then 'This image has too many tags to add to, so they stay as they are.'
     else 'People have removed too many tags of this image to remember more, so its tags stay as they are.' end;
 end $$;
@@ -8068,7 +8133,7 @@ declare
 begin
   if coalesce(p_tags = '{}', not p_large) and p_memory is null and p_longest is null then
     tags := array(select jsonb_array_elements_text(p_answer -> 'tags'));
-    result := p_answer - '{tags,names}'::text[] || jsonb_build_object('given', p_answer -> 'tags');
+    result := p_answer - '{tags,names,above}'::text[] || jsonb_build_object('given', p_answer -> 'tags');
     return;
   end if;
   v_reason := case when p_large or cardinality(p_tags) > 1000 or pg_column_size(p_tags) > 65536 then 'size'
@@ -8090,7 +8155,8 @@ begin
   end if;
 end $$;
 
--- The same for a column of JSON (jsonb, json). Elements stay as they are written, also those that are no texts.
+-- The same for a column of JSON (jsonb, json). Elements stay as they are written, also those that are no texts. A list with an object is
+-- left alone: texts among objects would break who reads it.
 create or replace function autotag.merge_json(
   p_tags json, p_large boolean, p_memory jsonb, p_answer jsonb, p_workspace_id autotag.workspace_id, out tags json, out result jsonb, out error text
 )
@@ -8099,26 +8165,28 @@ as $$
 declare
   v_list text[];           -- the elements as JSON
   v_texts text[];          -- the same as texts
+  v_objects boolean;       -- one is an object
   v_merged record;
   v_reason text;
 begin
   if not p_large and (p_tags is null or p_tags::text = '[]') and p_memory is null then
     tags := p_answer -> 'tags';
-    result := p_answer - '{tags,names}'::text[] || jsonb_build_object('given', p_answer -> 'tags');
+    result := p_answer - '{tags,names,above}'::text[] || jsonb_build_object('given', p_answer -> 'tags');
     return;
   end if;
   v_reason := case when p_large or octet_length(p_tags::text) > 65536 then 'size'
     when coalesce(json_typeof(p_tags) not in ('array', 'null'), false) then 'form' end;
   if v_reason is null and json_typeof(p_tags) = 'array' then
     begin
-      select array_agg(e::text order by i), array_agg(case when json_typeof(e) = 'string' then e #>> '{}' end order by i)
-      into v_list, v_texts from json_array_elements(p_tags) with ordinality u (e, i);
+      select array_agg(e::text order by i), array_agg(case when json_typeof(e) = 'string' then e #>> '{}' end order by i),
+        bool_or(json_typeof(e) = 'object')
+      into v_list, v_texts, v_objects from json_array_elements(p_tags) with ordinality u (e, i);
     exception when data_exception then
       v_reason := 'form';   -- JSON can hold texts that Postgres cannot: "\u0000"
     end;
   end if;
   if v_reason is null then
-    v_reason := case when cardinality(v_list) > 1000 then 'size' end;
+    v_reason := case when cardinality(v_list) > 1000 then 'size' when v_objects then 'objects' end;
   end if;
   if v_reason is null then
     v_merged := autotag.merge_tags(v_texts, p_memory, p_answer, null, p_workspace_id);
@@ -10315,6 +10383,103 @@ begin
       format('Use a trigger instead, and: drop rule %I on %s;', v_rules[1], autotag.image_table())) end;
 end $$;
 
+-- Which images of their workspace members may tag: those whose rows they see, if signed-in users read the table themselves.
+create or replace function autotag.diagnose_rows() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_table text := autotag.image_table()::text;
+begin
+  return autotag.finding('rows', 'ok', case
+    when not autotag.may_read_images('authenticated')
+      then format('Signed-in users have no privilege to read %s, so members may tag every image of their workspace.', v_table)
+    when not (select c.relrowsecurity from pg_class c where c.oid = autotag.image_table())
+      then format('Row level security of %s is off, so members may tag every image of their workspace.', v_table)
+    else format('Members may tag the images whose rows they see under row level security of %s.', v_table) end);
+end $$;
+
+-- The triggers of the host that run when autotag writes a row.
+create or replace function autotag.update_triggers() returns text[]
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select array(
+    select t.tgname::text from pg_trigger t
+    where t.tgrelid = autotag.image_table() and not t.tgisinternal and t.tgenabled in ('O', 'A') and t.tgtype & 16 <> 0 order by 1)
+$$;
+
+-- Writes tags to the row of one image as a worker's report does, and takes that back, also what triggers did in this database. The image
+-- is the last one whose row refused its tags, or any. Returns the error; null: none. tried: false: there is no image.
+create or replace function autotag.try_write(out tried boolean, out state text, out error text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '1s'
+as $$
+declare
+  v_image record;
+begin
+  select d.asset_id, d.workspace_id into v_image
+  from unnest(array[
+    (select t.asset_id from autotag.tasks t where t.error_code = 'not_stored' order by t.id desc limit 1),
+    (autotag.tags_in_use(null, null, 1) ->> 'last')::autotag.asset_id]) with ordinality u (id, place)
+  cross join lateral autotag.describe_assets(array[u.id]) d
+  where u.id is not null and d.workspace_id is not null order by u.place limit 1;
+  tried := found;
+  if tried then
+    perform autotag.show_stage(array[v_image.asset_id], v_image.workspace_id, 'processing', 50);
+    if autotag.store_tags(array[v_image.asset_id], v_image.workspace_id, array[jsonb_build_object(
+      'tags', '["barn", "field", "sky", "grass", "fence", "tree", "cloud", "summer", "wood", "countryside"]'::jsonb,
+      'confidence', '{"barn": 0.98, "field": 0.9}'::jsonb, 'caption', 'A red barn in a field.', 'model', 'autotag doctor')],
+      array[null]::uuid[]) is null then
+      raise exception 'the row did not change';
+    end if;
+    set constraints all immediate;
+    raise exception 'it works' using errcode = 'AT002';
+  end if;
+exception when others or assert_failure then
+  tried := true;
+  if sqlstate <> 'AT002' then
+    state := sqlstate;
+    error := sqlerrm;
+  end if;
+end $$;
+
+-- Whether a row takes tags (try_write). p_triggers: also if triggers of the host run then. Not everything that a trigger does can be taken
+-- back (a call of dblink, a request that it waits for), so the doctor does that only if it is asked to.
+create or replace function autotag.diagnose_write(p_triggers boolean) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_table text := autotag.image_table()::text;
+  v_triggers text[] := autotag.update_triggers();
+  v_try record;
+begin
+  if v_triggers <> '{}' and p_triggers is not true then
+    return autotag.finding('write', 'ok', format('Not tried, because triggers of %s would run (%s): autotag doctor --try-write tries it.',
+      v_table, autotag.name_some(v_triggers)));
+  end if;
+  v_try := autotag.try_write();
+  return case
+    when not v_try.tried then autotag.finding('write', 'ok', 'There is no image yet whose row could be written.')
+    when v_try.state is null then autotag.finding('write', 'ok', 'A row takes tags (tried with one image, and taken back).')
+    when autotag.is_lock_error(v_try.state) then autotag.finding('write', 'warning',
+      'The row that was tried is locked by another transaction.', 'Run autotag doctor again.')
+    else autotag.finding('write', 'error',
+      format('%s refuses what autotag writes, so images are paid for and fail: %s', v_table, autotag.printable(v_try.error, 500)),
+      'Let the constraint or trigger accept it. (Workers have no token: auth.uid() is null in triggers then.)') end;
+end $$;
+
+-- Whether rows have refused their tags lately. No finding if none has.
+create or replace function autotag.diagnose_stored() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_images bigint := (
+    select sum((e ->> 'images')::bigint) from jsonb_array_elements(autotag.recent_errors(100, autotag.now())) e
+    where e ->> 'code' = 'not_stored');
+begin
+  return case when v_images is null then '[]' else jsonb_build_array(autotag.finding('stored', 'warning',
+    format('The rows of %s images refused their tags within the last day (not_stored); they were paid for.', v_images),
+    'autotag doctor --try-write   (says why; then: autotag enqueue --workspace …)')) end;
+end $$;
+
 -- Whether a workspace's profile allows only the tags of a vocabulary that is empty: then no tag is stored. No finding if none does.
 create or replace function autotag.diagnose_vocabulary() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -10343,7 +10508,8 @@ begin
   sample := autotag.sample_image();
   findings := jsonb_build_array(
     autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.'),
-    autotag.diagnose_rules(), autotag.diagnose_files()) || autotag.diagnose_vocabulary();
+    autotag.diagnose_rules(), autotag.diagnose_rows(), autotag.diagnose_files())
+    || autotag.diagnose_stored() || autotag.diagnose_vocabulary();
 exception when others then
   findings := jsonb_build_array(autotag.finding('host adapter', 'error',
     'The adapter does not fit the host''s tables: ' || sqlerrm,
@@ -10713,7 +10879,8 @@ language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform autotag.check_image_count(cardinality(asset_ids));   -- before any function reads that many
-  return jsonb_populate_record(null::public.tagging_upload_result, autotag.enqueue(asset_ids, autotag.visible_file_marks(asset_ids)));
+  return jsonb_populate_record(null::public.tagging_upload_result,
+    autotag.enqueue(asset_ids, autotag.visible_file_marks(asset_ids), autotag.visible_assets(asset_ids)));
 end $$;
 
 create or replace function public.cancel_tagging(job_id uuid) returns public.tagging_cancel_result
@@ -10724,7 +10891,7 @@ create or replace function public.retry_tagging(job_id uuid) returns public.tagg
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_asset_ids autotag.asset_id[] := autotag.failed_assets(job_id);
+  v_asset_ids autotag.asset_id[] := autotag.visible_assets(autotag.failed_assets(job_id));
 begin
   perform autotag.check_image_count(greatest(cardinality(v_asset_ids), 1));   -- retry() judges 0 images
   return jsonb_populate_record(null::public.tagging_upload_result,
@@ -11075,7 +11242,7 @@ grant execute on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job, public.tagging_jobs,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
   public.tagging_profile, public.set_tagging_profile, autotag.read_profile, autotag.edit_profile,
-  autotag.check_image_count, autotag.enqueue, autotag.visible_file_marks, autotag.files_to_check, autotag.failed_assets,
+  autotag.check_image_count, autotag.enqueue, autotag.visible_file_marks, autotag.files_to_check, autotag.visible_assets, autotag.has_to_see, autotag.check_caller, autotag.failed_assets,
   autotag.cancel, autotag.retry,
   autotag.describe_job, autotag.list_jobs,
   autotag.describe_strategy, autotag.take_allowance, autotag.list_usage
@@ -11096,7 +11263,7 @@ grant execute on function
   autotag.list_unstored, autotag.pick_unstored, autotag.store_waiting, autotag.postpone_stores,
   autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.note_images, autotag.batch_submitted, autotag.show_batch,
   autotag.report_batch_failure, autotag.report_poll_failure, autotag.files_deleted, autotag.provider_checked, autotag.record_poll, autotag.batch_answers, autotag.batch_finish,
-  autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_test_broadcast, autotag.status, autotag.metrics
+  autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.diagnose_write, autotag.send_test_broadcast, autotag.status, autotag.metrics
   to autotag_worker;
 
 -- its owner is authenticated; locate() runs as this login
@@ -11104,7 +11271,7 @@ grant execute on function autotag.may_see_file to current_user;
 
 -- operators: monitoring, existing images, comparisons. They see images, tags and usage of every workspace.
 grant execute on function
-  autotag.diagnose, autotag.send_test_broadcast, autotag.status, autotag.metrics,
+  autotag.diagnose, autotag.diagnose_write, autotag.send_test_broadcast, autotag.status, autotag.metrics,
   autotag.preview_backfill, autotag.backfill, autotag.list_usage,
   autotag.show_profile, autotag.set_profile, autotag.profile_history, autotag.knows_workspace,
   autotag.preview_comparison, autotag.comparison_sample, autotag.admit_comparison, autotag.settle_comparison

@@ -6,7 +6,8 @@ language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform autotag.check_image_count(cardinality(asset_ids));   -- before any function reads that many
-  return jsonb_populate_record(null::public.tagging_upload_result, autotag.enqueue(asset_ids, autotag.visible_file_marks(asset_ids)));
+  return jsonb_populate_record(null::public.tagging_upload_result,
+    autotag.enqueue(asset_ids, autotag.visible_file_marks(asset_ids), autotag.visible_assets(asset_ids)));
 end $$;
 
 create or replace function public.cancel_tagging(job_id uuid) returns public.tagging_cancel_result
@@ -17,7 +18,7 @@ create or replace function public.retry_tagging(job_id uuid) returns public.tagg
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_asset_ids autotag.asset_id[] := autotag.failed_assets(job_id);
+  v_asset_ids autotag.asset_id[] := autotag.visible_assets(autotag.failed_assets(job_id));
 begin
   perform autotag.check_image_count(greatest(cardinality(v_asset_ids), 1));   -- retry() judges 0 images
   return jsonb_populate_record(null::public.tagging_upload_result,

@@ -27,7 +27,7 @@ grant execute on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job, public.tagging_jobs,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
   public.tagging_profile, public.set_tagging_profile, autotag.read_profile, autotag.edit_profile,
-  autotag.check_image_count, autotag.enqueue, autotag.visible_file_marks, autotag.files_to_check, autotag.failed_assets,
+  autotag.check_image_count, autotag.enqueue, autotag.visible_file_marks, autotag.files_to_check, autotag.visible_assets, autotag.has_to_see, autotag.check_caller, autotag.failed_assets,
   autotag.cancel, autotag.retry,
   autotag.describe_job, autotag.list_jobs,
   autotag.describe_strategy, autotag.take_allowance, autotag.list_usage
@@ -48,7 +48,7 @@ grant execute on function
   autotag.list_unstored, autotag.pick_unstored, autotag.store_waiting, autotag.postpone_stores,
   autotag.claim_batches, autotag.batch_images, autotag.batch_step, autotag.batch_split, autotag.note_images, autotag.batch_submitted, autotag.show_batch,
   autotag.report_batch_failure, autotag.report_poll_failure, autotag.files_deleted, autotag.provider_checked, autotag.record_poll, autotag.batch_answers, autotag.batch_finish,
-  autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.send_test_broadcast, autotag.status, autotag.metrics
+  autotag.take_outbox, autotag.receive_webhook, autotag.diagnose, autotag.diagnose_write, autotag.send_test_broadcast, autotag.status, autotag.metrics
   to autotag_worker;
 
 -- its owner is authenticated; locate() runs as this login
@@ -56,7 +56,7 @@ grant execute on function autotag.may_see_file to current_user;
 
 -- operators: monitoring, existing images, comparisons. They see images, tags and usage of every workspace.
 grant execute on function
-  autotag.diagnose, autotag.send_test_broadcast, autotag.status, autotag.metrics,
+  autotag.diagnose, autotag.diagnose_write, autotag.send_test_broadcast, autotag.status, autotag.metrics,
   autotag.preview_backfill, autotag.backfill, autotag.list_usage,
   autotag.show_profile, autotag.set_profile, autotag.profile_history, autotag.knows_workspace,
   autotag.preview_comparison, autotag.comparison_sample, autotag.admit_comparison, autotag.settle_comparison

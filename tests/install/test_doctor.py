@@ -348,6 +348,57 @@ async def test_without_a_workers_login_it_says_how_to_make_one(stack: Stack) -> 
     assert "password '" not in (found.fix or ""), "it would stand in the server's log"
 
 
+NO_TOKEN = """
+    create function public.audit() returns trigger language plpgsql as $$ begin
+      if auth.uid() is null then raise exception 'not authenticated'; end if; return new; end $$;
+    create trigger audit before update on public.assets for each row execute function public.audit()"""
+SILENT = """
+    create function public.audit() returns trigger language plpgsql as $$ begin return null; end $$;
+    create trigger audit before update on public.assets for each row execute function public.audit()"""
+DEFERRED = """
+    create function public.audit() returns trigger language plpgsql as $$ begin raise exception 'too late'; end $$;
+    create constraint trigger audit after update on public.assets deferrable initially deferred
+      for each row execute function public.audit()"""
+
+
+@pytest.mark.parametrize(
+    ("host", "level", "says", "tried"),
+    [
+        ("select", "ok", "taken back", True),
+        ("alter table public.assets add check (cardinality(tags) <= 3)", "error", "violates check constraint", True),
+        (NO_TOKEN, "error", "not authenticated", False),
+        (SILENT, "error", "did not change", False),
+        (DEFERRED, "error", "too late", False),
+    ],
+    ids=["nothing", "a constraint", "a trigger that asks for a token", "a silent trigger", "a deferred trigger"],
+)
+async def test_what_refuses_tags_is_found_before_anything_is_paid(
+    library: Library, host: str, level: str, says: str, tried: bool
+) -> None:
+    assert (await examined(library.stack))["write"].message == "There is no image yet whose row could be written."
+    library.insert(["a.jpg"])
+    library.sql("update public.assets set tags = '{Mine,Yours}'")
+    library.sql(host)
+    before = library.sql("select to_jsonb(a) as row, xmin::text from public.assets a")
+    quiet = (await examined(library.stack))["write"]
+    asked = {f.check: f for f in await doctor.examine(settings(library.stack), try_write=True)}["write"]
+    assert (asked.level, says in asked.message) == (level, True), asked
+    assert quiet == asked if tried else "audit" in quiet.message and "--try-write" in quiet.message
+    assert library.sql("select to_jsonb(a) as row, xmin::text from public.assets a") == before
+
+
+async def test_rows_that_refused_their_tags_are_reported(library: Library) -> None:
+    assets = await library.upload(1)
+    library.sql("alter table public.assets add check (cardinality(tags) <= 1)")
+    async with worker(library.stack):
+        await library.finished(library.enqueue(assets))
+    found = await examined(library.stack)
+    assert "1 images refused" in found["stored"].message
+    assert "violates check constraint" in found["write"].message
+    [row] = library.sql("select tagging_stage, tagging_error from public.assets")
+    assert row == {"tagging_stage": "failed", "tagging_error": "The database refused to store the tags of this image."}
+
+
 async def test_the_page_shows_what_is_checked(stack: Stack) -> None:
     """docs/install.md: the same checks in the same order, and the same words where they say what is fine."""
     page = (ROOT / "docs" / "install.md").read_text()

@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
@@ -211,11 +211,17 @@ def test_rows_in_the_bin_and_unknown_logins_in_automatic_mode(url: str, case: di
             owner.execute(
                 """select set_config('request.jwt.claims', '{"sub": "auth0|123", "role": "authenticated"}', true)"""
             )
-            owner.execute(
+            rows: tuple[LiteralString, tuple[str, ...]] = (
                 "insert into public.assets select i, %s, %s::text || '/x.jpg', 'image/jpeg', d from (values"
                 " (%s::uuid, null), (%s, now())) v (i, d)",
                 (IDS["w1"], IDS["w1"], IDS["i6"], IDS["i7"]),
             )
+            owner.execute(*rows)
+        assert owner.execute("select count(*) from autotag.arrivals").fetchone() == (0,), "nobody's upload"
+        owner.execute("delete from public.assets where id = any (%s::uuid[])", ([IDS["i6"], IDS["i7"]],))
+        with owner.transaction():
+            owner.execute("""select set_config('request.jwt.claims', '{"role": "service_role"}', true)""")
+            owner.execute(*rows)
         arrived = owner.execute("select asset_id::text, uploader::text from autotag.arrivals order by 1").fetchall()
         nobody = "00000000-0000-0000-0000-000000000000"
         assert arrived == [(IDS["i6"], nobody), (IDS["i7"], nobody)]

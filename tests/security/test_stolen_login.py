@@ -44,6 +44,7 @@ DECISIONS = {
     "describe_brief": "says what the images that it holds are asked",
     "report_unreadable": "counts a failure of images that it holds",
     "diagnose": "counts, names of logins, and one image that is not its own",
+    "diagnose_write": "has one row written and taken back, as its report on a claimed image would write it",
     "files_deleted": "leaves files of batches that are over to expire at the provider",
     "heartbeat": "keeps its own worker alive",
     "tick_if_due": "runs what is overdue, as pg_cron does",

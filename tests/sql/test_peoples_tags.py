@@ -171,7 +171,7 @@ TYPED = st.sampled_from(
         '"q"',
     ]
 )
-ODD = st.sampled_from([None, 7, 1.50, True, {"a": [1]}, ["beach"]])
+ODD = st.sampled_from([None, 7, 1.50, True, ["beach"], [{"a": 1}]])
 MEMORIES = [
     None,
     "x",
@@ -354,6 +354,8 @@ DOCUMENTS: dict[str, tuple[str, str, str]] = {
     "an object": ("""'{"aunt": "mary"}'""", "a", "not a list"),
     "a text": ("""'"aunt mary"'""", "a", "not a list"),
     "a number": ("'5'", "a", "not a list"),
+    "objects": ("""'[{"name": "Aunt Mary", "by": "ann"}]'""", "a", "are objects"),
+    "an object among texts": ("""'["aunt mary", {"name": "a"}]'""", "a", "are objects"),
     "10,000 tags": ("(select json_agg('t' || i) from generate_series(1, 10000) i)", "a", "too many"),
     "a tag of 1 MB": (f"json_build_array(repeat('x', {len(LARGE)}))", "a", "too many"),
 }
@@ -386,10 +388,10 @@ def test_what_autotag_cannot_add_to_stays_as_it_is(connection: psycopg.Connectio
 def test_elements_stay_as_they_are_written(connection: psycopg.Connection[Any]) -> None:
     with connection.transaction(force_rollback=True):
         row = Row(connection, "json")
-        row.write('[ "Aunt", {"b":1, "b":2}, 1.50, "\\u00e9" ]')
+        row.write('[ "Aunt", [{"b":1, "b":2}], 1.50, "\\u00e9" ]')
         row.run(["sky"])
         [(text,)] = row.sql(f"select tags::text from public.{row.table}")
-        assert text == '["Aunt", {"b":1, "b":2}, 1.50, "\\u00e9", "sky"]'
+        assert text == '["Aunt", [{"b":1, "b":2}], 1.50, "\\u00e9", "sky"]'
     with connection.transaction(force_rollback=True):
         row = Row(connection, "text[]")
         row.sql(f"update public.{row.table} set tags = '[3:4]={{aunt,NULL}}'")
@@ -483,7 +485,7 @@ class Library:
             " autotag.match_results(%s::uuid, array[%s::jsonb]), array[null::uuid])",
             IMAGE, WORKSPACE, WORKSPACE, json.dumps(answer),
         )  # fmt: skip
-        assert "names" not in self.row.memory()
+        assert not {"names", "above"} & set(self.row.memory())
         return self.row.tags()
 
 
@@ -556,3 +558,21 @@ def test_a_name_of_an_own_entry_is_no_name_of_a_general_one(library: Library) ->
     library.know({"tag": "Pet"})
     library.row.edit(["pet"])
     assert library.run("animal", "pet") == ["pet", "Animal"]
+
+
+def test_parents_of_removed_tags_alone_are_not_added(library: Library) -> None:
+    library.row.sql(
+        "select autotag.save_profile(%s::uuid, %s)",
+        WORKSPACE, json.dumps({"vocabulary_mode": library.mode, "add_parents": True}),
+    )  # fmt: skip
+    nature = [{"tag": "Natur"}, {"tag": "Blau", "parent": "Natur"}]
+    library.know({"tag": "sky"}, *nature)
+    assert library.run("sky") == ["sky"]
+    library.row.edit(["mine"])
+    library.know({"tag": "Himmel", "aliases": ["sky"], "parent": "Blau"}, {"tag": "Wald", "parent": "Natur"}, *nature)
+    assert library.run("himmel") == ["mine"], "both levels follow from it alone"
+    assert library.run("himmel", "wald") == ["mine", "Wald", "Natur"], "Natur is above Wald, too"
+    assert set(library.run("himmel", "blau")) == {"mine", "Natur", "Blau"}, "the model gave one of them itself"
+    assert library.run("himmel") == ["mine"], "what an earlier run gave goes with its reason"
+    library.row.edit(["mine", "Himmel"])
+    assert set(library.run("himmel")) == {"mine", "Himmel", "Blau", "Natur"}, "it is there again"

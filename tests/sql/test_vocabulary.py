@@ -339,6 +339,22 @@ def test_plain_sql_keeps_names_too(session: psycopg.Connection[Any]) -> None:
     assert tags == ["T-Shirt", "hat"]
 
 
+DESCRIBED = {"tag": "Scheune", "aliases": ["Barn"], "description": "Ein Gebäude für Heu; " + "mit Toren " * 8}
+
+
+@pytest.mark.parametrize(
+    ("given", "known"),
+    [("scheune: ein gebäude für heu", True), ("scheune (ein gebäude für heu; mit toren)", True), ("barn: ein gebäude", True),
+     ("Scheune:ein Gebäude für Heu; mit Toren mit To…", True), ("scheune: für heu", False), ("scheune (auto)", False),
+     ("haus: ein gebäude für heu", False), ("scheune: ", True), ("jaguar (car)", False)],
+)  # fmt: skip
+def test_a_tag_with_its_description_is_that_tag(session: psycopg.Connection[Any], given: str, known: bool) -> None:
+    """Models copy what the prompt says of a tag."""
+    edit(session, [DESCRIBED, {"tag": "jaguar", "description": "the animal"}])
+    assert match(session, [{given: 0.9}], "only")[0]["tags"] == (["Scheune"] if known else [])
+    assert match(session, [{given: 0.9}], "prefer")[0]["tags"] == (["Scheune"] if known else [given])
+
+
 def test_the_list_for_the_prompt_is_short_and_stays_the_same(session: psycopg.Connection[Any]) -> None:
     edit(session, [{"tag": f"general {i}", "uses": 9} for i in range(300)], None)
     edit(
@@ -347,10 +363,10 @@ def test_the_list_for_the_prompt_is_short_and_stays_the_same(session: psycopg.Co
     )
     first = value(session, "autotag.vocabulary_for_prompt(%s)", OWN)
     assert len(first) == 500
-    assert sum(tag.startswith("Tag ") for tag in first) == 400, "a workspace's own come first"
-    [long] = [tag for tag in first if tag.startswith("Tag 003")]
-    assert long == "Tag 003: " + "d" * 79 + "…"
-    assert first == sorted(first, key=lambda tag: key(tag.partition(":")[0]))
+    tags = [entry if isinstance(entry, str) else entry[0] for entry in first]
+    assert sum(tag.startswith("Tag ") for tag in tags) == 400, "a workspace's own come first"
+    assert [entry for entry in first if not isinstance(entry, str)] == [["Tag 003", "d" * 79 + "…"]]
+    assert tags == sorted(tags, key=key)
     edit(session, [{"tag": "zebra"}], OTHER)
     edit(session, [{"tag": "Tag 000", "aliases": ["null"]}])
     assert value(session, "autotag.vocabulary_for_prompt(%s)", OWN) == first

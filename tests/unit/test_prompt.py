@@ -58,12 +58,14 @@ def test_the_bytes_before_the_picture_are_the_same_for_every_image() -> None:
 
 
 @pytest.mark.parametrize("trick", TRICKS, ids=range(len(TRICKS)))
-@pytest.mark.parametrize("place", ["instructions", "vocabulary", "language"])
+@pytest.mark.parametrize("place", ["instructions", "vocabulary", "description", "language"])
 def test_what_comes_from_outside_is_one_json_string(trick: str, place: str) -> None:
     """Whatever is in it, it cannot end itself: what stands before and after it is the same."""
 
     def written(text: str) -> str:
         changes: dict[str, Any] = {place: [text] if place == "vocabulary" else text}
+        if place == "description":
+            changes = {"vocabulary": ["altbau", ["neubau", text]]}
         return system_message(QUESTION, replace(BRIEF, **changes))
 
     quoted = json.dumps(trick, ensure_ascii=False)
@@ -86,6 +88,15 @@ def test_a_vocabulary_that_fills_the_prompt_may_have_more_tags(mode: Any, size: 
     said = system_message(QUESTION, replace(BRIEF, vocabulary_mode=mode, vocabulary=[f"t{i}" for i in range(size)]))
     assert ("Use no other tags" in said) is only
     assert ("Where one of these tags fits" in said) is not only
+
+
+@pytest.mark.parametrize("mode", ["only", "prefer"])
+def test_a_description_is_no_part_of_the_spelling_that_is_asked_for(mode: Any) -> None:
+    vocabulary: list[str | list[str]] = ["Kuh", ["Scheune", "Ein Gebäude für Heu"], "Wald"]
+    said = system_message(QUESTION, replace(BRIEF, vocabulary_mode=mode, vocabulary=vocabulary))
+    listed, meanings = said.split("in exactly this spelling")[1].split("\n\n")
+    assert listed.endswith('["Kuh", "Scheune", "Wald"]')
+    assert meanings.endswith('a meaning is never a part of a tag: {"Scheune": "Ein Gebäude für Heu"}')
 
 
 def test_the_schema_is_strict_and_every_field_may_be_unknown() -> None:

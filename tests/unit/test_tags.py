@@ -76,6 +76,12 @@ def test_tags_are_trimmed_folded_deduplicated_limited_and_sorted() -> None:
     assert normalise_tags(tags, 3) == [("big sky", 1.0), ("straße", 0.9), ("sea", 0.8)]
 
 
+def test_a_tag_with_a_long_description_is_the_tag() -> None:
+    said = "ein gebäude für heu und stroh, oft aus holz, mit großen toren"
+    tags = [(f"Scheune: {said}", 0.9), (f"Kuh ({said})", 0.8), (said, 0.7), (f"{said}: x", 0.6)]
+    assert normalise_tags(tags, 9) == [("scheune", 0.9), ("kuh", 0.8)]
+
+
 @given(st.lists(st.tuples(st.text(max_size=80), st.floats()), max_size=40), st.integers(1, 20))
 def test_whatever_the_model_says_postgres_can_store_it(tags: list[tuple[str, float]], most: int) -> None:
     normal = normalise_tags(tags, most)

@@ -9,6 +9,17 @@ from hypothesis import strategies as st
 from autotag.operate.vocabulary_file import FileError, read_vocabulary, write_csv
 from autotag.texts import visible_text
 
+
+@pytest.mark.parametrize(
+    ("data", "commas"),
+    [(b"tag;aliases\ncat;kitty|puss\ngrass;field, meadow\n", ("line 3", "field, meadow")),
+     (b'grass,"field, meadow|green",x\n', ("line 1", "field, meadow")), (b"grass;field|meadow\n", None), (b"a, b;c\n", None),
+     (b'[{"tag": "x", "aliases": ["a, b"]}]', None)],
+)  # fmt: skip
+def test_an_alias_that_may_be_several_is_noticed(data: bytes, commas: tuple[str, str] | None) -> None:
+    assert read_vocabulary(data).commas == commas
+
+
 HEADED = "tag,aliases,description,parent\n"
 
 

@@ -248,6 +248,42 @@ begin
     order by a.i);
 end $$;
 
+-- Whether a role has the privilege to read the ids of your images; which rows it sees is another matter (visible_assets).
+create or replace function autotag.may_read_images(p_role name) returns boolean
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select has_schema_privilege(p_role, c.relnamespace, 'usage') and has_column_privilege(p_role, c.oid, 'id', 'select')
+  from pg_class c where c.oid = autotag.image_table()
+$$;
+
+-- Whether the caller, who acts as this role, has to see the rows of images to tag them.
+create or replace function autotag.has_to_see(p_role name) returns boolean
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select not autotag.is_service() and autotag.may_read_images(p_role)
+$$;
+
+-- Those of these images whose rows the caller can read, in their order; this runs as the caller, so your policies decide, and the
+-- rights of a view. All of them if the caller is a service, or has no privilege to read the table at all, because then only your
+-- server shows images to users: membership alone decides.
+create or replace function autotag.visible_assets(p_asset_ids autotag.asset_id[]) returns autotag.asset_id[]
+language plpgsql stable set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
+  set enable_seqscan = on
+as $$
+begin
+  if not autotag.has_to_see(current_user) then
+    return p_asset_ids;
+  end if;
+  return array(
+    select a.id from unnest(p_asset_ids) with ordinality a (id, i)
+    where a.id in (select t.id from public.assets t where t.id = any (p_asset_ids)) order by a.i);
+exception when others or assert_failure then
+  perform autotag.check_caller();
+  raise exception using errcode = 'PT403', detail = '{"code": "unreadable_rows"}',
+    message = 'Whether you may see these images could not be found out: ' || sqlerrm,
+    hint = 'Ask who runs this project: reading the table of images fails in your name, by its policies or privileges.';
+end $$;
+
 -- The next images of a workspace that are not being tagged and that the row filter does not leave out, by id after p_after.
 -- p_untagged: only those without tags (null and an empty list are none) that autotag has not tagged: where nothing fits, an answer
 -- has no tags, and asking again would give none again. p_profile: only those that autotag has tagged with another
@@ -328,7 +364,7 @@ begin
     update public.assets a
     set (tags, tagging_result, tagging_error) = (
           -- nothing to compare with, as nearly always: a call of the function takes longer than the rest of the update
-          select (array(select jsonb_array_elements_text(r.result -> 'tags')))::text[], r.result - '{tags,names}'::text[] || jsonb_build_object('given', r.result -> 'tags'), null
+          select (array(select jsonb_array_elements_text(r.result -> 'tags')))::text[], r.result - '{tags,names,above}'::text[] || jsonb_build_object('given', r.result -> 'tags'), null
           where a.tags is null and a.tagging_result is null
           union all
           select case when m.tags is null then a.tags else m.tags::text[] end, m.result, m.error
@@ -433,7 +469,7 @@ end $$;
 create or replace function autotag.adapter_answers() returns jsonb
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$
-  select '{"choices": {"table": "public.assets", "id": "id", "workspace": "workspace_id", "path": "storage_path", "bucket": "assets", "url": "image_url", "full_paths": false, "tags": "tags", "where": "true", "members_table": "public.workspace_members", "members_workspace": "workspace_id", "members_user": "user_id", "members_where": "true", "caller_claim": "auth.uid()", "editors": "none"}, "storage_hosts": [], "users_see_files": true, "files": {"name": "workspace-folder", "buckets": ["assets"], "prefix": "", "depth": 1, "uploader": null}, "functions": {"caller": "f830ed77bb91839e0f5c8f2ce1e04423", "nobody": "6c5d38b139b353965449926c78d12f4a", "is_member": "19796b8302d5a46b3911e77265efac71", "is_editor": "1c0b95fc17b9b3f6469e454482cb4a49", "image_table": "d24db7aeb8883ff34d9163c517e0cd7b", "file_rule": "e5132e61b36ed3b88aff49205110856a", "users_see_files": "12121c1c821d63ac9833861df2e81850", "storage_hosts": "030502eb0822a627e8578437ebce8ccd", "storage_file": "8ee31e1e47aa52b15be0280750f52608", "percent_decode": "a0eccfadc1e55a87ef193dd340c278b9", "describe_assets": "09f90d7f0ecd9580695098e002b56699", "check_files": "6d2a870f1edd26973549942173a47764", "file_mark": "219cdc87aec8cb6caf2f18b3adf94d53", "files_to_check": "e594f652e8f2cb2e080eb585f723932f", "visible_file_marks": "04ffcf1421be10662676b085cb1c612e", "list_assets": "8e7328ed4b7fee1627641f1a91b1dd89", "tagged_assets": "369dfcb2bc1a94ba8cea34b82e714162", "tags_in_use": "0cb437f5fc8dc68e0004407ee0cf8356", "store_tags": "2b3784e72e8278f4513a6551f9dee526", "show_stage": "7f9f955eb762fb06c13b042ef1033f08", "held_assets": "74439428a2a7b5d3c9cdd0f84e7c9f20", "collect_inserted": "b662386d76dd1f40ff0a940f5e000201", "set_automatic": "df63c22abd345745a09ee933b92e9fe7", "adapter_version": "6ebceba1516d1b8c52d508dc3039fc26"}}'::jsonb
+  select '{"choices": {"table": "public.assets", "id": "id", "workspace": "workspace_id", "path": "storage_path", "bucket": "assets", "url": "image_url", "full_paths": false, "tags": "tags", "where": "true", "members_table": "public.workspace_members", "members_workspace": "workspace_id", "members_user": "user_id", "members_where": "true", "caller_claim": "auth.uid()", "editors": "none"}, "storage_hosts": [], "users_see_files": true, "files": {"name": "workspace-folder", "buckets": ["assets"], "prefix": "", "depth": 1, "uploader": null}, "functions": {"caller": "f830ed77bb91839e0f5c8f2ce1e04423", "nobody": "6c5d38b139b353965449926c78d12f4a", "is_member": "19796b8302d5a46b3911e77265efac71", "is_editor": "1c0b95fc17b9b3f6469e454482cb4a49", "image_table": "d24db7aeb8883ff34d9163c517e0cd7b", "file_rule": "e5132e61b36ed3b88aff49205110856a", "users_see_files": "12121c1c821d63ac9833861df2e81850", "storage_hosts": "030502eb0822a627e8578437ebce8ccd", "storage_file": "8ee31e1e47aa52b15be0280750f52608", "percent_decode": "a0eccfadc1e55a87ef193dd340c278b9", "describe_assets": "09f90d7f0ecd9580695098e002b56699", "check_files": "6d2a870f1edd26973549942173a47764", "file_mark": "219cdc87aec8cb6caf2f18b3adf94d53", "files_to_check": "e594f652e8f2cb2e080eb585f723932f", "visible_file_marks": "04ffcf1421be10662676b085cb1c612e", "may_read_images": "8de4d286440fa481673b3c99fa6f2753", "has_to_see": "2d4abdf13b95d6cc49726544815c0035", "visible_assets": "0ac2c9663569ae2fa9c52bc9365b802b", "list_assets": "8e7328ed4b7fee1627641f1a91b1dd89", "tagged_assets": "369dfcb2bc1a94ba8cea34b82e714162", "tags_in_use": "0cb437f5fc8dc68e0004407ee0cf8356", "store_tags": "45fd88c032a42618f836e6139539544c", "show_stage": "7f9f955eb762fb06c13b042ef1033f08", "held_assets": "74439428a2a7b5d3c9cdd0f84e7c9f20", "collect_inserted": "b662386d76dd1f40ff0a940f5e000201", "set_automatic": "df63c22abd345745a09ee933b92e9fe7", "adapter_version": "6ebceba1516d1b8c52d508dc3039fc26"}}'::jsonb
 $$;
 
 -- Version of the adapter; `autotag init` of a newer release adds what is missing.

@@ -76,6 +76,29 @@ begin
   return array[]::text[];
 end $$;
 
+-- The tags of an answer, without those that the vocabulary only adds because they are above tags that people removed (`above` of
+-- match_tags). p_removed: their keys; p_there: the keys of the tags that are there.
+create or replace function autotag.answered_tags(p_answer jsonb, p_removed text[], p_there text[], p_workspace_id autotag.workspace_id)
+returns text[]
+language plpgsql stable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tags text[] := array(select jsonb_array_elements_text(p_answer -> 'tags'));
+  v_gone text[];               -- those of them that people removed
+begin
+  if p_answer -> 'above' is null or p_removed = '{}' then
+    return v_tags;
+  end if;
+  v_gone := autotag.near_tags(p_workspace_id, p_answer -> 'names', p_removed);
+  v_gone := array(
+    select t.tag from unnest(v_tags, autotag.tag_keys(v_tags)) t (tag, key)
+    where (t.key = any (p_removed) or p_answer -> 'names' -> t.tag ?| p_removed or t.tag = any (v_gone))
+      and (t.key = any (p_there)) is not true);
+  return array(
+    select t.tag from unnest(v_tags) with ordinality t (tag, i)
+    where (p_answer -> 'above' -> t.tag <@ to_jsonb(v_gone)) is not true order by t.i);
+end $$;
+
 -- What the answer of a run changes. p_tags: the tags that are there; null: an element that is not a text. p_memory: tagging_result as it
 -- is. p_answer: as in store_tags; a tag is left out if one of its `names` (match_tags) is a person's tag or was removed, or if one of these is nearly the same
 -- (near_tags). p_longest: the column's limit of a tag's length, if it has one. dropped: the places of tags that an
@@ -92,8 +115,8 @@ declare
   v_added text[];
   v_removed text[];
   v_kept text[];               -- the keys of what stays in the column
-  v_answer text[] := array(select jsonb_array_elements_text(p_answer -> 'tags'));
-  v_answer_keys text[] := autotag.tag_keys(v_answer);
+  v_answer text[];
+  v_answer_keys text[];
   v_names jsonb := coalesce(p_answer -> 'names', '{}');
   v_taken text[];              -- the keys of people's tags, and of those that they removed …
   v_near text[];               -- … and tags of the vocabulary that are nearly the same
@@ -102,6 +125,8 @@ begin
     select k from unnest(autotag.tag_keys(
       v_given || autotag.recall_tags(p_memory, 'added') || autotag.recall_tags(p_memory, 'removed'))) k
     where k <> '' except select unnest(v_keys) order by 1);
+  v_answer := autotag.answered_tags(p_answer, v_removed, v_keys, p_workspace_id);
+  v_answer_keys := autotag.tag_keys(v_answer);
   select coalesce(array_agg(t.i) filter (where t.given and not t.again), '{}'),
     coalesce(array_agg(t.tag order by t.i) filter (where t.given and t.again), '{}'),
     array_agg(t.tag order by t.i) filter (where not t.given),
@@ -129,7 +154,7 @@ create or replace function autotag.remember_tags(p_answer jsonb, p_given text[],
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return p_answer - '{tags,names}'::text[] || jsonb_build_object('given', p_given)
+  return p_answer - '{tags,names,above}'::text[] || jsonb_build_object('given', p_given)
     || case when p_added <> '{}' then jsonb_build_object('added', p_added) else '{}' end
     || case when p_removed <> '{}' then jsonb_build_object('removed', p_removed) else '{}' end;
 end $$;
@@ -143,6 +168,7 @@ begin
     autotag.recall_tags(p_memory, 'removed'));
   error := case p_reason
     when 'form' then 'The tags of this image are not a list, so they stay as they are.'
+    when 'objects' then 'The tags of this image are objects, so they stay as they are.'
     when 'size' then 'This image has too many tags to add to, so they stay as they are.'
     else 'People have removed too many tags of this image to remember more, so its tags stay as they are.' end;
 end $$;
@@ -161,7 +187,7 @@ declare
 begin
   if coalesce(p_tags = '{}', not p_large) and p_memory is null and p_longest is null then
     tags := array(select jsonb_array_elements_text(p_answer -> 'tags'));
-    result := p_answer - '{tags,names}'::text[] || jsonb_build_object('given', p_answer -> 'tags');
+    result := p_answer - '{tags,names,above}'::text[] || jsonb_build_object('given', p_answer -> 'tags');
     return;
   end if;
   v_reason := case when p_large or cardinality(p_tags) > 1000 or pg_column_size(p_tags) > 65536 then 'size'
@@ -183,7 +209,8 @@ begin
   end if;
 end $$;
 
--- The same for a column of JSON (jsonb, json). Elements stay as they are written, also those that are no texts.
+-- The same for a column of JSON (jsonb, json). Elements stay as they are written, also those that are no texts. A list with an object is
+-- left alone: texts among objects would break who reads it.
 create or replace function autotag.merge_json(
   p_tags json, p_large boolean, p_memory jsonb, p_answer jsonb, p_workspace_id autotag.workspace_id, out tags json, out result jsonb, out error text
 )
@@ -192,26 +219,28 @@ as $$
 declare
   v_list text[];           -- the elements as JSON
   v_texts text[];          -- the same as texts
+  v_objects boolean;       -- one is an object
   v_merged record;
   v_reason text;
 begin
   if not p_large and (p_tags is null or p_tags::text = '[]') and p_memory is null then
     tags := p_answer -> 'tags';
-    result := p_answer - '{tags,names}'::text[] || jsonb_build_object('given', p_answer -> 'tags');
+    result := p_answer - '{tags,names,above}'::text[] || jsonb_build_object('given', p_answer -> 'tags');
     return;
   end if;
   v_reason := case when p_large or octet_length(p_tags::text) > 65536 then 'size'
     when coalesce(json_typeof(p_tags) not in ('array', 'null'), false) then 'form' end;
   if v_reason is null and json_typeof(p_tags) = 'array' then
     begin
-      select array_agg(e::text order by i), array_agg(case when json_typeof(e) = 'string' then e #>> '{}' end order by i)
-      into v_list, v_texts from json_array_elements(p_tags) with ordinality u (e, i);
+      select array_agg(e::text order by i), array_agg(case when json_typeof(e) = 'string' then e #>> '{}' end order by i),
+        bool_or(json_typeof(e) = 'object')
+      into v_list, v_texts, v_objects from json_array_elements(p_tags) with ordinality u (e, i);
     exception when data_exception then
       v_reason := 'form';   -- JSON can hold texts that Postgres cannot: "\u0000"
     end;
   end if;
   if v_reason is null then
-    v_reason := case when cardinality(v_list) > 1000 then 'size' end;
+    v_reason := case when cardinality(v_list) > 1000 then 'size' when v_objects then 'objects' end;
   end if;
   if v_reason is null then
     v_merged := autotag.merge_tags(v_texts, p_memory, p_answer, null, p_workspace_id);

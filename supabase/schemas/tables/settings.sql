@@ -38,6 +38,8 @@ create table autotag.settings (
   -- how long newer uploads of its workspace may pass an upload whose single calls wait; uploads of more than chunk_max_images
   -- images can be passed for longer, in proportion
   upload_patience interval not null default '2 min' check (upload_patience >= '0'),
+  -- whether automatic mode tags rows that somebody without a user inserts, such as anon: whoever may insert rows spends your money then
+  automatic_for_anyone boolean not null default false,
   -- whether members may call check_rate_limit, which counts against the limit; they may always call peek_rate_limit
   members_may_take boolean not null default false,
   -- Longest expected time from the release of a call to its arrival at the provider. This share of a minute's limit stays

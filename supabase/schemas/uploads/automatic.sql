@@ -4,19 +4,30 @@
 -- lock), forbid PREPARE TRANSACTION, and fail it while the queue of notifications is full. It is not needed either: an upload is not
 -- sealed before upload_quiet has passed, and a worker that looks that often sees each upload in time (seal_uploads: wait).
 
--- The signed-in user of the host's transaction (caller); nobody(): nobody. Anything can stand in the claims of a direct
--- connection: that is nobody, not an error.
+-- Who uploads in the host's transaction: the signed-in user (caller), nobody() for the project's own server, which has no user. Null: a
+-- token that names no user, such as that of anon; their rows are not collected, because they may not tag images, unless the owner
+-- allows it (automatic_for_anyone). Anything can stand in the claims of a direct connection: that is the server, not an error.
 create or replace function autotag.find_uploader() returns autotag.user_id
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_user autotag.user_id;
 begin
-  return coalesce(autotag.caller(), autotag.nobody());
-exception when others or assert_failure then
+  begin
+    v_user := autotag.caller();
+  exception when others or assert_failure then
+    null;
+  end;
+  if v_user is null and (autotag.is_service() or (select s.automatic_for_anyone from autotag.settings s)) then
+    return autotag.nobody();
+  end if;
+  return v_user;
+exception when invalid_text_representation then   -- the claims are no JSON
   return autotag.nobody();
 end $$;
 
 -- Collects the images that one statement inserted: their ids and workspaces; those without a workspace are left out. Whether there is
--- a file or URL is found out when the upload is sealed. Called by the host's transaction, so it only inserts: it locks no row, and
+-- a file or URL is found out when the upload is sealed. Rows of nobody's (find_uploader) are not collected. Called by the host's transaction, so it only inserts: it locks no row, and
 -- waits for nothing but a lock of the whole table (an upgrade of autotag), for 50 ms at most. Errors are caught by the trigger.
 create or replace function autotag.collect(p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
@@ -28,7 +39,7 @@ begin
   insert into autotag.arrivals (asset_id, workspace_id, uploader, arrived_at)
   select n.asset_id, n.workspace_id, v_uploader, v_now
   from unnest(p_asset_ids, p_workspace_ids) n (asset_id, workspace_id)
-  where n.asset_id is not null and n.workspace_id is not null;
+  where n.asset_id is not null and n.workspace_id is not null and v_uploader is not null;
 end $$;
 
 -- At most p_limit uploads that may still grow, by workspace and uploader, with their first and last arrival. Only workspaces from

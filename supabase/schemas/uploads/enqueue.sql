@@ -41,7 +41,10 @@ end $$;
 -- p_visible_marks[i]: the mark of the file of p_asset_ids[i] that the caller may see (`visible_file_marks`), which matches no file if the
 -- caller may not see it; null: not checked. If the image's file has another mark when a worker claims it, the image fails as if
 -- the file did not exist.
-create or replace function autotag.enqueue(p_asset_ids autotag.asset_id[], p_visible_marks uuid[] default null) returns jsonb
+-- p_visible: those of the images whose rows the caller can read (`visible_assets`); null: not checked. The others do not exist for them.
+create or replace function autotag.enqueue(
+  p_asset_ids autotag.asset_id[], p_visible_marks uuid[] default null, p_visible autotag.asset_id[] default null
+) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -56,15 +59,14 @@ declare
   v_suspects autotag.picture[];   -- and those that may have been enqueued before
 begin
   if array_ndims(p_asset_ids) > 1 or array_position(p_asset_ids, null) is not null then
-    perform autotag.refuse(400, 'bad_asset_ids', 'asset_ids must be a plain list of ids.',
-      'Pass an array of ids without nulls.');
+    perform autotag.refuse(400, 'bad_asset_ids', 'asset_ids must be a plain list of ids.', 'Pass an array of ids without nulls.');
   end if;
   perform autotag.check_image_count(cardinality(p_asset_ids));
 
-  -- An image of another workspace is reported like one that does not exist, so that callers cannot find out which ids exist.
+  -- An image of another workspace, or with a hidden row, is reported like one that does not exist: nobody can find out which ids exist.
   with there as materialized (
     select d.asset_id, d.workspace_id, d.refused, d.stage, hash_record_extended(row(d.asset_id, d.mark), 0) as mark
-    from autotag.describe_assets(p_asset_ids) d where d.workspace_id is not null
+    from autotag.describe_assets(coalesce(p_visible, p_asset_ids)) d where d.workspace_id is not null
   ), theirs as materialized (
     -- offset 0: call is_member once per workspace, not once per image
     select w.id from (select distinct t.workspace_id as id from there t offset 0) w

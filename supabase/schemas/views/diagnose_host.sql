@@ -62,6 +62,103 @@ begin
       format('Use a trigger instead, and: drop rule %I on %s;', v_rules[1], autotag.image_table())) end;
 end $$;
 
+-- Which images of their workspace members may tag: those whose rows they see, if signed-in users read the table themselves.
+create or replace function autotag.diagnose_rows() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_table text := autotag.image_table()::text;
+begin
+  return autotag.finding('rows', 'ok', case
+    when not autotag.may_read_images('authenticated')
+      then format('Signed-in users have no privilege to read %s, so members may tag every image of their workspace.', v_table)
+    when not (select c.relrowsecurity from pg_class c where c.oid = autotag.image_table())
+      then format('Row level security of %s is off, so members may tag every image of their workspace.', v_table)
+    else format('Members may tag the images whose rows they see under row level security of %s.', v_table) end);
+end $$;
+
+-- The triggers of the host that run when autotag writes a row.
+create or replace function autotag.update_triggers() returns text[]
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select array(
+    select t.tgname::text from pg_trigger t
+    where t.tgrelid = autotag.image_table() and not t.tgisinternal and t.tgenabled in ('O', 'A') and t.tgtype & 16 <> 0 order by 1)
+$$;
+
+-- Writes tags to the row of one image as a worker's report does, and takes that back, also what triggers did in this database. The image
+-- is the last one whose row refused its tags, or any. Returns the error; null: none. tried: false: there is no image.
+create or replace function autotag.try_write(out tried boolean, out state text, out error text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '1s'
+as $$
+declare
+  v_image record;
+begin
+  select d.asset_id, d.workspace_id into v_image
+  from unnest(array[
+    (select t.asset_id from autotag.tasks t where t.error_code = 'not_stored' order by t.id desc limit 1),
+    (autotag.tags_in_use(null, null, 1) ->> 'last')::autotag.asset_id]) with ordinality u (id, place)
+  cross join lateral autotag.describe_assets(array[u.id]) d
+  where u.id is not null and d.workspace_id is not null order by u.place limit 1;
+  tried := found;
+  if tried then
+    perform autotag.show_stage(array[v_image.asset_id], v_image.workspace_id, 'processing', 50);
+    if autotag.store_tags(array[v_image.asset_id], v_image.workspace_id, array[jsonb_build_object(
+      'tags', '["barn", "field", "sky", "grass", "fence", "tree", "cloud", "summer", "wood", "countryside"]'::jsonb,
+      'confidence', '{"barn": 0.98, "field": 0.9}'::jsonb, 'caption', 'A red barn in a field.', 'model', 'autotag doctor')],
+      array[null]::uuid[]) is null then
+      raise exception 'the row did not change';
+    end if;
+    set constraints all immediate;
+    raise exception 'it works' using errcode = 'AT002';
+  end if;
+exception when others or assert_failure then
+  tried := true;
+  if sqlstate <> 'AT002' then
+    state := sqlstate;
+    error := sqlerrm;
+  end if;
+end $$;
+
+-- Whether a row takes tags (try_write). p_triggers: also if triggers of the host run then. Not everything that a trigger does can be taken
+-- back (a call of dblink, a request that it waits for), so the doctor does that only if it is asked to.
+create or replace function autotag.diagnose_write(p_triggers boolean) returns jsonb
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_table text := autotag.image_table()::text;
+  v_triggers text[] := autotag.update_triggers();
+  v_try record;
+begin
+  if v_triggers <> '{}' and p_triggers is not true then
+    return autotag.finding('write', 'ok', format('Not tried, because triggers of %s would run (%s): autotag doctor --try-write tries it.',
+      v_table, autotag.name_some(v_triggers)));
+  end if;
+  v_try := autotag.try_write();
+  return case
+    when not v_try.tried then autotag.finding('write', 'ok', 'There is no image yet whose row could be written.')
+    when v_try.state is null then autotag.finding('write', 'ok', 'A row takes tags (tried with one image, and taken back).')
+    when autotag.is_lock_error(v_try.state) then autotag.finding('write', 'warning',
+      'The row that was tried is locked by another transaction.', 'Run autotag doctor again.')
+    else autotag.finding('write', 'error',
+      format('%s refuses what autotag writes, so images are paid for and fail: %s', v_table, autotag.printable(v_try.error, 500)),
+      'Let the constraint or trigger accept it. (Workers have no token: auth.uid() is null in triggers then.)') end;
+end $$;
+
+-- Whether rows have refused their tags lately. No finding if none has.
+create or replace function autotag.diagnose_stored() returns jsonb
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_images bigint := (
+    select sum((e ->> 'images')::bigint) from jsonb_array_elements(autotag.recent_errors(100, autotag.now())) e
+    where e ->> 'code' = 'not_stored');
+begin
+  return case when v_images is null then '[]' else jsonb_build_array(autotag.finding('stored', 'warning',
+    format('The rows of %s images refused their tags within the last day (not_stored); they were paid for.', v_images),
+    'autotag doctor --try-write   (says why; then: autotag enqueue --workspace …)')) end;
+end $$;
+
 -- Whether a workspace's profile allows only the tags of a vocabulary that is empty: then no tag is stored. No finding if none does.
 create or replace function autotag.diagnose_vocabulary() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -90,7 +187,8 @@ begin
   sample := autotag.sample_image();
   findings := jsonb_build_array(
     autotag.finding('host adapter', 'ok', 'The adapter''s functions fit the host''s tables.'),
-    autotag.diagnose_rules(), autotag.diagnose_files()) || autotag.diagnose_vocabulary();
+    autotag.diagnose_rules(), autotag.diagnose_rows(), autotag.diagnose_files())
+    || autotag.diagnose_stored() || autotag.diagnose_vocabulary();
 exception when others then
   findings := jsonb_build_array(autotag.finding('host adapter', 'error',
     'The adapter does not fit the host''s tables: ' || sqlerrm,

@@ -17,7 +17,8 @@ end $$;
 -- Replaces the tags of results by those of the vocabulary. p_mode: `prefer` keeps tags that it does not know, every other mode drops
 -- them. p_parents: adds the tags above, with the confidence of the tag below. Tags that become the same keep the highest confidence.
 -- The most confident come first, then in the model's order; at most 50. names: {tag: [key, …]}, by which a person may know a tag of the
--- vocabulary: its own, its aliases, and what the model gave (merge_tags, which also finds what is nearly the same).
+-- vocabulary: its own, its aliases, and what the model gave (merge_tags, which also finds what is nearly the same). above: {tag: [tag, …]},
+-- the tags for whose sake a parent was added; not one that the model gave itself (answered_tags).
 create or replace function autotag.match_tags(
   p_workspace_id autotag.workspace_id, p_results jsonb[], p_mode text, p_parents boolean
 ) returns jsonb[]
@@ -47,22 +48,23 @@ begin
         select k.id, k.key from unnest(v_known, autotag.tag_keys(array(select x.given from unnest(v_known) x))) k (given, id, key)) n on n.id = w.id
       group by w.tag
     ), chosen as (
-      select g.i, coalesce(w.tag, g.tag) as tag, g.sure, g.place from given g left join words w on w.id = g.id
+      select g.i, coalesce(w.tag, g.tag) as tag, g.sure, g.place, null as below from given g left join words w on w.id = g.id
       where w.id is not null or p_mode = 'prefer'
       union all
-      select g.i, w.tag, g.sure, 1000 * a.depth + g.place
-      from given g join unnest(v_above) a on a.id = g.id join words w on w.id = a.above
+      select g.i, w.tag, g.sure, 1000 * a.depth + g.place, b.tag
+      from given g join unnest(v_above) a on a.id = g.id join words w on w.id = a.above join words b on b.id = g.id
     ), merged as (
-      select c.i, c.tag, max(c.sure) as sure,
+      select c.i, c.tag, max(c.sure) as sure, case when bool_and(c.below is not null) then jsonb_agg(c.below) end as below,
         row_number() over (partition by c.i order by max(c.sure) desc nulls last, min(c.place)) as place
       from chosen c group by c.i, c.tag
     ), matched as (
       select m.i, jsonb_agg(m.tag order by m.place) as tags, jsonb_object_agg(m.tag, m.sure) filter (where m.sure is not null) as sure,
-        jsonb_object_agg(m.tag, n.keys) filter (where n.keys is not null) as names
+        jsonb_object_agg(m.tag, n.keys) filter (where n.keys is not null) as names,
+        jsonb_object_agg(m.tag, m.below) filter (where m.below is not null) as above
       from merged m left join names n on n.tag = m.tag where m.place <= 50 group by m.i
     )
     select r.result || jsonb_build_object('tags', coalesce(m.tags, '[]'), 'confidence', coalesce(m.sure, '{}'),
-      'names', coalesce(m.names, '{}'))
+      'names', coalesce(m.names, '{}')) || case when m.above is null then '{}' else jsonb_build_object('above', m.above) end
     from unnest(p_results) with ordinality r (result, i) left join matched m on m.i = r.i order by r.i);
 end $$;
 
@@ -79,7 +81,8 @@ begin
       select from autotag.vocabulary_names o where o.workspace_id = p_workspace_id and o.key = n.key);
 end $$;
 
--- Those of these tags that the vocabulary knows: by their key, else because exactly one name is nearly the same.
+-- Those of these tags that the vocabulary knows: by their key, else because they are a tag with its description, else because exactly
+-- one name is nearly the same.
 create or replace function autotag.know_tags(p_workspace_id autotag.workspace_id, p_tags text[]) returns autotag.known_tag[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -90,6 +93,9 @@ declare
 begin
   select coalesce(array_agg(f.key), '{}'), coalesce(array_agg(f.id), '{}') into v_names, v_ids
   from autotag.find_names(p_workspace_id, array(select distinct k from unnest(v_keys) k where k <> '')) f;
+  select v_names || coalesce(array_agg(d.key), '{}'), v_ids || coalesce(array_agg(d.id), '{}') into v_names, v_ids
+  from autotag.find_described(p_workspace_id, array(
+    select t.tag from unnest(p_tags, v_keys) t (tag, key) where t.tag ~ '[:(]' and t.key not in (select unnest(v_names)))) d;
   select v_names || coalesce(array_agg(s.key), '{}'), v_ids || coalesce(array_agg(s.id), '{}') into v_names, v_ids
   from autotag.find_similar(p_workspace_id, array(
     select distinct k from unnest(v_keys) k where k <> '' and k not in (select unnest(v_names)))) s;
@@ -116,6 +122,24 @@ begin
         where n.workspace_id is null and n.key = k.key and not exists (
           select from autotag.vocabulary_names o where o.workspace_id = p_workspace_id and o.key = g.key)) x
       order by x.rank limit 1) f;
+end $$;
+
+-- Those of these tags that are a name of an entry with (the beginning of) its description, which the prompt gives and a model may copy:
+-- "barn: a building for hay", "barn (a building for hay)". Other words behind a name can mean something else: "jaguar (car)".
+create or replace function autotag.find_described(p_workspace_id autotag.workspace_id, p_tags text[]) returns table (key text, id bigint)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+    with copied as materialized (
+      select distinct autotag.tag_key(t) as key, autotag.tag_key(m[1]) as name, autotag.tag_key(m[2]) as said
+      from unnest(p_tags) t cross join lateral regexp_match(t, '^([^:(]+)[:(](.+)$') m where m is not null
+    )
+    select distinct on (c.key) c.key, v.id
+    from copied c
+    join autotag.find_names(p_workspace_id, array(select distinct x.name from copied x)) f on f.key = c.name
+    join autotag.vocabulary v on v.id = f.id
+    where c.said <> '' and starts_with(autotag.tag_key(v.description), c.said) order by c.key;
 end $$;
 
 -- For each of these keys, which no entry has, the entry with a name that is nearly the same: trigrams (of all that one or the other

@@ -1,6 +1,6 @@
 -- Reading and changing vocabularies: the prompt's list, the commands `autotag vocabulary`, and the calls for a page.
 
--- The vocabulary of a workspace for the prompt: at most 500 tags, as a JSON array of "tag" or "tag: description", by key. A workspace's
+-- The vocabulary of a workspace for the prompt: at most 500 tags, as a JSON array of "tag" or ["tag", "description"], by key. A workspace's
 -- own come before general ones, then those that most images have. It only changes with the vocabulary, because the provider's prompt
 -- cache needs the same beginning in every call.
 create or replace function autotag.vocabulary_for_prompt(p_workspace_id autotag.workspace_id) returns jsonb
@@ -9,7 +9,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp s
 as $$
 begin
   return (
-    select coalesce(jsonb_agg(p.tag || coalesce(': ' || p.description, '') order by p.key), '[]')
+    select coalesce(jsonb_agg(case when p.description is null then to_jsonb(p.tag) else jsonb_build_array(p.tag, p.description) end order by p.key), '[]')
     from (
       select v.key, v.tag, case when length(v.description) > 80 then left(v.description, 79) || '…' else v.description end as description
       from (

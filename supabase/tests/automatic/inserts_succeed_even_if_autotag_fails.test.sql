@@ -1,7 +1,7 @@
 -- Automatic mode must never fail an insert of the host. The rows of each uploader become a separate upload.
 begin;
 \ir ../setup.psql
-select plan(8);
+select plan(10);
 select pg_temp.workspace_id(1);
 select autotag.set_automatic(true);
 create function pg_temp.insert_image(path text) returns void language sql as $$
@@ -24,11 +24,18 @@ select pg_temp.claims('{"sub": "user_2abc"}');
 select lives_ok($$ select pg_temp.insert_image('/d.jpg') $$, 'a sub that is not a uuid');
 select pg_temp.claims('no JSON');
 select lives_ok($$ select pg_temp.insert_image('/e.jpg') $$, 'claims that are not JSON');
+select pg_temp.claims('{"role": "anon"}');
+select lives_ok($$ select pg_temp.insert_image('/g.jpg') $$, 'no user');
 select pg_temp.claims('');
 select lives_ok($$ select pg_temp.insert_image('/f.jpg') $$, 'no claims');
 select results_eq(
   $$ select right(uploader::text, 1), count(*)::integer from autotag.arrivals group by 1 order by 1 $$,
-  $$ values ('0', 3), ('1', 1), ('2', 1) $$, 'the rows of each uploader become a separate upload');
+  $$ values ('0', 2), ('1', 1), ('2', 1) $$, 'the rows of each uploader become a separate upload, and of no token without a user');
+update autotag.settings set automatic_for_anyone = true;
+select pg_temp.claims('{"role": "anon"}');
+select pg_temp.insert_image('/h.jpg');
+select is((select count(*)::integer from autotag.arrivals a where a.uploader = autotag.nobody()), 3, 'unless the owner allows it');
+select pg_temp.claims('');
 
 -- Something odd in one row costs no other.
 truncate autotag.arrivals;

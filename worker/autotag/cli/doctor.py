@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -27,15 +28,22 @@ MAX_FINDING = 1000  # characters of a message and of a fix
 STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
-def doctor(as_json: Json = False) -> None:
+TryWrite = Annotated[
+    bool, typer.Option("--try-write", help="Write tags to one row and take it back, also if your triggers run then.")
+]
+
+
+def doctor(try_write: TryWrite = False, as_json: Json = False) -> None:
     """Check the whole installation, and print a fix for everything that is wrong.
 
     Run it where the worker runs, with the worker's environment: it tries the
     database, Realtime, Storage and the AI provider from there. It costs nothing.
+    It writes tags to one row in a transaction that is rolled back, unless
+    triggers of yours would run: what they do outside the database would stay.
     """
     settings = read_settings(DoctorSettings)
     configure_logs("error", "console")
-    findings = asyncio.run(examine(settings))
+    findings = asyncio.run(examine(settings, try_write=try_write))
     worst = worst_level(findings)
     if as_json:
         say_json({"worst": worst, "findings": [finding.__dict__ for finding in findings]})

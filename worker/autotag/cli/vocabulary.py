@@ -117,6 +117,10 @@ def _import_file(path: Path, workspace: str | None, replace: bool, dry_run: bool
             " aliases, description and parent.", err=True,
         )  # fmt: skip
 
+    if found.commas and not as_json:
+        place, alias = found.commas
+        say(f"{place.capitalize()}: {printable(alias, 60)} is one alias. Separate aliases by | or ;", err=True)
+
     async def work(operator: Operator) -> VocabularyChange:
         try:
             return await operator.edit_vocabulary(workspace, found.entries, replace=replace, dry_run=dry_run)

@@ -71,7 +71,7 @@ class Brief:
         instructions: in the owner's words.
         language: of tags and caption; None: tags as the question says.
         tag_count: None: the question's ``max_tags``.
-        vocabulary: tags for the prompt, in their order.
+        vocabulary: for the prompt, in its order: a tag, or a tag and its description.
     """
 
     id: int
@@ -80,7 +80,7 @@ class Brief:
     vocabulary_mode: Literal["open", "prefer", "only"]
     language: str | None = None
     tag_count: int | None = None
-    vocabulary: list[str] = field(default_factory=list)
+    vocabulary: list[str | list[str]] = field(default_factory=list)
     fields: list[Field] = field(default_factory=list)
 
 

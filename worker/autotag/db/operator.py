@@ -21,6 +21,7 @@ from autotag.db.operator_messages import (
     ComparisonReport,
     ComparisonStep,
     Diagnosis,
+    FindingRow,
     ModelQuestion,
     SystemStatus,
     UsageRow,
@@ -83,6 +84,10 @@ class Operator:
     async def diagnose(self) -> Diagnosis:
         """The findings of the database, for ``autotag doctor``."""
         return cast("Diagnosis", await self._value("select autotag.diagnose()"))
+
+    async def diagnose_write(self, triggers: bool) -> FindingRow:
+        """Whether a row of an image takes tags. triggers: also if triggers of the project run when it is tried."""
+        return cast("FindingRow", await self._value("select autotag.diagnose_write(%s)", triggers))
 
     async def send_test_broadcast(self, nonce: str) -> None:
         """Sends a broadcast that contains ``nonce``."""

@@ -6,6 +6,7 @@ connection, notifications, a broadcast, Storage and the AI provider.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -25,6 +26,7 @@ from autotag.redact import safe_message
 from autotag.texts import name_some
 
 CONNECT_TIMEOUT = 10  # seconds
+WRITE_TIMEOUT = 5  # seconds; a worker waits no longer for a row's triggers
 APPLY_MIGRATIONS = "autotag migrate   (or: supabase db push, with --remote for the linked project)"
 STORAGE_FIXES = {
     "storage_refused": "Set SUPABASE_SECRET_KEY to the project's secret key (Project Settings, API Keys).",
@@ -34,8 +36,9 @@ STORAGE_FIXES = {
 }
 
 
-async def examine(settings: DoctorSettings) -> list[Finding]:
-    """Runs all checks, and returns their findings in the order to show them. Failed checks are findings, too."""
+async def examine(settings: DoctorSettings, *, try_write: bool = False) -> list[Finding]:
+    """Runs all checks, and returns their findings in the order to show them. Failed checks are findings, too.
+    try_write: writes a row and takes it back, also if triggers of the project run then."""
     findings = []
     try:
         connection = await db.Operator.connect(str(settings.database_url), CONNECT_TIMEOUT)
@@ -63,6 +66,7 @@ async def examine(settings: DoctorSettings) -> list[Finding]:
                 )  # fmt: skip
         if diagnosis:
             findings += [Finding(**finding) for finding in diagnosis["findings"]]
+            findings.append(await _write(database, triggers=try_write))
             findings.append(compare_clocks("clock skew", "the database", diagnosis["now"]))
             findings.append(await broadcast.check(settings, database))
             findings.append(await _storage(settings, diagnosis["sample"]))
@@ -94,6 +98,15 @@ async def _version(database: db.Operator) -> Finding:
             APPLY_MIGRATIONS,
         )  # fmt: skip
     return Finding("schema", "ok", f"Version {version}, the same as here.")
+
+
+async def _write(database: db.Operator, *, triggers: bool) -> Finding:
+    try:
+        async with asyncio.timeout(WRITE_TIMEOUT):
+            return Finding(**await database.diagnose_write(triggers))
+    except (TimeoutError, psycopg.Error) as error:  # a trigger that takes too long, or ends the session
+        said = safe_message(error) or f"it took longer than {WRITE_TIMEOUT} s"
+        return Finding("write", "error", f"A row could not be written: {said}", "Look at your table's triggers.")
 
 
 async def _model(database: db.Operator, diagnosis: db.Diagnosis | None) -> db.ModelStatus | None:

@@ -38,7 +38,7 @@ def render(template: str, host: Host) -> str:
     """
     values: dict[str, str] = {
         "table": table_name(host.table), "table_literal": literal(table_name(host.table)),
-        "id": quote(host.id), "workspace": quote(host.workspace),
+        "id": quote(host.id), "id_literal": literal(host.id), "workspace": quote(host.workspace),
         "id_type": host.id_type, "workspace_type": host.workspace_type, "user_type": host.user_type,
         "nobody": literal(NOBODY[host.user_type]),
         "editors": "autotag.is_member(p_workspace_id)" if host.editors == "members" else "false",

@@ -110,15 +110,29 @@ def check_tags(url: str, table: str, column: str, default: str | None) -> None:
         default: of the column.
 
     Raises:
-        HostError: its default is an object, or most of the first rows that have something have no list.
+        HostError: its default is an object, most of the first rows that have something have no list, or most of their
+            lists have objects.
         psycopg.OperationalError: the database cannot be reached.
     """
-    kind = f"case when pg_column_size(a.{quote(column)}) <= 20000 then jsonb_typeof(a.{quote(column)}::jsonb) end"
-    statement = f"""select count(*) filter (where kind = 'array'), count(*) filter (where kind not in ('array', 'null'))
-        from (select {kind} as kind from {table_name(table)} a limit 10000) x"""  # noqa: S608 - quoted
+    value = f"a.{quote(column)}::jsonb"
+    kind = f"case when pg_column_size(a.{quote(column)}) <= 20000 then jsonb_typeof({value}) end"
+    objects, texts = (
+        f"jsonb_path_exists({value}, 'strict $[*] ? (@.type() == \"{one}\")', '{{}}', true)"
+        for one in ("object", "string")
+    )
+    statement = f"""select count(*) filter (where kind = 'array'),
+        count(*) filter (where kind not in ('array', 'null')), count(*) filter (where objects),
+        count(*) filter (where not objects and texts)
+        from (select k.kind, k.kind = 'array' and {objects} as objects, k.kind = 'array' and {texts} as texts
+              from (select * from {table_name(table)} limit 10000) a cross join lateral (select {kind}) k (kind)) x"""  # noqa: S608 - quoted
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
         connection.execute("set default_transaction_read_only = on")
-        lists, others = connection.execute(statement.encode()).fetchone() or (0, 0)
+        lists, others, objects_lists, text_lists = connection.execute(statement.encode()).fetchone() or (0, 0, 0, 0)
+    if objects_lists > text_lists:
+        raise HostError(
+            f"{table}.{column} has lists of objects, and autotag's tags are texts; name another column with"
+            " --tags-column (ai_tags, for example: autotag adds it if it does not exist)."
+        )
     if others > lists or re.match(r"'\s*\{", default or ""):
         raise HostError(
             f"{table}.{column} has objects or single values, and tags are lists; name another column with --tags-column"

@@ -377,10 +377,21 @@ def describe(host: Host, facts: Facts) -> dict[str, str]:
         "tags go to": f"{host.tags} ({host.tags_type}), {host.result}"
         + (f"; added: {', '.join(added)}" if added else ""),
         "members": str(host.members),
+        "which images they may tag": _describe_rows(host, facts),
         "whose a file is": _describe_files(host),
         **({"who a caller is": f"claim {'.'.join(host.caller)} ({host.user_type})"} if host.caller else {}),
         **({"only rows where": host.where} if host.where else {}),
     }
+
+
+def _describe_rows(host: Host, facts: Facts) -> str:
+    """Which images of their workspace members may tag: those that they see (``autotag.visible_assets``)."""
+    table = facts.tables.get(host.table)
+    if table is None or host.id not in table.users_read:
+        return "all of their workspace (signed-in users have no privilege to read the table)"
+    if not table.row_security:
+        return "all of their workspace (row level security is off)"
+    return "those whose rows they see under row level security"
 
 
 def _describe_files(host: Host) -> str:

@@ -246,6 +246,42 @@ begin
     order by a.i);
 end $$;
 
+-- Whether a role has the privilege to read the ids of your images; which rows it sees is another matter (visible_assets).
+create or replace function autotag.may_read_images(p_role name) returns boolean
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select has_schema_privilege(p_role, c.relnamespace, 'usage') and has_column_privilege(p_role, c.oid, {{ id_literal }}, 'select')
+  from pg_class c where c.oid = autotag.image_table()
+$$;
+
+-- Whether the caller, who acts as this role, has to see the rows of images to tag them.
+create or replace function autotag.has_to_see(p_role name) returns boolean
+language sql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+  select not autotag.is_service() and autotag.may_read_images(p_role)
+$$;
+
+-- Those of these images whose rows the caller can read, in their order; this runs as the caller, so your policies decide, and the
+-- rights of a view. All of them if the caller is a service, or has no privilege to read the table at all, because then only your
+-- server shows images to users: membership alone decides.
+create or replace function autotag.visible_assets(p_asset_ids autotag.asset_id[]) returns autotag.asset_id[]
+language plpgsql stable set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
+  set enable_seqscan = on
+as $$
+begin
+  if not autotag.has_to_see(current_user) then
+    return p_asset_ids;
+  end if;
+  return array(
+    select a.id from unnest(p_asset_ids) with ordinality a (id, i)
+    where a.id in (select t.{{ id }} from {{ table }} t where t.{{ id }} = any (p_asset_ids)) order by a.i);
+exception when others or assert_failure then
+  perform autotag.check_caller();
+  raise exception using errcode = 'PT403', detail = '{"code": "unreadable_rows"}',
+    message = 'Whether you may see these images could not be found out: ' || sqlerrm,
+    hint = 'Ask who runs this project: reading the table of images fails in your name, by its policies or privileges.';
+end $$;
+
 -- The next images of a workspace that are not being tagged and that the row filter does not leave out, by id after p_after.
 -- p_untagged: only those without tags (null and an empty list are none) that autotag has not tagged: where nothing fits, an answer
 -- has no tags, and asking again would give none again. p_profile: only those that autotag has tagged with another
@@ -326,7 +362,7 @@ begin
     update {{ table }} a
     set ({{ tags }}, {{ result }}, tagging_error) = (
           -- nothing to compare with, as nearly always: a call of the function takes longer than the rest of the update
-          select {{ new_tags }}, r.result - '{tags,names}'::text[] || jsonb_build_object('given', r.result -> 'tags'), null
+          select {{ new_tags }}, r.result - '{tags,names,above}'::text[] || jsonb_build_object('given', r.result -> 'tags'), null
           where a.{{ tags }} is null and a.{{ result }} is null{{ and_no_limit }}
           union all
           select {{ merged_tags }}, m.result, m.error

@@ -290,6 +290,8 @@ def normalise_tags(tags: list[tuple[str, float | None]], max_tags: int) -> list[
     best: dict[str, float | None] = {}
     for tag, confidence in tags:
         name = normalise(tag)
+        if len(name) > TAG_LENGTH:  # a tag with the description that the prompt gives
+            name = normalise(re.split(r": | \(", name, maxsplit=1)[0])
         value = None
         if confidence is not None:
             value = 0.0 if math.isnan(confidence) else round(min(max(confidence, 0.0), 1.0), 3)

@@ -95,9 +95,17 @@ def system_message(question: Question, brief: Brief | None) -> str:
         parts.append(
             ("Use no other tags than these, in exactly this spelling: " if only else
              "Where one of these tags fits, use it in exactly this spelling; use others only for what none of them "
-             "covers: ") + _json(brief.vocabulary)
+             "covers: ") + _json([_tag(entry) for entry in brief.vocabulary])
         )  # fmt: skip
+        meanings = {entry[0]: entry[1] for entry in brief.vocabulary if not isinstance(entry, str)}
+        if meanings:
+            parts.append("What some of these tags mean; a meaning is never a part of a tag: " + _json(meanings))
     return "\n\n".join(parts)
+
+
+def _tag(entry: str | list[str]) -> str:
+    """The tag of an entry of the vocabulary, without its description."""
+    return entry if isinstance(entry, str) else entry[0]
 
 
 def _json(value: object) -> str:

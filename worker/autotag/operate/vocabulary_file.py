@@ -45,12 +45,14 @@ class VocabularyFile:
         places: where each of them is: "line 3" or "entry 3".
         encoding: how its bytes were read; None: as Unicode, which is certain.
         first_row: the first line of a file with several columns and without a header that is known; None: any other.
+        commas: the place of the first alias with a comma, which may be meant to be several, and the alias.
     """
 
     entries: Sequence[Entry]
     places: Sequence[str]
     encoding: str | None = None
     first_row: str | None = None
+    commas: tuple[str, str] | None = None
 
     def find(self, name: str) -> list[str]:
         """The places of the entries with a name, compared as the database does for most (``autotag.tag_key``)."""
@@ -88,7 +90,9 @@ def read_vocabulary(data: bytes) -> VocabularyFile:
         raise FileError("The file has no tag.")
     alone = len(entries[0]) == 1
     headed = places[0] != f"line {_first_line(text)}"
-    return VocabularyFile(entries, places, encoding, None if alone or headed else entries[0]["tag"])
+    commas = next(((place, alias) for entry, place in zip(entries, places, strict=True)
+                   for alias in entry.get("aliases") or () if "," in alias), None)  # fmt: skip
+    return VocabularyFile(entries, places, encoding, None if alone or headed else entries[0]["tag"], commas)
 
 
 def _first_line(text: str) -> int:
