@@ -89,7 +89,9 @@ def lose_object(stack: Stack, photo: Path) -> None:
     begun = [info for info in stack.files.glob("*.info") if name in info.read_text()]
     assert begun
     for info in begun:
-        info.with_suffix("").write_bytes(photo.read_bytes())
+        whole = info.with_suffix(".whole")
+        whole.write_bytes(photo.read_bytes())
+        whole.replace(info.with_suffix(""))  # the edge may still append to the old one what the closed window has sent
 
 
 def book(library: Library) -> dict[str, int]:
