@@ -235,16 +235,20 @@ end $$;
 -- For each image the mark of its file, if the caller may see that file; this runs as the caller, under row level security. A
 -- zero mark: they may not, or the file does not exist (yet), which looks the same. Null: not checked.
 create or replace function autotag.visible_file_marks(p_asset_ids autotag.asset_id[]) returns uuid[]
-language plpgsql stable set search_path = pg_catalog, public, extensions, pg_temp
+language plpgsql stable set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 begin
   return array(
+    with files as materialized (select * from autotag.files_to_check(p_asset_ids)),
+    -- all files at once: a search for each one takes four times as long
+    seen as materialized (
+      select o.bucket_id, o.name from storage.objects o
+      where o.bucket_id = any (array(select distinct f.bucket from files f)) and o.name = any (array(select f.path from files f)))
     select case
       when f.asset_id is null then null
-      when f.everybody or exists (select from storage.objects o where o.bucket_id = f.bucket and o.name = f.path)
-        then f.mark
+      when f.everybody or (f.bucket, f.path) in (select o.bucket_id, o.name from seen o) then f.mark
       else '00000000-0000-0000-0000-000000000000'::uuid end
-    from unnest(p_asset_ids) with ordinality a (id, i) left join autotag.files_to_check(p_asset_ids) f on f.asset_id = a.id
+    from unnest(p_asset_ids) with ordinality a (id, i) left join files f on f.asset_id = a.id
     order by a.i);
 end $$;
 
@@ -469,7 +473,7 @@ end $$;
 create or replace function autotag.adapter_answers() returns jsonb
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$
-  select '{"choices": {"table": "public.assets", "id": "id", "workspace": "workspace_id", "path": "storage_path", "bucket": "assets", "url": "image_url", "full_paths": false, "tags": "tags", "where": "true", "members_table": "public.workspace_members", "members_workspace": "workspace_id", "members_user": "user_id", "members_where": "true", "caller_claim": "auth.uid()", "editors": "none"}, "storage_hosts": [], "users_see_files": true, "files": {"name": "workspace-folder", "buckets": ["assets"], "prefix": "", "depth": 1, "uploader": null}, "functions": {"caller": "f830ed77bb91839e0f5c8f2ce1e04423", "nobody": "6c5d38b139b353965449926c78d12f4a", "is_member": "19796b8302d5a46b3911e77265efac71", "is_editor": "1c0b95fc17b9b3f6469e454482cb4a49", "image_table": "d24db7aeb8883ff34d9163c517e0cd7b", "file_rule": "e5132e61b36ed3b88aff49205110856a", "users_see_files": "12121c1c821d63ac9833861df2e81850", "storage_hosts": "030502eb0822a627e8578437ebce8ccd", "storage_file": "8ee31e1e47aa52b15be0280750f52608", "percent_decode": "a0eccfadc1e55a87ef193dd340c278b9", "describe_assets": "09f90d7f0ecd9580695098e002b56699", "check_files": "6d2a870f1edd26973549942173a47764", "file_mark": "219cdc87aec8cb6caf2f18b3adf94d53", "files_to_check": "e594f652e8f2cb2e080eb585f723932f", "visible_file_marks": "04ffcf1421be10662676b085cb1c612e", "may_read_images": "8de4d286440fa481673b3c99fa6f2753", "has_to_see": "2d4abdf13b95d6cc49726544815c0035", "visible_assets": "0ac2c9663569ae2fa9c52bc9365b802b", "list_assets": "8e7328ed4b7fee1627641f1a91b1dd89", "tagged_assets": "369dfcb2bc1a94ba8cea34b82e714162", "tags_in_use": "0cb437f5fc8dc68e0004407ee0cf8356", "store_tags": "45fd88c032a42618f836e6139539544c", "show_stage": "7f9f955eb762fb06c13b042ef1033f08", "held_assets": "74439428a2a7b5d3c9cdd0f84e7c9f20", "collect_inserted": "b662386d76dd1f40ff0a940f5e000201", "set_automatic": "df63c22abd345745a09ee933b92e9fe7", "adapter_version": "6ebceba1516d1b8c52d508dc3039fc26"}}'::jsonb
+  select '{"choices": {"table": "public.assets", "id": "id", "workspace": "workspace_id", "path": "storage_path", "bucket": "assets", "url": "image_url", "full_paths": false, "tags": "tags", "where": "true", "members_table": "public.workspace_members", "members_workspace": "workspace_id", "members_user": "user_id", "members_where": "true", "caller_claim": "auth.uid()", "editors": "none"}, "storage_hosts": [], "users_see_files": true, "files": {"name": "workspace-folder", "buckets": ["assets"], "prefix": "", "depth": 1, "uploader": null}, "functions": {"caller": "f830ed77bb91839e0f5c8f2ce1e04423", "nobody": "6c5d38b139b353965449926c78d12f4a", "is_member": "19796b8302d5a46b3911e77265efac71", "is_editor": "1c0b95fc17b9b3f6469e454482cb4a49", "image_table": "d24db7aeb8883ff34d9163c517e0cd7b", "file_rule": "e5132e61b36ed3b88aff49205110856a", "users_see_files": "12121c1c821d63ac9833861df2e81850", "storage_hosts": "030502eb0822a627e8578437ebce8ccd", "storage_file": "8ee31e1e47aa52b15be0280750f52608", "percent_decode": "a0eccfadc1e55a87ef193dd340c278b9", "describe_assets": "09f90d7f0ecd9580695098e002b56699", "check_files": "6d2a870f1edd26973549942173a47764", "file_mark": "219cdc87aec8cb6caf2f18b3adf94d53", "files_to_check": "e594f652e8f2cb2e080eb585f723932f", "visible_file_marks": "61e8fe828be95650a2ae09ede2d11570", "may_read_images": "8de4d286440fa481673b3c99fa6f2753", "has_to_see": "2d4abdf13b95d6cc49726544815c0035", "visible_assets": "0ac2c9663569ae2fa9c52bc9365b802b", "list_assets": "8e7328ed4b7fee1627641f1a91b1dd89", "tagged_assets": "369dfcb2bc1a94ba8cea34b82e714162", "tags_in_use": "0cb437f5fc8dc68e0004407ee0cf8356", "store_tags": "45fd88c032a42618f836e6139539544c", "show_stage": "7f9f955eb762fb06c13b042ef1033f08", "held_assets": "74439428a2a7b5d3c9cdd0f84e7c9f20", "collect_inserted": "b662386d76dd1f40ff0a940f5e000201", "set_automatic": "df63c22abd345745a09ee933b92e9fe7", "adapter_version": "6ebceba1516d1b8c52d508dc3039fc26"}}'::jsonb
 $$;
 
 -- Version of the adapter; `autotag init` of a newer release adds what is missing.
