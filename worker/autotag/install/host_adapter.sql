@@ -238,7 +238,7 @@ as $$
 begin
   return array(
     with files as materialized (select * from autotag.files_to_check(p_asset_ids)),
-    -- all files at once: a search for each one takes four times as long
+    -- all files at once: a search for each one takes twice as long
     seen as materialized (
       select o.bucket_id, o.name from storage.objects o
       where o.bucket_id = any (array(select distinct f.bucket from files f)) and o.name = any (array(select f.path from files f)))
