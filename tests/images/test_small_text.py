@@ -19,15 +19,14 @@ KINDS: tuple[tuple[str, dict[str, object]], ...] = (
 
 
 def test_the_simulator_reads_as_much_as_in_a_reference() -> None:
-    """The reference: Lanczos, once as it is and once as a JPEG of Pillow's users (quality 85)."""
-    sent = lossless = lossy = blurred = facts = 0
+    """The reference: Lanczos, without loss."""
+    sent = lossless = blurred = facts = 0
     for number, scene in enumerate(scenes(40)):
         kind, options = KINDS[number % len(KINDS)]
         prepared = Pillow.open(io.BytesIO(prepare_bytes(encoded(scene.image, kind, **options), 512, 10**9).jpeg))
         best = scene.image.resize(prepared.size, Pillow.Resampling.LANCZOS)
         sent += read(prepared, scene)
         lossless += (readable := read(best, scene))
-        lossy += read(Pillow.open(io.BytesIO(encoded(best, "JPEG", quality=85))), scene)
         if number < 8:
             blurred += readable - read(
                 best.resize((best.width * 3 // 4, best.height * 3 // 4)).resize(best.size), scene
@@ -35,5 +34,4 @@ def test_the_simulator_reads_as_much_as_in_a_reference() -> None:
         facts += len(scene.letters) + len(scene.lines)
     assert blurred > 8 * 3, "the reader notices when a picture is blurred"
     assert lossless < 0.99 * facts, "it is not too easy"
-    assert sent >= lossy
-    assert sent >= 0.99 * lossless
+    assert sent >= lossless

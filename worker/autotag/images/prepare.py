@@ -91,7 +91,8 @@ def prepare_bytes(data: bytes, side: int, max_cost: int) -> Prepared:
     target = (shape.height, shape.width) if turned else (shape.width, shape.height)
     try:
         decoded = opened.decode(*target)
-        jpeg = encode(decoded, opened.orientation, shape)
+        smaller = target < (opened.width, opened.height)
+        jpeg = encode(decoded, opened.orientation, shape, smaller=smaller)
     except (TaggingError, MemoryError):
         raise
     except Exception:  # noqa: BLE001
