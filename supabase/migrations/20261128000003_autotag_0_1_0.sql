@@ -3752,9 +3752,10 @@ exception when invalid_text_representation then   -- the claims are no JSON
   return autotag.nobody();
 end $$;
 
--- Collects the images that one statement inserted: their ids and workspaces; those without a workspace are left out. Whether there is
--- a file or URL is found out when the upload is sealed. Rows of nobody's (find_uploader) are not collected. Called by the host's transaction, so it only inserts: it locks no row, and
--- waits for nothing but a lock of the whole table (an upgrade of autotag), for 50 ms at most. Errors are caught by the trigger.
+-- Collects the images that one statement inserted: their ids and workspaces; those without a workspace, and those of a token that names
+-- no user (find_uploader), are left out. Whether there is a file or URL is found out when the upload is sealed. Called by the host's
+-- transaction, so it only inserts: it locks no row, and waits for nothing but a lock of the whole table (an upgrade of autotag), for
+-- 50 ms at most. Errors are caught by the trigger.
 create or replace function autotag.collect(p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
