@@ -13,8 +13,8 @@ from autotag.images.shape import Shape, layout
 
 #: A 512 px image has 30–60 KB; at 90 it has 15 % more.
 JPEG_QUALITY = 85
-#: For a picture that was made smaller: it gives back what JPEG takes from small text and thin lines. A reader of letters
-#: of 3 to 7 pixels recognises 0.3 % more than in a Lanczos picture without loss, and 0.6 % less without this
+#: For a picture that was made smaller: it gives back what JPEG takes from small text and thin lines. A reader of
+#: letters of 3 to 7 pixels recognises 0.3 % more than in a Lanczos picture without loss, and 0.6 % less without this
 #: (tests/images/test_small_text.py). It takes 1 ms.
 SHARPER = ImageFilter.Kernel((3, 3), (0, -0.15, 0, -0.15, 1.6, -0.15, 0, -0.15, 0), scale=1)
 #: Backgrounds for transparency, the usual one first: shades of grey.
