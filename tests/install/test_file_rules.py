@@ -181,7 +181,7 @@ def test_the_rule_is_found_and_holds(postgres: LocalPostgres, bare: str, name: s
     url = prepare(postgres, bare, case.schema)
     insert(url, case.rows)
     host = find(url, case.wanted)
-    from autotag.install.host import describe
+    from autotag.install.described import describe
 
     assert describe(host, read_facts(url))["whose a file is"].split(";")[0] == case.rule
     apply_migrations(url, host=host)

@@ -18,9 +18,10 @@ import pytest
 from psycopg import sql
 
 from autotag.install.adapter import FUNCTION, TEMPLATE, render
+from autotag.install.described import describe
 from autotag.install.facts import read_facts
 from autotag.install.files import users_see_files
-from autotag.install.host import Choices, FileRule, Host, HostError, Members, describe
+from autotag.install.host import Choices, FileRule, Host, HostError, Members
 from autotag.install.migrations import apply_migrations
 from autotag.install.preview import show_examples
 from autotag.install.quoting import quote, table_name

@@ -14,7 +14,8 @@ from autotag.cli.console import say, say_json
 from autotag.cli.errors import LOCAL_DATABASE, explain_install_errors
 from autotag.cli.questions import ask_spending_limit, on_terminal, say_examples, say_index, show_host, survey_project
 from autotag.install.changes import CHANGE
-from autotag.install.host import Choices, describe
+from autotag.install.described import describe
+from autotag.install.host import Choices
 from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, project_folder, write_migrations
 from autotag.install.origin import push_command
 from autotag.install.preview import show_examples

@@ -15,7 +15,8 @@ from autotag.cli.console import say, say_json
 from autotag.cli.errors import LOCAL_DATABASE, explain_install_errors
 from autotag.cli.questions import ask_spending_limit, on_terminal, show_host, survey_project
 from autotag.install import migrations
-from autotag.install.host import Choices, HostError, describe
+from autotag.install.described import describe
+from autotag.install.host import Choices, HostError
 from autotag.install.survey import plan_extra, plan_spending_limit
 from autotag.install.written import Written, written_migrations
 
