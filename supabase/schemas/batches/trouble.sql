@@ -368,6 +368,9 @@ begin
   select j.* into v_job
   from autotag.queues q join autotag.jobs j on j.id = q.job_id
   where q.queued > 0 and j.cancelled_at is null and j.created_at <= p_now - v_max_wait
+    -- The rest of one that goes by batch already comes back in pieces; it goes together, because an hour has few batches.
+    and (j.fallback is null or q.queued > (
+      select count(*) from autotag.tasks t where t.job_id = j.id and t.lane = 'realtime' and t.worker_id is not null))
   order by (select count(*) from autotag.batches b
     where b.workspace_id = j.workspace_id and b.state = 'planned' and b.admitted_at is null), j.created_at
   limit 1 for no key update of j skip locked;
