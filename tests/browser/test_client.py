@@ -131,9 +131,10 @@ async def play(
 ) -> dict[str, dict[str, Any]]:
     """What each scenario saw."""
     helper, outcomes = Helper(stack, folder), {}
+    lifetime = int(os.environ.get("AUTOTAG_TOKEN_SECONDS", "3"))
     given = {"chromium": CHROMIUM, "pages": pages, "next": following, "client": "old" if OLD else "package", "scenarios": scenarios,
              "patience": int(os.environ.get("AUTOTAG_PATIENCE", "60000")),
-             "lifetime": int(os.environ.get("AUTOTAG_TOKEN_SECONDS", "3"))}  # fmt: skip
+             "lifetime": lifetime}  # fmt: skip
     process = await asyncio.create_subprocess_exec(
         "node",
         str(HERE / "client.mjs"),
@@ -143,7 +144,7 @@ async def play(
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    async with asyncio.timeout(len(scenarios) * PATIENCE):
+    async with asyncio.timeout(len(scenarios) * (PATIENCE + 5 * lifetime)):
         async for line in process.stdout:
             told = json.loads(line)
             if "do" in told:
