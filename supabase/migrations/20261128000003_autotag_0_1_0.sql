@@ -8137,7 +8137,7 @@ declare
 begin
   if coalesce(p_tags = '{}', not p_large) and p_memory is null and p_longest is null then
     tags := array(select jsonb_array_elements_text(p_answer -> 'tags'));
-    result := p_answer - '{tags,names,above}'::text[] || jsonb_build_object('given', p_answer -> 'tags');
+    result := autotag.remember_tags(p_answer, tags, '{}', '{}');
     return;
   end if;
   v_reason := case when p_large or cardinality(p_tags) > 1000 or pg_column_size(p_tags) > 65536 then 'size'
@@ -8175,7 +8175,7 @@ declare
 begin
   if not p_large and (p_tags is null or p_tags::text = '[]') and p_memory is null then
     tags := p_answer -> 'tags';
-    result := p_answer - '{tags,names,above}'::text[] || jsonb_build_object('given', p_answer -> 'tags');
+    result := autotag.remember_tags(p_answer, array(select jsonb_array_elements_text(p_answer -> 'tags')), '{}', '{}');
     return;
   end if;
   v_reason := case when p_large or octet_length(p_tags::text) > 65536 then 'size'
@@ -11246,7 +11246,8 @@ grant execute on function
   public.enqueue_tagging, public.cancel_tagging, public.retry_tagging, public.tagging_job, public.tagging_jobs,
   public.tagging_strategy, public.check_rate_limit, public.peek_rate_limit, public.tagging_usage,
   public.tagging_profile, public.set_tagging_profile, autotag.read_profile, autotag.edit_profile,
-  autotag.check_image_count, autotag.enqueue, autotag.visible_file_marks, autotag.files_to_check, autotag.visible_assets, autotag.has_to_see, autotag.check_caller, autotag.failed_assets,
+  autotag.check_image_count, autotag.enqueue, autotag.visible_file_marks, autotag.files_to_check,
+  autotag.visible_assets, autotag.has_to_see, autotag.check_caller, autotag.failed_assets,
   autotag.cancel, autotag.retry,
   autotag.describe_job, autotag.list_jobs,
   autotag.describe_strategy, autotag.take_allowance, autotag.list_usage

@@ -187,7 +187,7 @@ declare
 begin
   if coalesce(p_tags = '{}', not p_large) and p_memory is null and p_longest is null then
     tags := array(select jsonb_array_elements_text(p_answer -> 'tags'));
-    result := p_answer - '{tags,names,above}'::text[] || jsonb_build_object('given', p_answer -> 'tags');
+    result := autotag.remember_tags(p_answer, tags, '{}', '{}');
     return;
   end if;
   v_reason := case when p_large or cardinality(p_tags) > 1000 or pg_column_size(p_tags) > 65536 then 'size'
@@ -225,7 +225,7 @@ declare
 begin
   if not p_large and (p_tags is null or p_tags::text = '[]') and p_memory is null then
     tags := p_answer -> 'tags';
-    result := p_answer - '{tags,names,above}'::text[] || jsonb_build_object('given', p_answer -> 'tags');
+    result := autotag.remember_tags(p_answer, array(select jsonb_array_elements_text(p_answer -> 'tags')), '{}', '{}');
     return;
   end if;
   v_reason := case when p_large or octet_length(p_tags::text) > 65536 then 'size'
