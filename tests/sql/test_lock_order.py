@@ -357,7 +357,7 @@ def deadlocks(server: Server, point: str) -> tuple[list[str], list[str]]:
     coming, found = [], []
     hold = MEETING_POINTS[point][0]
     # In production a wait of 50 ms ends before it counts as a deadlock, after a second. Here it is longer, so that two can meet.
-    with timeouts(server, "400ms"):
+    with timeouts(server, "10s"):
         with server.held(hold):
             for name, statement in EVERYTHING.items():
                 server.first.start(statement)
