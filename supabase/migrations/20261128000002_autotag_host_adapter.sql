@@ -137,12 +137,12 @@ $$;
 -- from the result. A row that is refused has no location. refused: `filtered` (the row filter leaves it out), `foreign_file` (it
 -- names a file of another workspace, and the worker reads Storage with a key that opens every file) or `location_too_long`. The
 -- lengths are checked first: octet_length() reads only the header of a value, however large it is, and members can write large
--- values. mark: of the picture, a hash of its location. stage: what the row shows.
+-- values. mark: of the picture, a hash of its location as it stands. file_mark: of its file (function file_mark). stage: what the row shows.
 -- A path is read as supabase-js leaves it: without blanks around it, and each run of slashes counts as one. An empty path or URL is
 -- none. A URL of your own Storage is the file that it names (storage_file). A path that
 -- breaks the file rule and begins with the name of its bucket is read without that name (fullPath).
 create or replace function autotag.describe_assets(p_asset_ids autotag.asset_id[])
-returns table (asset_id autotag.asset_id, workspace_id autotag.workspace_id, bucket text, path text, url text, refused text, mark uuid, stage text)
+returns table (asset_id autotag.asset_id, workspace_id autotag.workspace_id, bucket text, path text, url text, refused text, mark uuid, file_mark uuid, stage text)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$
@@ -151,19 +151,22 @@ begin
   return query
     select d.id, d.workspace, case when d.refused is null then d.bucket end, case when d.refused is null then d.path end,
            case when d.refused is null then d.url end, d.refused,
-           case when d.refused is null then d.mark end, d.stage
+           case when d.refused is null then d.mark end,
+           -- the mark is the file's where the row has its place in the plain form, and a hash costs 4 µs
+           case when d.refused is null then case when d.plain then d.mark else autotag.file_mark(d.bucket, d.path) end end, d.stage
     from (
       select a.id::autotag.asset_id as id, a.workspace_id::autotag.workspace_id as workspace, f.bucket, f.path, f.url, a.tagging_stage as stage,
              case when not c.counts then 'filtered'
              when c.too_long then 'location_too_long'
              when f.path is not null and not coalesce(
                -- a bucket name that Storage allows, and a path that cannot leave the bucket
-               f.bucket ~ '^[A-Za-z0-9_!.*''() &$@=;:+,?-]+$' and f.bucket !~ '^[.]{1,2}$'
-               and f.path !~ '(^|/)[.]{0,2}(/|$)' and f.path !~ '[\\[:cntrl:]]'
+               f.bucket ~ '^[A-Za-z0-9_!.*''() &$@=;:+,?-]+$' and f.bucket not in ('.', '..')
+               and f.path !~ '(^|/)[.]{0,2}(/|$)|[\\[:cntrl:]]'
                -- the file rule
                and f.bucket in ('assets') and starts_with(f.path, a.workspace_id::text || '/')
              , false) then 'foreign_file' end as refused,
-             case when c.counts and not c.too_long then md5(coalesce(coalesce(nullif(a.storage_bucket::text, ''), 'assets') || '/' || nullif(btrim(a.storage_path, e' \t\r\n'), ''), split_part(a.image_url, '?token=', 1), ''))::uuid end as mark
+             case when c.counts and not c.too_long then md5(coalesce(coalesce(nullif(a.storage_bucket::text, ''), 'assets') || '/' || nullif(btrim(a.storage_path, e' \t\r\n'), ''), split_part(a.image_url, '?token=', 1), ''))::uuid end as mark,
+             c.counts and not c.too_long and f.bucket || '/' || f.path = coalesce(coalesce(nullif(a.storage_bucket::text, ''), 'assets') || '/' || nullif(btrim(a.storage_path, e' \t\r\n'), ''), split_part(a.image_url, '?token=', 1), '') as plain
       from public.assets a
       cross join lateral (
         select coalesce(true, false) as counts, coalesce(octet_length(a.image_url) > 8192, false) or coalesce(octet_length(a.storage_path) > 1024, false) or coalesce(octet_length(a.storage_bucket) > 100, false) as too_long
@@ -211,25 +214,33 @@ begin
 end $$;
 
 -- The files of these images that visible_file_marks() has to check: those in workspaces of the signed-in caller. everybody: the bucket
--- is public, or there is no file. No rows if no check is needed.
+-- is public, or there is no file. No rows if no check is needed. An image that is being tagged will be skipped, so nobody looks for
+-- its file: it has no path. (Should it be done by then, its mark matches no file, and its claim looks.)
 create or replace function autotag.files_to_check(p_asset_ids autotag.asset_id[])
 returns table (asset_id autotag.asset_id, bucket text, path text, mark uuid, everybody boolean)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
+declare
+  v_live autotag.asset_id[];
 begin
   if autotag.is_service() or not autotag.users_see_files() or cardinality(p_asset_ids) > 100000 then
     return;
   end if;
+  v_live := autotag.own_live_assets(p_asset_ids);
   return query
     with files as materialized (
-      select d.asset_id, d.workspace_id, d.bucket, d.path from autotag.describe_assets(p_asset_ids) d where d.refused is null
+      select d.* from autotag.describe_assets(
+        case v_live when '{}' then p_asset_ids else array(select unnest(p_asset_ids) except select unnest(v_live)) end) d
+      where d.refused is null
     ), theirs as materialized (
       -- offset 0: call is_member once per workspace, not once per image
       select w.id from (select distinct f.workspace_id as id from files f offset 0) w where autotag.is_member(w.id)
     )
-    select f.asset_id, f.bucket, f.path, autotag.file_mark(f.bucket, f.path),
+    select f.asset_id, f.bucket, f.path, f.file_mark,
       f.path is null or exists (select from storage.buckets b where b.id = f.bucket and b.public)
-    from files f where f.workspace_id in (select t.id from theirs t);
+    from files f where f.workspace_id in (select t.id from theirs t)
+    union all
+    select l.asset_id, null, null, null, false from unnest(v_live) l (asset_id);
 end $$;
 
 -- For each image the mark of its file, if the caller may see that file; this runs as the caller, under row level security. A
@@ -473,7 +484,7 @@ end $$;
 create or replace function autotag.adapter_answers() returns jsonb
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$
-  select '{"choices": {"table": "public.assets", "id": "id", "workspace": "workspace_id", "path": "storage_path", "bucket": "assets", "url": "image_url", "full_paths": false, "tags": "tags", "where": "true", "members_table": "public.workspace_members", "members_workspace": "workspace_id", "members_user": "user_id", "members_where": "true", "caller_claim": "auth.uid()", "editors": "none"}, "storage_hosts": [], "users_see_files": true, "files": {"name": "workspace-folder", "buckets": ["assets"], "prefix": "", "depth": 1, "uploader": null}, "functions": {"caller": "f830ed77bb91839e0f5c8f2ce1e04423", "nobody": "6c5d38b139b353965449926c78d12f4a", "is_member": "19796b8302d5a46b3911e77265efac71", "is_editor": "1c0b95fc17b9b3f6469e454482cb4a49", "image_table": "d24db7aeb8883ff34d9163c517e0cd7b", "file_rule": "e5132e61b36ed3b88aff49205110856a", "users_see_files": "12121c1c821d63ac9833861df2e81850", "storage_hosts": "030502eb0822a627e8578437ebce8ccd", "storage_file": "8ee31e1e47aa52b15be0280750f52608", "percent_decode": "a0eccfadc1e55a87ef193dd340c278b9", "describe_assets": "09f90d7f0ecd9580695098e002b56699", "check_files": "6d2a870f1edd26973549942173a47764", "file_mark": "219cdc87aec8cb6caf2f18b3adf94d53", "files_to_check": "e594f652e8f2cb2e080eb585f723932f", "visible_file_marks": "84161830bb838e22df3c658dd2923f1f", "may_read_images": "8de4d286440fa481673b3c99fa6f2753", "has_to_see": "2d4abdf13b95d6cc49726544815c0035", "visible_assets": "0ac2c9663569ae2fa9c52bc9365b802b", "list_assets": "8e7328ed4b7fee1627641f1a91b1dd89", "tagged_assets": "369dfcb2bc1a94ba8cea34b82e714162", "tags_in_use": "0cb437f5fc8dc68e0004407ee0cf8356", "store_tags": "45fd88c032a42618f836e6139539544c", "show_stage": "7f9f955eb762fb06c13b042ef1033f08", "held_assets": "74439428a2a7b5d3c9cdd0f84e7c9f20", "collect_inserted": "b662386d76dd1f40ff0a940f5e000201", "set_automatic": "df63c22abd345745a09ee933b92e9fe7", "adapter_version": "6ebceba1516d1b8c52d508dc3039fc26"}}'::jsonb
+  select '{"choices": {"table": "public.assets", "id": "id", "workspace": "workspace_id", "path": "storage_path", "bucket": "assets", "url": "image_url", "full_paths": false, "tags": "tags", "where": "true", "members_table": "public.workspace_members", "members_workspace": "workspace_id", "members_user": "user_id", "members_where": "true", "caller_claim": "auth.uid()", "editors": "none"}, "storage_hosts": [], "users_see_files": true, "files": {"name": "workspace-folder", "buckets": ["assets"], "prefix": "", "depth": 1, "uploader": null}, "functions": {"caller": "f830ed77bb91839e0f5c8f2ce1e04423", "nobody": "6c5d38b139b353965449926c78d12f4a", "is_member": "19796b8302d5a46b3911e77265efac71", "is_editor": "1c0b95fc17b9b3f6469e454482cb4a49", "image_table": "d24db7aeb8883ff34d9163c517e0cd7b", "file_rule": "e5132e61b36ed3b88aff49205110856a", "users_see_files": "12121c1c821d63ac9833861df2e81850", "storage_hosts": "030502eb0822a627e8578437ebce8ccd", "storage_file": "8ee31e1e47aa52b15be0280750f52608", "percent_decode": "a0eccfadc1e55a87ef193dd340c278b9", "describe_assets": "899585aacd6cda1cbd963ef9bef57d0c", "check_files": "6d2a870f1edd26973549942173a47764", "file_mark": "219cdc87aec8cb6caf2f18b3adf94d53", "files_to_check": "81fb42a9b8f50e69aa4c1f24985d102c", "visible_file_marks": "84161830bb838e22df3c658dd2923f1f", "may_read_images": "8de4d286440fa481673b3c99fa6f2753", "has_to_see": "2d4abdf13b95d6cc49726544815c0035", "visible_assets": "0ac2c9663569ae2fa9c52bc9365b802b", "list_assets": "8e7328ed4b7fee1627641f1a91b1dd89", "tagged_assets": "369dfcb2bc1a94ba8cea34b82e714162", "tags_in_use": "0cb437f5fc8dc68e0004407ee0cf8356", "store_tags": "45fd88c032a42618f836e6139539544c", "show_stage": "7f9f955eb762fb06c13b042ef1033f08", "held_assets": "74439428a2a7b5d3c9cdd0f84e7c9f20", "collect_inserted": "b662386d76dd1f40ff0a940f5e000201", "set_automatic": "df63c22abd345745a09ee933b92e9fe7", "adapter_version": "6ebceba1516d1b8c52d508dc3039fc26"}}'::jsonb
 $$;
 
 -- Version of the adapter; `autotag init` of a newer release adds what is missing.

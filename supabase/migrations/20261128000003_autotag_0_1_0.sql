@@ -3288,6 +3288,19 @@ begin
       case when p_images <= v_max_allowed then greatest(extract(epoch from v_free_at - autotag.now()), 1) end));
 end $$;
 
+-- Those of these images that are being tagged for a workspace of the caller.
+create or replace function autotag.own_live_assets(p_asset_ids autotag.asset_id[]) returns autotag.asset_id[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
+as $$
+begin
+  return array(
+    with live as materialized (
+      select t.asset_id, t.workspace_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null)
+    select l.asset_id from live l where l.workspace_id in (
+      -- offset 0: call is_member once per workspace, not once per image
+      select w.id from (select distinct l.workspace_id as id from live l offset 0) w where autotag.is_member(w.id)));
+end $$;
+
 -- enqueue_tagging: makes one upload one job. Idempotent: images that are being tagged already are skipped, and so are those that have
 -- just been tagged (find_repeats) and those that the row filter leaves out. It may run in a long transaction of the tenant's, so it locks no row that a worker needs: it takes
 -- advisory locks (lock_quotas) and inserts new rows.
@@ -3673,23 +3686,20 @@ end $$;
 
 -- Retrying the failed images of an upload.
 
--- The failed images of a job, in order, except those that no longer exist, moved to another workspace (which the caller may not
--- know of), whose location is refused (describe_assets), or that a later job has tagged.
+-- The failed images of a job, in order.
 create or replace function autotag.failed_assets(p_job_id uuid) returns autotag.asset_id[]
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job autotag.jobs := autotag.visible_job(p_job_id);
-  v_failed autotag.asset_id[] := array(
-    select t.asset_id from autotag.tasks t where t.job_id = v_job.id and t.stage = 'failed' order by t.id);
 begin
-  return array(
-    select f.id from unnest(v_failed) with ordinality f (id, i) join autotag.describe_assets(v_failed) d on d.asset_id = f.id
-    where d.workspace_id = v_job.workspace_id and d.refused is null and d.stage is distinct from 'completed' order by f.i);
+  return array(select t.asset_id from autotag.tasks t where t.job_id = v_job.id and t.stage = 'failed' order by t.id);
 end $$;
 
--- retry_tagging: enqueues the failed images of a job as a new job. A call that is repeated while that job runs, or within
--- repeat_window of its end, returns that job again. Once it was cancelled, another call makes another job.
+-- retry_tagging: enqueues the failed images of a job as a new job, except those that no longer exist, moved to another workspace
+-- (which the caller may not know of), whose location is refused (describe_assets), or that a later job has tagged.
+-- A call that is repeated while that job runs, or within repeat_window of its end, returns that job again. Once it was cancelled,
+-- another call makes another job.
 -- p_asset_ids: failed_assets(), as it was when the caller's rights to the files were checked; p_visible_marks: as in enqueue, for them.
 -- Locks: the job (advisory: calls for one job run one after the other), then as in enqueue().
 create or replace function autotag.retry(p_job_id uuid, p_asset_ids autotag.asset_id[], p_visible_marks uuid[] default null) returns jsonb
@@ -3698,7 +3708,7 @@ as $$
 declare
   v_job autotag.jobs := autotag.visible_job(p_job_id);
   v_retry autotag.jobs;
-  v_failed autotag.asset_id[];
+  v_failed autotag.asset_id[];    -- those that can be tagged now
   v_assets autotag.asset_id[];
   v_visible_marks uuid[];
   v_reply jsonb;
@@ -3710,7 +3720,9 @@ begin
     and v_retry.id is not null then
     return autotag.describe_repeat(v_retry, v_retry.image_count);
   end if;
-  v_failed := autotag.failed_assets(v_job.id);
+  v_failed := array(
+    select d.asset_id from autotag.describe_assets(autotag.failed_assets(v_job.id)) d
+    where d.workspace_id = v_job.workspace_id and d.refused is null and d.stage is distinct from 'completed');
   select array_agg(a.id order by a.i), array_agg(a.visible_mark order by a.i) into v_assets, v_visible_marks
   from unnest(p_asset_ids, p_visible_marks) with ordinality a (id, visible_mark, i)
   where a.id in (select unnest(v_failed));
@@ -5527,7 +5539,7 @@ begin
     join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id and d.workspace_id = t.workspace_id
     cross join lateral (select case
       when d.refused is not null then d.refused
-      when t.visible_mark is not null and t.visible_mark <> autotag.file_mark(d.bucket, d.path)
+      when t.visible_mark is not null and t.visible_mark <> d.file_mark
         and not autotag.may_see_file(t.user_id, d.bucket, d.path) then 'hidden_file' end as refused
       offset 0  -- evaluate the case once per image, not once per use
     ) r;

@@ -7,6 +7,7 @@ name it, at enqueue and again when a worker asks.
 from __future__ import annotations
 
 import json
+import uuid
 from typing import Any
 
 import psycopg
@@ -199,6 +200,22 @@ async def test_a_retry_asks_again_as_whoever_retries(strict: Library) -> None:
                    strict.member.user, strict.drawings[assets[0]].name)  # fmt: skip
         [again] = await strict.finished(strict.rpc("public.retry_tagging", job["job_id"]))
     assert (again["completed"], again["failed"]) == (1, 1)
+
+
+async def test_an_image_whose_run_ends_while_it_is_asked_for_again(strict: Library) -> None:
+    """Nobody looks for the files of images that are being tagged. If they are done a moment later, their claims do."""
+    assets = await strict.upload(2)
+    strict.sql("update storage.objects set owner_id = %s where name like '%%' || %s",
+               strict.member.user, strict.drawings[assets[0]].name)  # fmt: skip
+    [made] = strict.sql("select to_jsonb(public.enqueue_tagging(%s::uuid[])) as job", assets)
+    marks = strict.rpc("autotag.visible_file_marks", assets)
+    assert marks == [uuid.UUID(int=0)] * 2
+    strict.rpc("public.cancel_tagging", made["job"]["job_id"])
+    job = strict.rpc("autotag.enqueue", assets, marks)
+    async with worker(strict.stack):
+        [ended] = await strict.finished(job)
+    assert (ended["completed"], ended["failed"]) == (1, 1)
+    strict.check_tags(assets[:1])
 
 
 async def test_files_of_a_public_bucket_are_everybodys_to_see(strict: Library) -> None:

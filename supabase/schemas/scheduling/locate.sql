@@ -72,7 +72,7 @@ begin
     join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id and d.workspace_id = t.workspace_id
     cross join lateral (select case
       when d.refused is not null then d.refused
-      when t.visible_mark is not null and t.visible_mark <> autotag.file_mark(d.bucket, d.path)
+      when t.visible_mark is not null and t.visible_mark <> d.file_mark
         and not autotag.may_see_file(t.user_id, d.bucket, d.path) then 'hidden_file' end as refused
       offset 0  -- evaluate the case once per image, not once per use
     ) r;

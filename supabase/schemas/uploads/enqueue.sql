@@ -34,6 +34,19 @@ begin
       case when p_images <= v_max_allowed then greatest(extract(epoch from v_free_at - autotag.now()), 1) end));
 end $$;
 
+-- Those of these images that are being tagged for a workspace of the caller.
+create or replace function autotag.own_live_assets(p_asset_ids autotag.asset_id[]) returns autotag.asset_id[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
+as $$
+begin
+  return array(
+    with live as materialized (
+      select t.asset_id, t.workspace_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null)
+    select l.asset_id from live l where l.workspace_id in (
+      -- offset 0: call is_member once per workspace, not once per image
+      select w.id from (select distinct l.workspace_id as id from live l offset 0) w where autotag.is_member(w.id)));
+end $$;
+
 -- enqueue_tagging: makes one upload one job. Idempotent: images that are being tagged already are skipped, and so are those that have
 -- just been tagged (find_repeats) and those that the row filter leaves out. It may run in a long transaction of the tenant's, so it locks no row that a worker needs: it takes
 -- advisory locks (lock_quotas) and inserts new rows.

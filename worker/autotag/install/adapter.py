@@ -15,7 +15,7 @@ from typing import Any
 
 from autotag.install.answers import EVERY_ROW, OWN_LOGINS, HostError
 from autotag.install.host import FileRule, Host, Members
-from autotag.install.location import MAX_KEY, location_code, mark_code, too_long_code
+from autotag.install.location import MAX_KEY, location_code, mark_code, too_long_code, written_place_code
 from autotag.install.quoting import literal, quote, table_name
 
 TEMPLATE = Path(__file__).parent / "host_adapter.sql"
@@ -43,7 +43,8 @@ def render(template: str, host: Host) -> str:
         "nobody": literal(NOBODY[host.user_type]),
         "editors": "autotag.is_member(p_workspace_id)" if host.editors == "members" else "false",
         "caller": _caller_code(host), "caller_text": _caller_text(host), "members": _members_code(host),
-        "location": place_code(host, host.files), "mark": mark_code(host), "too_long": too_long_code(host),
+        "location": place_code(host, host.files), "mark": mark_code(host),
+        "written_place": written_place_code(host), "too_long": too_long_code(host),
         "storage_hosts": _list_code(host.storage_hosts), "full_path_text": _full_path_text(host),
         "counts": f"({host.where})" if host.where else "true",
         "tags": quote(host.tags), "tags_type": host.tags_type, **_merge_code(host),

@@ -137,11 +137,11 @@ $$;
 -- from the result. A row that is refused has no location. refused: `filtered` (the row filter leaves it out), `foreign_file` (it
 -- names a file of another workspace, and the worker reads Storage with a key that opens every file) or `location_too_long`. The
 -- lengths are checked first: octet_length() reads only the header of a value, however large it is, and members can write large
--- values. mark: of the picture, a hash of its location. stage: what the row shows.
+-- values. mark: of the picture, a hash of its location as it stands. file_mark: of its file (function file_mark). stage: what the row shows.
 -- A path is read as supabase-js leaves it: without blanks around it, and each run of slashes counts as one. An empty path or URL is
 -- none. A URL of your own Storage is the file that it names (storage_file). {{ full_path_text }}
 create or replace function autotag.describe_assets(p_asset_ids autotag.asset_id[])
-returns table (asset_id autotag.asset_id, workspace_id autotag.workspace_id, bucket text, path text, url text, refused text, mark uuid, stage text)
+returns table (asset_id autotag.asset_id, workspace_id autotag.workspace_id, bucket text, path text, url text, refused text, mark uuid, file_mark uuid, stage text)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$
@@ -150,19 +150,22 @@ begin
   return query
     select d.id, d.workspace, case when d.refused is null then d.bucket end, case when d.refused is null then d.path end,
            case when d.refused is null then d.url end, d.refused,
-           case when d.refused is null then d.mark end, d.stage
+           case when d.refused is null then d.mark end,
+           -- the mark is the file's where the row has its place in the plain form, and a hash costs 4 µs
+           case when d.refused is null then case when d.plain then d.mark else autotag.file_mark(d.bucket, d.path) end end, d.stage
     from (
       select a.{{ id }}::autotag.asset_id as id, a.{{ workspace }}::autotag.workspace_id as workspace, f.bucket, f.path, f.url, a.tagging_stage as stage,
              case when not c.counts then 'filtered'
              when c.too_long then 'location_too_long'
              when f.path is not null and not coalesce(
                -- a bucket name that Storage allows, and a path that cannot leave the bucket
-               f.bucket ~ '^[A-Za-z0-9_!.*''() &$@=;:+,?-]+$' and f.bucket !~ '^[.]{1,2}$'
-               and f.path !~ '(^|/)[.]{0,2}(/|$)' and f.path !~ '[\\[:cntrl:]]'
+               f.bucket ~ '^[A-Za-z0-9_!.*''() &$@=;:+,?-]+$' and f.bucket not in ('.', '..')
+               and f.path !~ '(^|/)[.]{0,2}(/|$)|[\\[:cntrl:]]'
                -- the file rule
                and {{ own_file }}
              , false) then 'foreign_file' end as refused,
-             case when c.counts and not c.too_long then {{ mark }} end as mark
+             case when c.counts and not c.too_long then {{ mark }} end as mark,
+             c.counts and not c.too_long and f.bucket || '/' || f.path = {{ written_place }} as plain
       from {{ table }} a
       cross join lateral (
         select coalesce({{ counts }}, false) as counts, {{ too_long }} as too_long
@@ -209,25 +212,33 @@ begin
 end $$;
 
 -- The files of these images that visible_file_marks() has to check: those in workspaces of the signed-in caller. everybody: the bucket
--- is public, or there is no file. No rows if no check is needed.
+-- is public, or there is no file. No rows if no check is needed. An image that is being tagged will be skipped, so nobody looks for
+-- its file: it has no path. (Should it be done by then, its mark matches no file, and its claim looks.)
 create or replace function autotag.files_to_check(p_asset_ids autotag.asset_id[])
 returns table (asset_id autotag.asset_id, bucket text, path text, mark uuid, everybody boolean)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
+declare
+  v_live autotag.asset_id[];
 begin
   if autotag.is_service() or not autotag.users_see_files() or cardinality(p_asset_ids) > 100000 then
     return;
   end if;
+  v_live := autotag.own_live_assets(p_asset_ids);
   return query
     with files as materialized (
-      select d.asset_id, d.workspace_id, d.bucket, d.path from autotag.describe_assets(p_asset_ids) d where d.refused is null
+      select d.* from autotag.describe_assets(
+        case v_live when '{}' then p_asset_ids else array(select unnest(p_asset_ids) except select unnest(v_live)) end) d
+      where d.refused is null
     ), theirs as materialized (
       -- offset 0: call is_member once per workspace, not once per image
       select w.id from (select distinct f.workspace_id as id from files f offset 0) w where autotag.is_member(w.id)
     )
-    select f.asset_id, f.bucket, f.path, autotag.file_mark(f.bucket, f.path),
+    select f.asset_id, f.bucket, f.path, f.file_mark,
       f.path is null or exists (select from storage.buckets b where b.id = f.bucket and b.public)
-    from files f where f.workspace_id in (select t.id from theirs t);
+    from files f where f.workspace_id in (select t.id from theirs t)
+    union all
+    select l.asset_id, null, null, null, false from unnest(v_live) l (asset_id);
 end $$;
 
 -- For each image the mark of its file, if the caller may see that file; this runs as the caller, under row level security. A

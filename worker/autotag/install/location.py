@@ -96,7 +96,12 @@ def too_long_code(host: Host) -> str:
 
 
 def mark_code(host: Host) -> str:
-    """The mark of the picture of the row ``a``: a hash of the columns that say where it is, as they stand."""
+    """The mark of the picture of the row ``a``: a hash of its place."""
+    return f"md5({written_place_code(host)})::uuid"
+
+
+def written_place_code(host: Host) -> str:
+    """The place of the picture of the row ``a``: the columns that say where it is, as they stand."""
     places = []
     if host.object:
         places.append(f"a.{quote(host.object)}::text")
@@ -108,4 +113,4 @@ def mark_code(host: Host) -> str:
         places.append(f"{bucket} || '/' || nullif({_text(host.path)}, '')")
     if host.url:  # a new signature of the same file is no new picture
         places.append(f"split_part(a.{quote(host.url)}, '?token=', 1)")
-    return f"md5(coalesce({', '.join(places)}, ''))::uuid"
+    return f"coalesce({', '.join(places)}, '')"
