@@ -265,7 +265,8 @@ def set_the_scene(connection: psycopg.Connection[tuple[object, ...]]) -> None:
         perform autotag.requeue(jsonb_build_array(jsonb_build_object('task', min(t.id), 'failures', 1)))
         from autotag.tasks t where t.workspace_id = v_workspace and t.worker_id = '{WORKER}';
         update autotag.workers set lease_until = now() - interval '1 s' where id = '{DEAD}';
-        update autotag.workers set poll_assigned_at = now(), unsent = 5 where id = '{WORKER}';
+        -- it lives on, however long these tests take
+        update autotag.workers set poll_assigned_at = now(), unsent = 5, lease_until = now() + interval '1 day' where id = '{WORKER}';
         update autotag.tasks set stage = 'failed', error_code = 'x', finished_at = now(), worker_id = null, claim = null
         where id = (select min(t.id) from autotag.tasks t where t.worker_id = '{WORKER}' and t.workspace_id = {workspace(2)});
         insert into autotag.jobs (workspace_id, strategy, image_count, completed, created_at, finished_at)

@@ -135,7 +135,7 @@ def _announce(model: str, preview: ComparisonPreview, *, ask: bool) -> None:
 
 def _write(page: Path, text: str) -> None:
     try:
-        page.write_text(text)
+        page.write_text(text, "utf-8")
     except OSError as error:
         raise fail(f"{page} cannot be written ({error.strerror}).", FAILED) from None
 

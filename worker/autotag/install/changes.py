@@ -92,7 +92,7 @@ def plan_change(url: str, facts: Facts, host: Host, folder: Path | None) -> Migr
     """
     swap = _check_fixed(url, facts, host)
     written = {} if facts.answers is None else facts.answers["functions"]
-    adapter = render(TEMPLATE.read_text(), host)
+    adapter = render(TEMPLATE.read_text("utf-8"), host)
     functions = {found["name"]: (found[0], hash_body(found["body"])) for found in FUNCTION.finditer(adapter)}
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
         rows = connection.execute(

@@ -266,7 +266,7 @@ def _source(host: Host, rows: int = MAX_ROWS) -> str:
 def _read_urls(connection: psycopg.Connection[Any], host: Host) -> None:
     """Makes the adapter's functions that read URLs of Storage, for this connection."""
     begin = r"create or replace function autotag\.(?:storage_hosts|percent_decode|storage_file)\("
-    found = re.findall(rf"{begin}.*?\n(?:end )?\$\$;", TEMPLATE.read_text(), re.DOTALL)
+    found = re.findall(rf"{begin}.*?\n(?:end )?\$\$;", TEMPLATE.read_text("utf-8"), re.DOTALL)
     for text in found:
         connection.execute(render(text, host).replace("autotag.", "pg_temp.").encode())
 

@@ -81,9 +81,9 @@ def migrations(*, with_host_baseline: bool = False) -> list[Migration]:
             continue
         name = match["name"].removeprefix("autotag_")
         if name == HOST_ADAPTER:
-            found.append(Migration(match["version"], name, TEMPLATE.read_text()))
+            found.append(Migration(match["version"], name, TEMPLATE.read_text("utf-8")))
         elif with_host_baseline or name != HOST_BASELINE:
-            found.append(Migration(match["version"], name, path.read_text()))
+            found.append(Migration(match["version"], name, path.read_text("utf-8")))
     return found
 
 
@@ -250,7 +250,7 @@ def write_migrations(
         version = applied.get(migration.name) or _free(newest + timedelta(seconds=number), behind, versions)
         versions.add(version)
         path = folder / f"{version}_autotag_{migration.name}.sql"
-        path.write_text(text)
+        path.write_text(text, "utf-8")
         result[path.name] = "written"
     return result
 

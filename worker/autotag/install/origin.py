@@ -29,7 +29,7 @@ def storage_hosts(database_url: str, project_url: str | None, folder: Path | Non
     """
     hosts = [_host_of(project_url)] if project_url else []
     linked = folder.parent / ".temp" / "project-ref" if folder else None
-    refs = [linked.read_text().strip()] if linked and linked.is_file() else []
+    refs = [linked.read_text("utf-8").strip()] if linked and linked.is_file() else []
     server = conninfo_to_dict(database_url)
     name, user = str(server.get("host") or ""), str(server.get("user") or "")
     if match := re.fullmatch(r"db\.(\w+)\.supabase\.co", name):

@@ -59,14 +59,18 @@ def show_examples(url: str, found: Survey) -> list[dict[str, Any]] | str:
     if found.keeps_adapter or (found.facts.adapter is not None and found.change is None):
         return "the database has this adapter already"
     change = found.change or found.waiting
-    adapter = change.sql if change else render(TEMPLATE.read_text(), found.host)
+    adapter = change.sql if change else render(TEMPLATE.read_text("utf-8"), found.host)
     token = f"select set_config('request.jwt.claims', {literal(_stranger(found.host))}, true)"
-    statements = f"begin; {adapter}; {token}; {_question(found.host)}; rollback"
+    # Inside of a function a file cannot end the transaction, whatever it contains.
+    tried = f"do {literal(f'begin execute {literal(adapter)}; end')}"
+    statements = f"begin; {tried}; {token}; {_question(found.host)}; rollback"
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
         try:
             cursor = connection.execute(statements.encode())
         except (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled):
             return f"another session holds {found.host.table}; to see them, run this again"
+        except psycopg.errors.FeatureNotSupported:
+            return "its file begins or ends transactions of its own, so trying it would change the database"
         except psycopg.errors.InsufficientPrivilege as error:
             return f"the login may not create the adapter ({printable(error.diag.message_primary, 200)})"
         except psycopg.OperationalError:

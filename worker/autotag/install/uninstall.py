@@ -57,6 +57,13 @@ _TABLES = """
     where c.relkind in ('r', 'p') and not c.relispartition and not a.attisdropped and a.attname = any (%s)
       and c.relnamespace::regnamespace::text not in ('autotag', 'pg_catalog', 'information_schema')
     group by a.attrelid having count(*) = cardinality(%s::text[]) order by 1"""
+#: While the adapter is there, it says which table has the images. A copy of that table has the same columns.
+_IMAGE_TABLE = "select autotag.image_table()::text"
+#: The columns of the stages stay: an image that is being tagged has to say that nobody will.
+_FAIL_UNFINISHED = """
+    select autotag.show_stage(array_agg(t.asset_id), t.workspace_id, 'failed', 0, null,
+      array_agg('autotag was removed from this project before the image was tagged.'::text))
+    from autotag.tasks t where t.finished_at is null group by t.workspace_id"""
 _HISTORY = """
     select version, version || '_' || name from supabase_migrations.schema_migrations
     where name like 'autotag\\_%' and name <> 'autotag_host_baseline' order by 1"""
@@ -201,7 +208,7 @@ def _plan(connection: Connection, *, keep_stages: bool, drop_results: bool) -> P
     gone = (() if keep_stages else STAGE_COLUMNS) + ((RESULT_COLUMN,) if drop_results else ())
     there = [
         (table, column)
-        for table in tables
+        for table in _like_images(connection)
         for column in (*STAGE_COLUMNS, RESULT_COLUMN)
         if _exists(connection, _HAS_COLUMN, (table, column))
     ]
@@ -223,8 +230,8 @@ def _plan(connection: Connection, *, keep_stages: bool, drop_results: bool) -> P
         schema=schema,
         objects=[label for _, label in functions] + [label for _, label in policies]
         + [f"view public.{name}" for name in views] + [f"type public.{name}" for name in types],
-        columns=[f"{table}.{column}" for table, column in there if column in gone],
-        kept=[f"{table}.{column}" for table, column in there if column not in gone],
+        columns=[f"{table}.{column}" for table, column in there if column in gone and table in tables],
+        kept=[f"{table}.{column}" for table, column in there if column not in gone or table not in tables],
         jobs=_names(connection, "cron.job", _JOBS),
         migrations=_names(connection, "supabase_migrations.schema_migrations", _HISTORY),
         yours=yours,
@@ -235,6 +242,9 @@ def _plan(connection: Connection, *, keep_stages: bool, drop_results: bool) -> P
 
 def _drop(connection: Connection, plan: Plan) -> None:
     """Drops what a plan names. What uses it goes, too; the caller has checked that."""
+    tables = _tables(connection)
+    if plan.unfinished and not any(column.endswith(".tagging_stage") for column in plan.columns):
+        connection.execute(_FAIL_UNFINISHED)
     if plan.jobs:
         connection.execute("select cron.unschedule(jobid) from cron.job where jobname = any (%s)", (plan.jobs,))
     for identity, _ in connection.execute(_POLICIES).fetchall():
@@ -246,7 +256,7 @@ def _drop(connection: Connection, plan: Plan) -> None:
         if kind in ("view", "type"):
             connection.execute(f"drop {kind} if exists {name} cascade".encode())
     connection.execute("drop schema if exists autotag cascade")
-    for table in _tables(connection):
+    for table in tables:
         for check in STAGE_CHECKS:
             connection.execute(f"alter table {table} drop constraint if exists {check}".encode())
     for column in plan.columns:
@@ -260,7 +270,19 @@ def _drop(connection: Connection, plan: Plan) -> None:
 
 
 def _tables(connection: Connection) -> list[str]:
-    """The tables with autotag's stage columns: the table of images, also where the schema is gone already."""
+    """The table of images. Where the adapter is gone already: the only table with autotag's stage columns, or none."""
+    found = _like_images(connection)
+    if _exists(connection, "select to_regprocedure('autotag.image_table()') is not null"):
+        try:
+            with connection.transaction():
+                return [name for name in found if name == _one(connection, _IMAGE_TABLE)]
+        except psycopg.errors.UndefinedTable:
+            return []
+    return found if len(found) == 1 else []
+
+
+def _like_images(connection: Connection) -> list[str]:
+    """The tables with autotag's stage columns: the table of images, and copies of it."""
     return [row[0] for row in connection.execute(_TABLES, (list(STAGE_COLUMNS), list(STAGE_COLUMNS))).fetchall()]
 
 

@@ -35,17 +35,35 @@ class Written:
 
     @property
     def sql(self) -> str:
-        """Its text, as it stands."""
-        return self.path.read_text()
+        """Its text, as it stands.
+
+        Raises:
+            HostError: it is not UTF-8.
+        """
+        try:
+            return self.path.read_text("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise HostError(
+                f"{self.path.name} is not UTF-8 (byte {error.start}); save it as UTF-8, as supabase db push needs it."
+            ) from None
 
 
 def written_migrations(folder: Path | None) -> dict[str, Written]:
-    """The migrations of autotag in a folder, in order, by name. Of autotag's own checkout: none, it is no project."""
-    found = {}
+    """The migrations of autotag in a folder, in order, by name. Of autotag's own checkout: none, it is no project.
+
+    Raises:
+        HostError: two files are the same migration, as a merge of two branches leaves them.
+    """
+    found: dict[str, Written] = {}
     for path in sorted(folder.glob("*.sql")) if folder else ():
         match = MIGRATION_FILE.fullmatch(path.name)
         if match and match["name"].startswith("autotag_"):
             name = match["name"].removeprefix("autotag_")
+            if name in found:
+                raise HostError(
+                    f"{found[name].path.name} and {path.name} are both autotag's {name}; delete the one that the"
+                    " database does not have (supabase migration list shows it), or the one with the wrong answers."
+                )
             found[name] = Written(name, match["version"], path)
     return {} if HOST_BASELINE in found else found
 
