@@ -100,6 +100,48 @@ def test_nothing_of_autotag_is_left_and_the_host_is_intact(url: str, keep: bool,
     install(url)
 
 
+COPIES = """
+    create schema backup;
+    create table backup.assets_2026 as table public.assets;
+    create table public.photos_old (like public.assets including all);
+    create role somebody;
+    grant create on schema public to somebody;
+    alter table public.photos_old owner to somebody"""
+
+
+def test_copies_of_the_table_stay_as_they_are(postgres: LocalPostgres, url: str) -> None:
+    install(url)
+    with psycopg.connect(postgres.url("supabase_admin", url.rpartition("/")[2]), autocommit=True) as admin:
+        try:
+            admin.execute(COPIES.encode())
+            done = drop_autotag(url, drop_results=True)
+            assert {name.rpartition(".")[0] for name in done.columns} == {"assets"}
+            assert {"backup.assets_2026.tagging_stage", "photos_old.tagging_result"} <= set(done.kept)
+            columns = admin.execute("select count(*) from information_schema.columns where column_name like 'tagging\\_%'"
+                                    " and table_name in ('assets_2026', 'photos_old')").fetchone()  # fmt: skip
+            assert columns == (10,)
+            # Without the schema nobody knows which of two tables it was.
+            assert not any(name.startswith(("backup.", "photos_old.")) for name in make_plan(url).columns)
+        finally:
+            admin.execute(
+                "drop table if exists public.photos_old; revoke all on schema public from somebody; drop role if exists somebody"
+            )
+
+
+async def test_stages_that_stay_tell_no_lies(url: str) -> None:
+    """The image that was being tagged can be found and tagged by a new installation."""
+    install(url)
+    drop_autotag(url, keep_stages=True)
+    with psycopg.connect(url) as connection:
+        [(stage, error)] = connection.execute("select tagging_stage, tagging_error from public.assets").fetchall()
+    assert (stage, "autotag was removed" in error) == ("failed", True)
+    assert apply_migrations(url)
+    with psycopg.connect(url) as connection:
+        [(workspace,)] = connection.execute("select workspace_id::text from public.assets").fetchall()
+    _, out, err = await run_command("enqueue", "--workspace", workspace, "--json", environment={"DATABASE_URL": url})
+    assert json.loads(out)["predicted"]["images"] == 1, out + err
+
+
 def test_what_the_host_uses_is_shown_and_stops_it(url: str) -> None:
     install(url)
     with psycopg.connect(url, autocommit=True) as connection:
@@ -226,6 +268,14 @@ async def test_versions_of_profiles_go_on_after_a_new_installation(url: str, tmp
     for command in (("init", str(tmp_path), *options), ("migrate", str(tmp_path))):
         code, out, err = await run_command(*command, environment={"DATABASE_URL": url})
         assert (code, "profile_versions" in out) == (0, True), err
+    with psycopg.connect(url) as connection:
+        assert connection.execute(new).fetchone() == (3,)
+    # The same from the files of the first installation.
+    [extra] = (tmp_path / "supabase" / "migrations").glob("*profile_versions.sql")
+    extra.unlink()
+    drop_autotag(url)
+    code, _, err = await run_command("migrate", str(tmp_path), environment={"DATABASE_URL": url})
+    assert code == 0, err
     with psycopg.connect(url) as connection:
         assert connection.execute(new).fetchone() == (3,)
 

@@ -16,6 +16,7 @@ from autotag.install.migrations import migrations
 from autotag.install.quoting import literal, read_literal
 from cli_tools import supabase
 from conftest import BARE_TEMPLATE, copied_database
+from forked import run_command
 from lab.postgres import LocalPostgres
 
 WORKSPACE = "00000000-0000-4000-8000-0000000000a1"
@@ -116,6 +117,56 @@ def test_the_examples_are_what_an_edited_file_answers(url: str, folder: Path) ->
     path.write_text(path.read_text() + "create table public.media_items (n integer);\n")
     done = invoke("init", url)
     assert (done.exit_code, "does not fit public.media_items" in done.stderr) == (2, True), done.output
+
+
+#: What git and editors make of a file. Without a word of which: it is read as it was.
+DAMAGE = {
+    "a merge of two branches": (lambda path: path.with_name("20990101000000" + path.name[14:]).write_text(path.read_text()),
+                                "are both autotag's host_adapter"),
+    "another encoding": (lambda path: path.write_bytes(path.read_bytes() + "\n-- Prüfung\n".encode("latin-1")), "is not UTF-8"),
+    "a byte order mark": (lambda path: path.write_text(path.read_text(), "utf-8-sig"), None),
+    "line ends of Windows": (lambda path: path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n")), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_files_that_git_or_an_editor_has_changed(own_url: str, folder: Path, damage: str) -> None:
+    init(own_url, *READERS)
+    change, says = DAMAGE[damage]
+    change(adapter_of(folder))
+    for command, options in (("init", ("--table", "media_items")), ("migrate", ())):
+        done = invoke(command, own_url, *options)
+        assert (done.exit_code, says in done.stderr if says else "") == (2 if says else 0, bool(says) or ""), (
+            done.output
+        )
+    if says is None:
+        assert members(own_url) == (True, True)
+
+
+@pytest.mark.parametrize("place", ["around", "middle"])
+def test_a_file_with_transactions_of_its_own_changes_nothing_when_it_is_tried(
+    own_url: str, folder: Path, place: str
+) -> None:
+    """`supabase db push` takes such a file. To show examples, `init` runs it and takes that back."""
+    init(own_url, *READERS)
+    path = adapter_of(folder)
+    text = path.read_text()
+    path.write_text(f"begin;\n{text}\ncommit;\n" if place == "around"
+                    else text.replace("-- Functions that use the host", "commit;\n-- Functions that use the host", 1))  # fmt: skip
+    assert "commit;" in path.read_text()
+    assert "transactions of its own" in init(own_url)["no_examples"]
+    with psycopg.connect(own_url) as connection:
+        assert connection.execute("select to_regnamespace('autotag')").fetchone() == (None,)
+
+
+async def test_files_are_utf_8_whatever_the_locale_is(own_url: str, folder: Path) -> None:
+    """A final sigma and a typographic apostrophe are in the engine's functions."""
+    for command in (("init", "--yes", "--table", "media_items", *READERS), ("migrate",)):
+        environment = {"DATABASE_URL": own_url, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        code, _, err = await run_command(*command, environment=environment)
+        assert code == 0, err
+    with psycopg.connect(own_url) as connection:
+        assert connection.execute("select autotag.tag_key('men’s')").fetchone() == ("mens",)
 
 
 def test_migrate_applies_the_projects_files_as_they_stand(own_url: str, folder: Path) -> None:

@@ -93,11 +93,12 @@ def _apply_answers(
 def _files(project: Path | None) -> Mapping[str, Written]:
     """The files that autotag init has written into the project; none, if this is no project's folder."""
     try:
-        return written_migrations(migrations.project_folder(project or Path()))
+        folder = migrations.project_folder(project or Path())
     except HostError:
         if project is None:
             return {}
         raise
+    return written_migrations(folder)
 
 
 def _refuse_options(files: Mapping[str, Written], choices: Choices, spending_limit: float | None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import psycopg
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
@@ -164,7 +165,18 @@ def apply_written(url: str, written: Mapping[str, Written]) -> list[str]:
                 f"The project's folder has files of autotag, but lacks {name_some(missing)}; run autotag init, which"
                 " writes that, and then this again."
             )
-        return _apply_missing(connection, [Migration(one.version, one.name, one.sql) for one in written.values()])
+        done = _apply_missing(connection, [Migration(one.version, one.name, one.sql) for one in written.values()])
+        if HOST_ADAPTER in done and PROFILE_VERSIONS not in done:  # files of an earlier installation
+            _continue_profile_versions(connection)
+        return done
+
+
+def _continue_profile_versions(connection: psycopg.Connection[Any]) -> None:
+    """Continues the numbers of profiles behind those that results of an earlier installation name."""
+    with connection.transaction():
+        table = connection.execute("select autotag.image_table()::text").fetchone()
+        assert table
+        connection.execute(PROFILE_VERSIONS_SQL.format(table=table[0], result=quote(Host().result)).encode())
 
 
 def _apply_missing(connection: psycopg.Connection[tuple[str, ...]], planned: Sequence[Migration]) -> list[str]:

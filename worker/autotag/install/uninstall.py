@@ -52,11 +52,13 @@ _POLICIES = """
     select format('%I on %I.%I', policyname, schemaname, tablename),
       format('policy "%s" on %s.%s', policyname, schemaname, tablename)
     from pg_policies where policyname like 'autotag: %' order by 1"""
+#: With those of autotag's columns that they have, whether or not this login may use them.
 _TABLES = """
-    select a.attrelid::regclass::text from pg_attribute a join pg_class c on c.oid = a.attrelid
-    where c.relkind in ('r', 'p') and not c.relispartition and not a.attisdropped and a.attname = any (%s)
+    select a.attrelid::regclass::text, array_agg(a.attname::text order by array_position(%(all)s::text[], a.attname::text))
+    from pg_attribute a join pg_class c on c.oid = a.attrelid
+    where c.relkind in ('r', 'p') and not c.relispartition and not a.attisdropped and a.attname = any (%(all)s)
       and c.relnamespace::regnamespace::text not in ('autotag', 'pg_catalog', 'information_schema')
-    group by a.attrelid having count(*) = cardinality(%s::text[]) order by 1"""
+    group by a.attrelid having array_agg(a.attname::text) @> %(stages)s::text[] order by 1"""
 #: While the adapter is there, it says which table has the images. A copy of that table has the same columns.
 _IMAGE_TABLE = "select autotag.image_table()::text"
 #: The columns of the stages stay: an image that is being tagged has to say that nobody will.
@@ -69,9 +71,6 @@ _HISTORY = """
     where name like 'autotag\\_%' and name <> 'autotag_host_baseline' order by 1"""
 _JOBS = "select jobid, jobname::text from cron.job where jobname like 'autotag-%' order by 2"
 _HAS_RELATION = "select to_regclass(%s) is not null"
-_HAS_COLUMN = (
-    "select exists (select from pg_attribute where attrelid = %s::regclass and attname = %s and not attisdropped)"
-)
 #: Every object that Postgres would drop with autotag's. A rule of a view stands for its view.
 _DEPENDENTS = """
     with recursive own (class, id, part) as (
@@ -206,12 +205,7 @@ def _plan(connection: Connection, *, keep_stages: bool, drop_results: bool) -> P
     policies = connection.execute(_POLICIES).fetchall()
     tables = _tables(connection)
     gone = (() if keep_stages else STAGE_COLUMNS) + ((RESULT_COLUMN,) if drop_results else ())
-    there = [
-        (table, column)
-        for table in _like_images(connection)
-        for column in (*STAGE_COLUMNS, RESULT_COLUMN)
-        if _exists(connection, _HAS_COLUMN, (table, column))
-    ]
+    there = [(table, column) for table, columns in _like_images(connection).items() for column in columns]
     views = [name for name in VIEWS if schema and _exists(connection, _HAS_RELATION, (f"public.{name}",))]
     enums = connection.execute(_ENUMS, (list(TYPES),)).fetchall()
     types = [name for name, labels in enums if schema or labels == TYPES[name]]
@@ -271,7 +265,7 @@ def _drop(connection: Connection, plan: Plan) -> None:
 
 def _tables(connection: Connection) -> list[str]:
     """The table of images. Where the adapter is gone already: the only table with autotag's stage columns, or none."""
-    found = _like_images(connection)
+    found = [*_like_images(connection)]
     if _exists(connection, "select to_regprocedure('autotag.image_table()') is not null"):
         try:
             with connection.transaction():
@@ -281,9 +275,10 @@ def _tables(connection: Connection) -> list[str]:
     return found if len(found) == 1 else []
 
 
-def _like_images(connection: Connection) -> list[str]:
-    """The tables with autotag's stage columns: the table of images, and copies of it."""
-    return [row[0] for row in connection.execute(_TABLES, (list(STAGE_COLUMNS), list(STAGE_COLUMNS))).fetchall()]
+def _like_images(connection: Connection) -> dict[str, list[str]]:
+    """The tables with autotag's stage columns: the table of images, and copies of it. With autotag's columns in each."""
+    every = {"stages": list(STAGE_COLUMNS), "all": [*STAGE_COLUMNS, RESULT_COLUMN]}
+    return dict(connection.execute(_TABLES, every).fetchall())
 
 
 def _names(connection: Connection, table: str, statement: str) -> list[str]:
