@@ -17,9 +17,8 @@ def without_encoding(tree: ast.AST) -> list[int]:
         if not isinstance(call, ast.Call) or any(keyword.arg == "encoding" for keyword in call.keywords):
             continue
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-        if (name == "read_text" and not call.args) or (name == "write_text" and len(call.args) < 2):
-            found.append(call.lineno)
-        elif name == "open" and isinstance(call.func, ast.Name) and "b" not in _mode(call):
+        opens = name == "open" and isinstance(call.func, ast.Name) and "b" not in _mode(call)
+        if opens or (name == "read_text" and not call.args) or (name == "write_text" and len(call.args) < 2):
             found.append(call.lineno)
     return found
 

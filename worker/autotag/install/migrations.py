@@ -174,9 +174,8 @@ def apply_written(url: str, written: Mapping[str, Written]) -> list[str]:
 def _continue_profile_versions(connection: psycopg.Connection[Any]) -> None:
     """Continues the numbers of profiles behind those that results of an earlier installation name."""
     with connection.transaction():
-        table = connection.execute("select autotag.image_table()::text").fetchone()
-        assert table
-        connection.execute(PROFILE_VERSIONS_SQL.format(table=table[0], result=quote(Host().result)).encode())
+        for (table,) in connection.execute("select autotag.image_table()::text").fetchall():
+            connection.execute(PROFILE_VERSIONS_SQL.format(table=table, result=quote(Host().result)).encode())
 
 
 def _apply_missing(connection: psycopg.Connection[tuple[str, ...]], planned: Sequence[Migration]) -> list[str]:

@@ -54,7 +54,8 @@ _POLICIES = """
     from pg_policies where policyname like 'autotag: %' order by 1"""
 #: With those of autotag's columns that they have, whether or not this login may use them.
 _TABLES = """
-    select a.attrelid::regclass::text, array_agg(a.attname::text order by array_position(%(all)s::text[], a.attname::text))
+    select a.attrelid::regclass::text,
+      array_agg(a.attname::text order by array_position(%(all)s::text[], a.attname::text))
     from pg_attribute a join pg_class c on c.oid = a.attrelid
     where c.relkind in ('r', 'p') and not c.relispartition and not a.attisdropped and a.attname = any (%(all)s)
       and c.relnamespace::regnamespace::text not in ('autotag', 'pg_catalog', 'information_schema')
@@ -276,7 +277,7 @@ def _tables(connection: Connection) -> list[str]:
 
 
 def _like_images(connection: Connection) -> dict[str, list[str]]:
-    """The tables with autotag's stage columns: the table of images, and copies of it. With autotag's columns in each."""
+    """The table of images and copies of it: those with autotag's stage columns. With autotag's columns in each."""
     every = {"stages": list(STAGE_COLUMNS), "all": [*STAGE_COLUMNS, RESULT_COLUMN]}
     return dict(connection.execute(_TABLES, every).fetchall())
 
