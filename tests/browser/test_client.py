@@ -1,7 +1,8 @@
 """The npm package in headless Chromium: what a user sees with 2,000 images, on a slow line, with lapsed tokens, after signing out.
 
 All scenarios share one browser, one stack and one worker; each has a workspace of its own. ``AUTOTAG_CLIENT=old`` runs them with the
-snippets that the documents had before the package.
+snippets that the documents had before the package. ``AUTOTAG_TOKEN_SECONDS=60 AUTOTAG_TOKEN_LAPSES=5`` keeps the pages whose tokens
+lapse open for five minutes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from support import PATIENCE, Library, connected, until, worker
 HERE = Path(__file__).parent
 CHROMIUM = shutil.which("chromium")
 OLD = os.environ.get("AUTOTAG_CLIENT") == "old"
-SCENARIOS = ["large", "slow", "two", "strict", "lapse", "sessions", "users", "offline", "reload", "quota", "stranger",
+SCENARIOS = ["large", "slow", "two", "strict", "lapse", "sessions", "users", "offline", "cancel", "reload", "quota", "stranger",
              "plain", "react"]  # fmt: skip
 #: Set to examples/next, after `npm ci` there, to build and drive that example, too (the scenario `next`). It is 300 MB, so CI does.
 NEXT = (Path.cwd() / os.environ["AUTOTAG_NEXT"]) if "AUTOTAG_NEXT" in os.environ else None
@@ -108,15 +109,19 @@ class Helper:
     async def configure(self, **columns: Any) -> None:
         self.stack.configure(**columns)
 
-    async def provider(self, batch_latency: tuple[float, float], cancelled: bool = False) -> dict[str, Any]:
-        """How long batches last from now on; `cancelled`: what has become of the newest, once it is asked to end."""
+    async def provider(
+        self, batch_latency: tuple[float, float], batch_cancelling: float = 0, cancelled: bool = False
+    ) -> dict[str, Any]:
+        """How long batches last, and take to be cancelled, from now on; `cancelled`: once the newest is asked to end."""
         simulator = self.stack.simulator
         simulator.plan.batch_latency = tuple(batch_latency)
         if cancelled:
             await until(
                 lambda: simulator.batches.describe_all()[-1]["status"].startswith("cancel"), "the provider to know"
             )
-        return {"batches": [batch["status"] for batch in simulator.batches.describe_all()]}
+        batches = [batch["status"] for batch in simulator.batches.describe_all()]
+        simulator.plan.batch_cancelling = batch_cancelling
+        return {"batches": batches}
 
     async def enqueue(self, member: dict[str, str], paths: list[str], wait: bool = False) -> None:
         """Another window of the member uploads; `wait`: until the upload is over."""
@@ -132,9 +137,10 @@ async def play(
     """What each scenario saw."""
     helper, outcomes = Helper(stack, folder), {}
     lifetime = int(os.environ.get("AUTOTAG_TOKEN_SECONDS", "3"))
+    lapses = int(os.environ.get("AUTOTAG_TOKEN_LAPSES", "3"))
     given = {"chromium": CHROMIUM, "pages": pages, "next": following, "client": "old" if OLD else "package", "scenarios": scenarios,
              "patience": int(os.environ.get("AUTOTAG_PATIENCE", "60000")),
-             "lifetime": lifetime}  # fmt: skip
+             "lifetime": lifetime, "lapses": lapses}  # fmt: skip
     process = await asyncio.create_subprocess_exec(
         "node",
         str(HERE / "client.mjs"),
@@ -144,7 +150,7 @@ async def play(
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    async with asyncio.timeout(len(scenarios) * (PATIENCE + 5 * lifetime)):
+    async with asyncio.timeout(len(scenarios) * (PATIENCE + (2 + lapses) * lifetime)):
         async for line in process.stdout:
             told = json.loads(line)
             if "do" in told:
@@ -250,7 +256,8 @@ def one_join(seen: dict[str, Any]) -> None:
 
 
 def lapse(seen: dict[str, Any]) -> None:
-    assert seen["joins"] >= 3, "each time that a token has lapsed"
+    assert seen["joins"] > 1, "a token that has lapsed ends the subscription"
+    assert seen["tokens"] >= seen["joins"], "each join has a new token"
 
 
 def users(seen: dict[str, Any]) -> None:
@@ -272,6 +279,11 @@ def nothing_more(_: dict[str, Any]) -> None:
 def reload(seen: dict[str, Any]) -> None:
     assert sorted(seen["stages"]) == ["completed"] * 5 + ["failed"] * 46
     assert seen["batches"][-1].startswith("cancel")
+
+
+def cancel(seen: dict[str, Any]) -> None:
+    assert seen["batches"][-1] == "cancelling", "the page says so while the provider still has the images"
+    reload(seen)
 
 
 def slow(seen: dict[str, Any]) -> None:
@@ -296,4 +308,4 @@ def example(seen: dict[str, Any]) -> None:
 
 CHECKS = {"large": large, "slow": slow, "two": one_join, "strict": one_join, "lapse": lapse, "sessions": nothing_more,
           "users": users, "offline": offline,
-          "reload": reload, "quota": quota, "stranger": stranger, "plain": example, "react": example, "next": example}  # fmt: skip
+          "cancel": cancel, "reload": reload, "quota": quota, "stranger": stranger, "plain": example, "react": example, "next": example}  # fmt: skip
