@@ -350,7 +350,8 @@ export class AssetList<Row extends AnyRow> {
   async #ask(builder: Builder): Promise<Row[]> {
     const { data, error, status } = await (builder as PromiseLike<{ data: Row[] | null, error: never, status: number }>)
     this.#fetchEnded = Date.now()
-    this.#passes = !status || status >= 500 || [401, 408, 429].includes(status)
+    this.#passes = !status || status >= 500 || [408, 429].includes(status)
+      || status === 401 && this.#live.status !== 'signed-out' // a token that has lapsed; nobody's is refused for ever
     if (error) throw fromRest(error, status)
     this.#largest = Math.max(this.#largest, data?.length ?? 0)
     return data ?? []
