@@ -98,7 +98,7 @@ async function lapsing(options, lives) {
 /** A page whose upload is at the provider, in a batch that lasts, while the next poll is far away. */
 async function batch() {
   const { member, paths } = await ask('workspace', { images: 51 })
-  await ask('provider', { batch_latency: [40, 40], batch_cancelling: 600 })
+  await ask('provider', { batch_latency: [90, 90], hold: true })
   await ask('configure', { batch_poll_interval: '10 min' })
   const page = await open(member)
   await upload(page, paths)
@@ -114,6 +114,22 @@ async function cancelling(page) {
   const { batches } = await ask('provider', { batch_latency: [2, 3], cancelled: true })
   await count(page, 'failed', 46)
   return { batches, stages: await page.$$eval('#one li', (items) => items.map((item) => item.dataset.stage)), problems: page.problems }
+}
+/** A page, and what takes it off the line and back. */
+async function line(member, options) {
+  const sockets = [] // Chromium leaves those that are open alone
+  let off = false
+  const page = await open(member, { ...options, before: (page) => page.routeWebSocket(/realtime/, (socket) => {
+    if (off) return socket.close({ code: 3001 })
+    sockets.push(socket)
+    socket.connectToServer()
+  }) })
+  const set = async (value) => {
+    off = value
+    await page.context().setOffline(off)
+    if (off) await Promise.all(sockets.splice(0).map((socket) => socket.close({ code: 3001 })))
+  }
+  return { page, off: () => set(true), on: () => set(false) }
 }
 const texts = (page) => page.$$eval('#one li', (items) => items.map((item) => item.textContent))
 
@@ -244,25 +260,25 @@ const scenarios = {
     return { out, other, statuses: await page.evaluate(() => window.statuses), problems: page.problems }
   },
 
-  /** Offline for longer than the token lasts. */
+  /** Offline for longer than the token lasts, while two uploads end, the page's own and another window's. Then the line flaps. */
   async offline() {
-    const { member, paths } = await ask('workspace', { images: 3 })
-    const sockets = [] // Chromium leaves those that are open alone
-    let off = false
-    const page = await open(member, { lifetime: LIFETIME, before: (page) => page.routeWebSocket(/realtime/, (socket) => {
-      if (off) return socket.close({ code: 3001 })
-      sockets.push(socket)
-      socket.connectToServer()
-    }) })
-    off = true
-    await page.context().setOffline(true)
-    await Promise.all(sockets.map((socket) => socket.close({ code: 3001 })))
-    await ask('enqueue', { member, paths, wait: true })
+    const { member, paths } = await ask('workspace', { images: 11 })
+    await ask('configure', { chunk_delay: '4 s' })
+    const { page, off, on } = await line(member, { lifetime: LIFETIME })
+    await upload(page, paths.slice(0, 8))
+    await page.waitForFunction(() => document.querySelectorAll('#one li[data-stage=completed]').length >= 5)
+    await off()
+    await ask('enqueue', { member, paths: paths.slice(8), wait: true })
     await page.waitForTimeout(LIFETIME * 1000)
-    off = false
-    await page.context().setOffline(false)
-    await count(page, 'completed', 3)
-    return { statuses: await page.evaluate(() => window.statuses), problems: page.problems }
+    for (let i = 0; i < 3; i++) {
+      await on()
+      await page.waitForTimeout(500)
+      await off()
+    }
+    await on()
+    await count(page, 'completed', 11)
+    await page.waitForFunction(() => document.querySelector('.job[data-over=true]'))
+    return { own: await page.textContent('.job span'), statuses: await page.evaluate(() => window.statuses), problems: page.problems }
   },
 
   /** A batch is cancelled in the window that began it. The page says so at once, and the provider, which takes its time, knows at once. */

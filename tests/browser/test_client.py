@@ -110,25 +110,27 @@ class Helper:
         self.stack.configure(**columns)
 
     async def provider(
-        self, batch_latency: tuple[float, float], batch_cancelling: float = 0, cancelled: bool = False
+        self, batch_latency: tuple[float, float], hold: bool = False, cancelled: bool = False
     ) -> dict[str, Any]:
-        """How long batches last, and take to be cancelled, from now on; `cancelled`: once the newest is asked to end."""
-        simulator = self.stack.simulator
-        simulator.plan.batch_latency = tuple(batch_latency)
+        """How long batches last from now on, and whether those that are cancelled stay `cancelling` (`hold`) or may end; `cancelled`:
+        once the newest is asked to end."""
+        plan, batches = self.stack.simulator.plan, self.stack.simulator.batches
+        plan.batch_latency = tuple(batch_latency)
         if cancelled:
-            await until(
-                lambda: simulator.batches.describe_all()[-1]["status"].startswith("cancel"), "the provider to know"
-            )
-        batches = [batch["status"] for batch in simulator.batches.describe_all()]
-        simulator.plan.batch_cancelling = batch_cancelling
-        return {"batches": batches}
+            await until(lambda: batches.describe_all()[-1]["status"].startswith("cancel"), "the provider to know")
+        told = {"batches": [batch["status"] for batch in batches.describe_all()]}
+        if plan.batch_may_end:
+            plan.batch_may_end.set()
+        plan.batch_may_end = asyncio.Event() if hold else None
+        return told
 
     async def enqueue(self, member: dict[str, str], paths: list[str], wait: bool = False) -> None:
-        """Another window of the member uploads; `wait`: until the upload is over."""
+        """Another window of the member uploads; `wait`: until all uploads of the workspace are over."""
         library = self.libraries[member["user"]]
-        job = library.enqueue(library.insert(paths))
+        library.enqueue(library.insert(paths))
         if wait:
-            await library.finished(job)
+            going_on = "select 1 from autotag.jobs where workspace_id = %s and finished_at is null"
+            await until(lambda: not library.sql(going_on, member["workspace"]), "the uploads to be over")
 
 
 async def play(
@@ -270,6 +272,7 @@ def users(seen: dict[str, Any]) -> None:
 
 def offline(seen: dict[str, Any]) -> None:
     assert "offline" in seen["statuses"], "the page can say so"
+    assert seen["own"].strip() in ("8 of 8", "8 of 8 completed"), "it is over, and still shown"
 
 
 def nothing_more(_: dict[str, Any]) -> None:

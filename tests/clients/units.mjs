@@ -574,7 +574,7 @@ function uploads() {
   const next = async (answer) => { await until(() => answers.length); answers.shift().resolve(answer) }
   return { autotag, queries, answers, asked, next, tell: (name, ...args) => listener[name](...args) }
 }
-const upload = (job_id, completed, finished_at = null) => ({ job_id, image_count: 8, completed, failed: 0, progress: completed, eta: null, finished_at })
+const upload = (job_id, completed, finished_at = null) => ({ job_id, created_at: `2026-11-29T12:00:00.${999 - job_id.charCodeAt(0)}Z`, image_count: 8, completed, failed: 0, progress: completed, eta: null, finished_at })
 const message = (job_id, completed) => ({ job_id, image_count: 8, completed, failed: 0, progress: completed, eta: null })
 
 test('what is told of uploads while they are fetched counts, whichever is newer', async () => {
@@ -610,15 +610,22 @@ test('an upload that has ended while no message came stays, and is over; one tha
   await next([upload('c', 2)])
   await until(() => answers.length === 2)
   assert.deepEqual(asked, ['jobs', 'jobs', 'a', 'b'])
+  list.patch({ job_id: 'd', image_count: 8, eta: null }) // this page begins one meanwhile
   answers.shift().resolve(upload('a', 8, 'then'))
   answers.shift().reject(new AutotagError('unknown_job', 'no'))
   const shown = () => queries.getQueryData(['jobs']).map((job) => `${job.job_id} ${job.completed}`).join()
-  await until(() => shown() === 'c 2,a 8')
+  await until(() => shown() === 'd 0,a 8,c 2')
   tell('onSync')
-  await next([])
+  await next([upload('d', 1)])
   await next(upload('c', 8, 'then'))
-  await until(() => shown() === 'a 8,c 8' || shown() === 'c 8,a 8')
-  assert.equal(asked.length, 6, 'what is over is not fetched again')
+  await until(() => shown() === 'a 8,c 8,d 1')
+  assert.deepEqual(asked.slice(4), ['jobs', 'c'], 'what is over is not fetched again')
+  tell('onJobComplete', message('b', 8)) // of another window
+  assert.equal(shown(), 'b 8,a 8,c 8,d 1')
+  tell('onSync')
+  await next([upload('d', 1)])
+  await next(upload('b', 8, 'then'))
+  await until(() => shown() === 'a 8,b 8,c 8,d 1')
   queries.clear()
 })
 
@@ -654,44 +661,75 @@ test('one upload: its end is told during a fetch, and none is nothing to ask for
 })
 
 test('uploads of a user who has left are not shown to the next one, whenever their answer comes', async () => {
-  const answers = []
-  let listener
-  const ask = () => new Promise((resolve) => answers.push(resolve))
-  const autotag = { jobs: ask, job: ask, subscribe: (given) => { listener = given; return () => undefined } }
-  const upload = (job_id, completed = 0) => ({ job_id, image_count: 2, completed, failed: 0, progress: 0, eta: null, finished_at: completed ? 'then' : null })
-  const queries = new QueryClient()
+  const { autotag, queries, answers, next, tell } = uploads()
   const list = new JobList(queries, ['jobs'], autotag)
   list.start()
-  const load = () => queries.fetchQuery({ queryKey: ['jobs'], queryFn: () => list.load(), staleTime: 0 })
   const shown = () => queries.getQueryData(['jobs']).map((job) => job.job_id).join()
-  const first = load()
-  answers.shift()([upload("ann's"), upload("ann's, done", 2)])
+  const first = queries.fetchQuery({ queryKey: ['jobs'], queryFn: () => list.load() })
+  await next([upload("ann's", 1), upload("ann's, done", 8, 'then')])
   await first
   assert.equal(shown(), "ann's,ann's, done")
-  const second = load() // ann's token asks
-  listener.onUserChange()
+  void list.refresh() // ann's token asks
+  tell('onProgress', message("ann's", 2))
+  tell('onUserChange')
   assert.equal(shown(), '')
-  answers.shift()([upload("ann's")])
-  await until(() => answers.length)
-  assert.equal(shown(), '')
-  answers.shift()([upload("ben's")])
-  await second
-  assert.equal(shown(), "ben's")
+  await next([upload("ann's", 1)])
+  for (const user of ['ben', 'ben', 'cat']) {
+    await until(() => answers.length)
+    assert.equal(shown(), '')
+    if (user === 'ben') tell('onUserChange')
+    await next([upload(`${user}'s`, 1)])
+  }
+  await until(() => shown() === "cat's")
+  queries.clear()
+})
 
+test('one upload of a user who has left is not shown to the next one', async () => {
+  const { autotag, queries, answers, next, tell } = uploads()
   const one = new OneJob(queries, ['job'], autotag, "ann's")
   one.start()
   const observed = new QueryObserver(queries, { queryKey: ['job'], queryFn: () => one.load(), staleTime: Infinity, retry: false })
   const stop = observed.subscribe(() => undefined)
-  answers.shift()(upload("ann's"))
+  await next(upload("ann's", 0))
   await until(() => observed.getCurrentResult().data)
-  listener.onProgress({ job_id: "ann's", completed: 1, failed: 0, image_count: 2, progress: 50, eta: null })
+  tell('onProgress', message("ann's", 1))
   assert.equal(observed.getCurrentResult().data.completed, 1)
   void one.refresh()
-  listener.onUserChange()
+  tell('onUserChange')
   assert.equal(observed.getCurrentResult().data, undefined)
-  answers.shift()(upload("ann's"))
+  await next(upload("ann's", 1))
   await until(() => answers.length)
   assert.equal(observed.getCurrentResult().data, undefined)
+  stop()
+  queries.clear()
+})
+
+test('what nobody may see is fetched for the user who signs in, without any channel', async () => {
+  const { autotag, queries: cache, asked, next, tell } = uploads()
+  const jobs = new JobList(cache, ['jobs'], autotag)
+  jobs.start()
+  autotag.status = 'signed-out'
+  tell('onUserChange')
+  await new Promise((resolve) => setTimeout(resolve, 5))
+  assert.deepEqual(asked, [])
+  autotag.status = 'connecting'
+  tell('onUserChange')
+  await next([upload("ben's", 1)])
+  await until(() => cache.getQueryData(['jobs']).length)
+  const table = new Table(() => 1)
+  table.rows.set(1, { id: 1, at: 1, tagging_stage: 'queued', tags: 'seen' })
+  table.status = 401
+  let listener
+  const live = { liveSince: Infinity, listen: (given) => { listener = given; return () => undefined } }
+  const queries = new QueryClient()
+  const list = new AssetList(queries, ['a'], live, { query: () => table.query(() => true), key: 'id', orderBy: 'at', ascending: false, pageSize: 3, written: WRITTEN })
+  list.start()
+  const observed = new QueryObserver(queries, { queryKey: ['a'], queryFn: () => list.load(), retry: false })
+  const stop = observed.subscribe(() => undefined)
+  await until(() => observed.getCurrentResult().isError)
+  table.status = null
+  listener.onUserChange()
+  await until(() => observed.getCurrentResult().data?.rows.length === 1)
   stop()
   queries.clear()
 })
@@ -819,7 +857,11 @@ test('one fetch at a time, and what changes meanwhile goes into the next one', a
   ends[3].reject(new Error('offline'))
   await assert.rejects(failed, { message: 'offline' })
   void changed([7])
-  assert.deepEqual(asked.at(-1), [7])
+  assert.deepEqual(asked.at(-1), [6, 7], 'what has failed is not forgotten')
+  let calls = 0
+  const broken = oneAtATime(() => { calls++; throw new Error('at once') })
+  for (let i = 0; i < 2; i++) await assert.rejects(broken([1]), { message: 'at once' })
+  assert.equal(calls, 2)
 })
 
 test('on a server, hooks render what they are given and ask for nothing', () => {

@@ -237,11 +237,12 @@ export class AssetList<Row extends AnyRow> {
     this.#jobs.clear()
     this.#head = false
     this.#loadBegan = this.#failures = 0
-    if (!this.#data) return
-    this.#write([], false)
-    this.#everything = true // what the next user may see
+    if (this.#data) {
+      this.#write([], false)
+      this.#everything = true // what the next user may see
+    }
     clearTimeout(this.#timer)
-    this.#timer = setTimeout(() => { void this.#pump() }) // supabase-js must not be called while it says who has signed in
+    this.#timer = setTimeout(() => { this.#reload(); void this.#pump() }) // supabase-js must not be called while it says who has signed in
   }
 
   // -- one request at a time

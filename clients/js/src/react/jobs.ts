@@ -18,6 +18,12 @@ function told(message: JobProgress | JobComplete): Partial<LiveJob> & { job_id: 
   return { job_id, completed, failed, image_count, ...status && { status }, ...rest }
 }
 
+/** Those that this page has begun and not yet fetched have no `created_at`. */
+function newestFirst(jobs: LiveJob[]): LiveJob[] {
+  const made = (job: LiveJob): number => job.created_at ? Date.parse(job.created_at) : Infinity
+  return jobs.sort((a, b) => made(a) === made(b) ? 0 : made(b) - made(a))
+}
+
 /** A fetched upload with what was told while it was fetched: the answer may be from before that. */
 function withTold<J extends LiveJob>(job: J, told: Partial<LiveJob> = {}): J {
   const newer = !job.finished_at && (told.completed ?? -1) + (told.failed ?? 0) >= job.completed + job.failed
@@ -50,11 +56,15 @@ export class JobList {
         this.#users++
         this.#told.clear()
         this.#client.setQueryData(this.#queryKey, [])
+        setTimeout(() => { if (this.#stop && this.#autotag.status !== 'signed-out') void this.refresh() }) // also where no channel comes
       },
     })
   }
 
-  stop(): void { this.#stop?.() }
+  stop(): void {
+    this.#stop?.()
+    this.#stop = null
+  }
 
   get #shown(): LiveJob[] { return this.#client.getQueryData<LiveJob[]>(this.#queryKey) ?? [] }
 
@@ -67,18 +77,18 @@ export class JobList {
       if (users !== this.#users) return await this.load() // these are the former user's
       const known = new Set(fetched.map((job) => job.job_id))
       const begun = this.#shown.filter((job) => !known.has(job.job_id) && this.#told.has(job.job_id))
-      return [...begun, ...fetched.map((job) => withTold(job, this.#told.get(job.job_id)))]
+      return newestFirst([...begun, ...fetched.map((job) => withTold(job, this.#told.get(job.job_id)))])
     } catch (error) {
       if (error instanceof AutotagError && error.code === 'PGRST202') return this.#shown // an older server has no tagging_jobs
       throw error
     }
   }
 
-  /** What is shown and is not live. Those that have ended while no message came are fetched. */
+  /** What is shown and is not live. Those that have ended while no message came, and those known by messages alone, are fetched. */
   async #others(live: readonly LiveJob[]): Promise<LiveJob[]> {
     const ids = new Set(live.map((job) => job.job_id))
     const others = await Promise.all(this.#shown.filter((job) => !ids.has(job.job_id)).map(async (job) => {
-      if (ended(job) || this.#told.has(job.job_id) || live.length >= MOST_LIVE) return job
+      if (ended(job) && job.created_at || this.#told.has(job.job_id) || live.length >= MOST_LIVE) return job
       return await this.#autotag.job(job.job_id).catch((error: unknown) => {
         if (error instanceof AutotagError && error.code === 'unknown_job') return null
         throw error
