@@ -144,6 +144,8 @@ class Batches:
             # Spread the lines evenly over the batch's duration, however long each one takes to process.
             await asyncio.sleep(max(0.0, started + seconds * 0.8 * (i + 1) / len(lines) - time.monotonic()))
         cancelled = batch["status"] == "cancelling"
+        if cancelled and plan.batch_may_end:
+            await plan.batch_may_end.wait()
         if not cancelled:
             batch["status"] = "finalizing"
             await asyncio.sleep(seconds * 0.1)

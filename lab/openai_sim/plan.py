@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -32,6 +33,7 @@ class Plan:
     latency: tuple[float, float] = (0.05, 0.3)  # seconds, uniform
     batch_latency: tuple[float, float] = (2.0, 4.0)  # seconds from creation to completion, uniform
     batch_validation: float | None = None  # seconds in `validating`; None: a tenth of batch_latency
+    batch_may_end: asyncio.Event | None = None  # a batch stays `cancelling` until it is set (OpenAI: up to ten minutes)
     seed: int = 1
     speed: float = 1.0  # how much faster than real time the limits refill (latencies are not scaled)
     webhook_url: str | None = None  # receives an event when a batch ends

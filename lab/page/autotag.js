@@ -86,7 +86,7 @@ var Live = class {
 		this.#leave();
 		if (!this.#listeners.size) return;
 		const turn = this.#turn;
-		if (this.status !== "refused") this.#say("connecting");
+		if (this.status !== "refused" && this.status !== "signed-out") this.#say("connecting");
 		await this.#left;
 		if (turn !== this.#turn) return;
 		let user;
@@ -100,9 +100,10 @@ var Live = class {
 		this.#meet(user);
 		if (user === null) {
 			this.#say("signed-out");
-			this.#again(LONGEST_DELAY);
+			this.#again(this.#hasAuth ? LONGEST_DELAY : this.#delay());
 			return;
 		}
+		if (this.status === "signed-out") this.#say("connecting");
 		const channel = this.#supabase.channel(this.#topic, { config: { private: true } });
 		if (channel.state !== "closed") {
 			this.#fail(`Another part of this page uses the topic ${this.#topic}.`, "topic_in_use", "Let it use subscribe() of supabase-autotag, too.");
@@ -204,15 +205,18 @@ var Live = class {
 		this.liveSince = 1e400;
 		const channel = this.#channel;
 		this.#channel = null;
+		this.#checked = Promise.resolve();
 		if (channel) this.#left = Promise.resolve(this.#supabase.removeChannel(channel)).catch(() => void 0);
 	}
 	#fail(message, code = "channel", hint = "") {
 		if (Date.now() - this.liveSince > STEADY) this.#failures = 0;
 		this.#leave();
-		const delay = Math.min(FIRST_DELAY * 2 ** this.#failures++, LONGEST_DELAY);
 		if (this.#offline()) this.#say("offline");
 		else this.#say("connecting", new AutotagError(code, message, hint));
-		this.#again(delay * (.75 + Math.random() / 2));
+		this.#again(this.#delay());
+	}
+	#delay() {
+		return Math.min(FIRST_DELAY * 2 ** this.#failures++, LONGEST_DELAY) * (.75 + Math.random() / 2);
 	}
 	#refuse(user, message) {
 		this.#leave();
@@ -285,7 +289,8 @@ var Live = class {
 					this.#meet(user);
 					this.#say(user ? "connecting" : "signed-out");
 				}
-				const waits = this.#timer !== void 0 || this.status === "refused" && event === "TOKEN_REFRESHED";
+				const renewed = event === "TOKEN_REFRESHED" || event === "MFA_CHALLENGE_VERIFIED";
+				const waits = this.#timer !== void 0 || this.status === "refused" && renewed;
 				if (user && (changed || waits)) this.#again(0);
 			});
 			this.#hasAuth = true;
@@ -296,19 +301,28 @@ var Live = class {
 function oneAtATime(fetch) {
 	let changed;
 	let running = null;
+	function add(assetIds) {
+		changed = assetIds && changed !== null ? new Set([...changed ?? [], ...assetIds]) : null;
+	}
+	async function begin(ids) {
+		await fetch(ids && [...ids]);
+	}
 	async function run() {
 		try {
 			while (changed !== void 0) {
 				const now = changed;
 				changed = void 0;
-				await fetch(now && [...now]);
+				await begin(now).catch((error) => {
+					add(now);
+					throw error;
+				});
 			}
 		} finally {
 			running = null;
 		}
 	}
 	return (assetIds) => {
-		changed = assetIds && changed !== null ? new Set([...changed ?? [], ...assetIds]) : null;
+		add(assetIds);
 		return running ??= run();
 	};
 }

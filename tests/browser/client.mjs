@@ -1,6 +1,6 @@
 // Drives pages that use the package in headless Chromium, one browser for all scenarios. It prints JSON lines: {do, …} asks the
 // test to do something, which answers with a line; {scenario, seen | error} is what a scenario saw.
-// Arguments: JSON with {chromium, pages, client, scenarios}.
+// Arguments: JSON with {chromium, pages, client, scenarios, patience, lifetime, lapses, next}.
 import { createInterface } from 'node:readline'
 import { fileURLToPath } from 'node:url'
 import { chromium } from 'playwright-core'
@@ -8,9 +8,11 @@ import { chromium } from 'playwright-core'
 const given = JSON.parse(process.argv[2])
 const HOUR = 3600 // seconds
 const LIFETIME = given.lifetime ?? 3 // seconds of a token that lapses
+const LAPSES = given.lapses ?? 3 // lifetimes that a page stays open
 const PATIENCE = given.patience ?? 60_000 // milliseconds; only a broken promise takes so long
 const answers = createInterface({ input: process.stdin })[Symbol.asyncIterator]()
 const say = (line) => console.log(JSON.stringify(line))
+const USUAL = { batch_poll_interval: '0.2 s', chunk_delay: '0.1 s', broadcast_interval: '0' }
 let asking = Promise.resolve()
 
 /** Asks the test to do something. */
@@ -28,7 +30,7 @@ const browser = await chromium.launch({ executablePath: given.chromium, args: ['
 async function open(member, options = {}) {
   const context = await browser.newContext()
   const page = await context.newPage()
-  Object.assign(page, { fetched: [], frames: [], joins: 0, problems: [] })
+  Object.assign(page, { fetched: [], frames: [], joins: 0, tokens: 0, problems: [] })
   page.setDefaultTimeout(PATIENCE)
   page.on('pageerror', (error) => page.problems.push(String(error)))
   page.on('response', async (response) => {
@@ -46,7 +48,10 @@ async function open(member, options = {}) {
       if (event) page.frames.push({ event, at: Date.now(), lists: text.includes('"asset_ids"'), id: /"id": ?"([\w-]{36})"/.exec(text)?.[1] })
     })
   })
-  await page.exposeFunction('mint', (who) => ask('mint', { member: who, lifetime: options.lifetime ?? HOUR }))
+  await page.exposeFunction('mint', (who) => {
+    page.tokens++
+    return ask('mint', { member: who, lifetime: options.lifetime ?? HOUR })
+  })
   if (options.clock) await page.clock.install()
   const { url, anonKey } = given
   const settings = { url, anonKey, workspace: member.workspace, member: member.user, client: given.client, ...options.page }
@@ -77,14 +82,54 @@ async function slow(page) {
   })
   return changes
 }
-async function lapsing(options) {
+/** A page that is open while its tokens lapse, and is live again `lives` times. At the end another window uploads. */
+async function lapsing(options, lives) {
   const { member, paths } = await ask('workspace', { images: 3 })
   const page = await open(member, options)
-  await page.waitForFunction(() => window.statuses.filter((status) => ['live', 'SUBSCRIBED'].includes(status)).length >= 3)
+  const opened = Date.now()
+  await page.waitForTimeout(LAPSES * LIFETIME * 1000)
+  await page.waitForFunction(
+    (lives) => window.statuses.filter((status) => ['live', 'SUBSCRIBED'].includes(status)).length > lives, lives)
   await live(page)
-  await ask('enqueue', { member, paths }) // by another window
+  await ask('enqueue', { member, paths })
   await count(page, 'completed', 3)
-  return { joins: page.joins, problems: page.problems }
+  return { seconds: Math.round((Date.now() - opened) / 1000), joins: page.joins, tokens: page.tokens, problems: page.problems }
+}
+/** A page whose upload is at the provider, in a batch that lasts, while the next poll is far away. */
+async function batch() {
+  const { member, paths } = await ask('workspace', { images: 51 })
+  await ask('provider', { batch_latency: [90, 90], hold: true })
+  await ask('configure', { batch_poll_interval: '10 min' })
+  const page = await open(member)
+  await upload(page, paths)
+  await page.waitForFunction(() => document.querySelectorAll('#one li:is([data-stage=submitted], [data-stage=processing])').length === 46)
+  await count(page, 'completed', 5)
+  return page
+}
+
+/** Cancels the upload that the page shows, and lets the provider do it once the page says so. */
+async function cancelling(page) {
+  await page.click('.job button')
+  await page.waitForFunction(() => /cancel/.test(document.querySelector('.job span').textContent))
+  const { batches } = await ask('provider', { batch_latency: [2, 3], cancelled: true })
+  await count(page, 'failed', 46)
+  return { batches, stages: await page.$$eval('#one li', (items) => items.map((item) => item.dataset.stage)), problems: page.problems }
+}
+/** A page, and what takes it off the line and back. */
+async function line(member, options) {
+  const sockets = [] // Chromium leaves those that are open alone
+  let off = false
+  const page = await open(member, { ...options, before: (page) => page.routeWebSocket(/realtime/, (socket) => {
+    if (off) return socket.close({ code: 3001 })
+    sockets.push(socket)
+    socket.connectToServer()
+  }) })
+  const set = async (value) => {
+    off = value
+    await page.context().setOffline(off)
+    if (off) await Promise.all(sockets.splice(0).map((socket) => socket.close({ code: 3001 })))
+  }
+  return { page, off: () => set(true), on: () => set(false) }
 }
 const texts = (page) => page.$$eval('#one li', (items) => items.map((item) => item.textContent))
 
@@ -112,7 +157,6 @@ const scenarios = {
     const until = page.fetched.length
     await page.clock.fastForward(60_000)
     await page.waitForTimeout(300)
-    await ask('configure', { broadcast_interval: '0' })
     return {
       bytes: done.reduce((sum, { bytes }) => sum + bytes, 0), requests: done.length, messages: page.frames.length,
       first, lists: page.frames.some(({ lists }) => lists), idle: page.fetched.slice(until), problems: page.problems,
@@ -127,7 +171,6 @@ const scenarios = {
     const page = await open(member)
     const changes = await slow(page)
     await completed(page, await upload(page, paths))
-    await ask('configure', { chunk_delay: '0.1 s', broadcast_interval: '0' })
     return { ahead: page.frames.findLast(({ event }) => event === 'job-complete')?.at - changes[0], problems: page.problems }
   },
 
@@ -158,19 +201,23 @@ const scenarios = {
     return { joins: page.joins, problems: page.problems }
   },
 
-  /** Tokens lapse, three times over: those of a token provider, and those of supabase.auth. */
+  /** Tokens lapse, one after the other: those of a token provider, which keeps each one until its end. */
   async lapse() {
-    return await lapsing({ lifetime: LIFETIME })
+    return await lapsing({ lifetime: LIFETIME }, LAPSES - 1)
   },
 
+  /** Those of supabase.auth, which makes a new one every 30 s when they last 60: then they do not lapse at all. */
   async sessions() {
     return await lapsing({
       page: { sessions: true },
       before: async (page, context, member) => {
-        await context.route('**/auth/v1/token**', async (route) => route.fulfill({ json: await session(member, LIFETIME) }))
+        await context.route('**/auth/v1/token**', async (route) => {
+          page.tokens++
+          await route.fulfill({ json: await session(member, LIFETIME) })
+        })
         await page.addInitScript((signed) => { localStorage.session ??= signed }, JSON.stringify(await session(member, LIFETIME)))
       },
-    })
+    }, 0)
   },
 
   /** One user signs out, and another one signs in, who is no member. Then the first one comes back. */
@@ -213,44 +260,41 @@ const scenarios = {
     return { out, other, statuses: await page.evaluate(() => window.statuses), problems: page.problems }
   },
 
-  /** Offline for longer than the token lasts. */
+  /** Offline for longer than the token lasts, while two uploads end, the page's own and another window's. Then the line flaps. */
   async offline() {
-    const { member, paths } = await ask('workspace', { images: 3 })
-    const sockets = [] // Chromium leaves those that are open alone
-    let off = false
-    const page = await open(member, { lifetime: LIFETIME, before: (page) => page.routeWebSocket(/realtime/, (socket) => {
-      if (off) return socket.close({ code: 3001 })
-      sockets.push(socket)
-      socket.connectToServer()
-    }) })
-    off = true
-    await page.context().setOffline(true)
-    await Promise.all(sockets.map((socket) => socket.close({ code: 3001 })))
-    await ask('enqueue', { member, paths, wait: true })
+    const { member, paths } = await ask('workspace', { images: 11 })
+    await ask('configure', { chunk_delay: '4 s' })
+    const { page, off, on } = await line(member, { lifetime: LIFETIME })
+    await upload(page, paths.slice(0, 8))
+    await page.waitForFunction(() => document.querySelectorAll('#one li[data-stage=completed]').length >= 5)
+    await off()
+    await ask('enqueue', { member, paths: paths.slice(8), wait: true })
     await page.waitForTimeout(LIFETIME * 1000)
-    off = false
-    await page.context().setOffline(false)
-    await count(page, 'completed', 3)
-    return { statuses: await page.evaluate(() => window.statuses), problems: page.problems }
+    for (let i = 0; i < 3; i++) {
+      await on()
+      await page.waitForTimeout(500)
+      await off()
+    }
+    await on()
+    await count(page, 'completed', 11)
+    await page.waitForFunction(() => document.querySelector('.job[data-over=true]'))
+    return { own: await page.textContent('.job span'), statuses: await page.evaluate(() => window.statuses), problems: page.problems }
   },
 
-  /** A page is loaded again in the middle of a batch, finds the upload, and cancels it. The provider knows at once. */
+  /** A batch is cancelled in the window that began it. The page says so at once, and the provider, which takes its time, knows at once. */
+  async cancel() {
+    const page = await batch()
+    return await cancelling(page)
+  },
+
+  /** A page is loaded again in the middle of a batch, and finds the upload. */
   async reload() {
-    const { member, paths } = await ask('workspace', { images: 51 })
-    await ask('provider', { batch_latency: [40, 40] })
-    const page = await open(member)
-    await upload(page, paths)
-    await page.waitForFunction(() => document.querySelectorAll('#one li:is([data-stage=submitted], [data-stage=processing])').length === 46)
+    const page = await batch()
     await page.reload()
     await live(page)
-    await page.waitForFunction(() => document.querySelectorAll('#one li').length === 50)
-    await page.evaluate(() => window.loadMore())
-    await count(page, 'completed', 5)
-    await page.click('.job button')
-    await page.waitForSelector('.job:is([data-status=cancelling], [data-status=cancelled])', { state: 'attached' })
-    const { batches } = await ask('provider', { batch_latency: [2, 3], cancelled: true })
-    await count(page, 'failed', 46)
-    return { batches, stages: await page.$$eval('#one li', (items) => items.map((item) => item.dataset.stage)), problems: page.problems }
+    await page.waitForFunction(() => document.querySelectorAll('#one li').length >= 50)
+    await page.evaluate(() => window.loadMore?.())
+    return await cancelling(page)
   },
 
   async quota() {
@@ -359,9 +403,13 @@ for (const name of given.scenarios) {
   try {
     say({ scenario: name, seen: await scenarios[name]() })
   } catch (error) {
-    say({ scenario: name, error: String(error.stack).slice(0, 2000) })
+    const pages = browser.contexts().flatMap((context) => context.pages())
+    const statuses = await Promise.all(pages.map((page) => page.evaluate(() => window.statuses).catch(() => null)))
+    say({ scenario: name, error: String(error.stack).slice(0, 2000), statuses, joins: pages.map((page) => page.joins) })
   }
   await Promise.all(browser.contexts().map((context) => context.close()))
+  await ask('configure', USUAL)
+  await ask('provider', { batch_latency: [2, 3] })
 }
 await browser.close()
 process.exit()

@@ -1,7 +1,8 @@
 """The npm package in headless Chromium: what a user sees with 2,000 images, on a slow line, with lapsed tokens, after signing out.
 
 All scenarios share one browser, one stack and one worker; each has a workspace of its own. ``AUTOTAG_CLIENT=old`` runs them with the
-snippets that the documents had before the package.
+snippets that the documents had before the package. ``AUTOTAG_TOKEN_SECONDS=60 AUTOTAG_TOKEN_LAPSES=5`` keeps the pages whose tokens
+lapse open for five minutes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from support import PATIENCE, Library, connected, until, worker
 HERE = Path(__file__).parent
 CHROMIUM = shutil.which("chromium")
 OLD = os.environ.get("AUTOTAG_CLIENT") == "old"
-SCENARIOS = ["large", "slow", "two", "strict", "lapse", "sessions", "users", "offline", "reload", "quota", "stranger",
+SCENARIOS = ["large", "slow", "two", "strict", "lapse", "sessions", "users", "offline", "cancel", "reload", "quota", "stranger",
              "plain", "react"]  # fmt: skip
 #: Set to examples/next, after `npm ci` there, to build and drive that example, too (the scenario `next`). It is 300 MB, so CI does.
 NEXT = (Path.cwd() / os.environ["AUTOTAG_NEXT"]) if "AUTOTAG_NEXT" in os.environ else None
@@ -108,22 +109,28 @@ class Helper:
     async def configure(self, **columns: Any) -> None:
         self.stack.configure(**columns)
 
-    async def provider(self, batch_latency: tuple[float, float], cancelled: bool = False) -> dict[str, Any]:
-        """How long batches last from now on; `cancelled`: what has become of the newest, once it is asked to end."""
-        simulator = self.stack.simulator
-        simulator.plan.batch_latency = tuple(batch_latency)
+    async def provider(
+        self, batch_latency: tuple[float, float], hold: bool = False, cancelled: bool = False
+    ) -> dict[str, Any]:
+        """How long batches last from now on, and whether those that are cancelled stay `cancelling` (`hold`) or may end; `cancelled`:
+        once the newest is asked to end."""
+        plan, batches = self.stack.simulator.plan, self.stack.simulator.batches
+        plan.batch_latency = tuple(batch_latency)
         if cancelled:
-            await until(
-                lambda: simulator.batches.describe_all()[-1]["status"].startswith("cancel"), "the provider to know"
-            )
-        return {"batches": [batch["status"] for batch in simulator.batches.describe_all()]}
+            await until(lambda: batches.describe_all()[-1]["status"].startswith("cancel"), "the provider to know")
+        told = {"batches": [batch["status"] for batch in batches.describe_all()]}
+        if plan.batch_may_end:
+            plan.batch_may_end.set()
+        plan.batch_may_end = asyncio.Event() if hold else None
+        return told
 
     async def enqueue(self, member: dict[str, str], paths: list[str], wait: bool = False) -> None:
-        """Another window of the member uploads; `wait`: until the upload is over."""
+        """Another window of the member uploads; `wait`: until all uploads of the workspace are over."""
         library = self.libraries[member["user"]]
-        job = library.enqueue(library.insert(paths))
+        library.enqueue(library.insert(paths))
         if wait:
-            await library.finished(job)
+            going_on = "select 1 from autotag.jobs where workspace_id = %s and finished_at is null"
+            await until(lambda: not library.sql(going_on, member["workspace"]), "the uploads to be over")
 
 
 async def play(
@@ -132,9 +139,10 @@ async def play(
     """What each scenario saw."""
     helper, outcomes = Helper(stack, folder), {}
     lifetime = int(os.environ.get("AUTOTAG_TOKEN_SECONDS", "3"))
+    lapses = int(os.environ.get("AUTOTAG_TOKEN_LAPSES", "3"))
     given = {"chromium": CHROMIUM, "pages": pages, "next": following, "client": "old" if OLD else "package", "scenarios": scenarios,
              "patience": int(os.environ.get("AUTOTAG_PATIENCE", "60000")),
-             "lifetime": lifetime}  # fmt: skip
+             "lifetime": lifetime, "lapses": lapses}  # fmt: skip
     process = await asyncio.create_subprocess_exec(
         "node",
         str(HERE / "client.mjs"),
@@ -144,7 +152,7 @@ async def play(
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    async with asyncio.timeout(len(scenarios) * (PATIENCE + 5 * lifetime)):
+    async with asyncio.timeout(len(scenarios) * (PATIENCE + (2 + lapses) * lifetime)):
         async for line in process.stdout:
             told = json.loads(line)
             if "do" in told:
@@ -250,7 +258,8 @@ def one_join(seen: dict[str, Any]) -> None:
 
 
 def lapse(seen: dict[str, Any]) -> None:
-    assert seen["joins"] >= 3, "each time that a token has lapsed"
+    assert seen["joins"] > 1, "a token that has lapsed ends the subscription"
+    assert seen["tokens"] >= seen["joins"], "each join has a new token"
 
 
 def users(seen: dict[str, Any]) -> None:
@@ -263,6 +272,7 @@ def users(seen: dict[str, Any]) -> None:
 
 def offline(seen: dict[str, Any]) -> None:
     assert "offline" in seen["statuses"], "the page can say so"
+    assert seen["own"].strip() in ("8 of 8", "8 of 8 completed"), "it is over, and still shown"
 
 
 def nothing_more(_: dict[str, Any]) -> None:
@@ -272,6 +282,11 @@ def nothing_more(_: dict[str, Any]) -> None:
 def reload(seen: dict[str, Any]) -> None:
     assert sorted(seen["stages"]) == ["completed"] * 5 + ["failed"] * 46
     assert seen["batches"][-1].startswith("cancel")
+
+
+def cancel(seen: dict[str, Any]) -> None:
+    assert seen["batches"][-1] == "cancelling", "the page says so while the provider still has the images"
+    reload(seen)
 
 
 def slow(seen: dict[str, Any]) -> None:
@@ -296,4 +311,4 @@ def example(seen: dict[str, Any]) -> None:
 
 CHECKS = {"large": large, "slow": slow, "two": one_join, "strict": one_join, "lapse": lapse, "sessions": nothing_more,
           "users": users, "offline": offline,
-          "reload": reload, "quota": quota, "stranger": stranger, "plain": example, "react": example, "next": example}  # fmt: skip
+          "cancel": cancel, "reload": reload, "quota": quota, "stranger": stranger, "plain": example, "react": example, "next": example}  # fmt: skip

@@ -3,13 +3,14 @@
 import assert from 'node:assert/strict'
 import { readFileSync } from 'node:fs'
 import { describe, mock, test } from 'node:test'
-import { QueryClient, QueryClientProvider } from '@tanstack/react-query'
+import { QueryClient, QueryClientProvider, QueryObserver } from '@tanstack/react-query'
 import { createElement } from 'react'
 import { renderToString } from 'react-dom/server'
-import { createAutotag, describeStage, ENGLISH, oneAtATime } from '../../clients/js/dist/index.js'
+import { AutotagError, createAutotag, describeStage, ENGLISH, oneAtATime } from '../../clients/js/dist/index.js'
 import { Live, userOf } from '../../clients/js/dist/live.js'
 import { AutotagProvider, useAssets, useJob, useTagging } from '../../clients/js/dist/react/index.js'
 import { addressOf, AssetList, leanSelect, WRITTEN } from '../../clients/js/dist/react/assets.js'
+import { JobList, OneJob } from '../../clients/js/dist/react/jobs.js'
 
 const token = (claims) => `x.${Buffer.from(JSON.stringify(claims)).toString('base64url')}.x`
 
@@ -305,6 +306,46 @@ describe('the channel', () => {
     over()
   })
 
+  test('a token provider that never answers a message stops that channel only', async () => {
+    const { client, last, heard } = await listening()
+    last().say('SUBSCRIBED')
+    const { accessToken } = client.realtime
+    client.realtime.accessToken = () => new Promise(() => undefined)
+    last().hear('job-progress', { job_id: 'j', asset_ids: ['a'] })
+    await settled()
+    client.realtime.accessToken = accessToken
+    last().say('CLOSED')
+    mock.timers.tick(1000)
+    await settled()
+    last().say('SUBSCRIBED')
+    last().hear('job-progress', { job_id: 'j', asset_ids: ['b'] })
+    await settled()
+    assert.deepEqual([heard.changes, heard.syncs], [[['b']], 2])
+    over()
+  })
+
+  test('a token provider that has nobody yet is asked again soon, and then not often', async () => {
+    const { client, heard } = await listening({}, (client) => { client.user = null; return new Live(client, 'w') })
+    const asked = () => client.order.filter((step) => step === 'setAuth').length
+    for (let i = 0; i < 40; i++) { mock.timers.tick(500); await settled() } // 20 s
+    assert.equal(asked(), 5)
+    client.user = 'ann'
+    for (let i = 0; i < 60; i++) { mock.timers.tick(500); await settled() }
+    assert.equal(client.channels.length, 1)
+    assert.deepEqual(heard.statuses.filter((status) => status === 'signed-out').length, 1)
+    over()
+  })
+
+  test('who was refused tries again with a second factor', async () => {
+    const { client, last } = await listening({ sessions: true })
+    last().say('CHANNEL_ERROR', new Error('Unauthorized: You do not have permissions'))
+    client.signed('MFA_CHALLENGE_VERIFIED', { user: { id: 'ann' } })
+    mock.timers.tick(1)
+    await settled()
+    assert.equal(client.channels.length, 2)
+    over()
+  })
+
   test('a listener that throws does not silence the others', async () => {
     const { live, last, heard } = await listening()
     live.listen({ onSync() { throw new Error('theirs') } })
@@ -480,8 +521,9 @@ test('a list that was hidden while messages came fetches again, and goes on afte
   await until(() => stage() === 'failed')
   mock.timers.enable({ apis: ['setTimeout'] })
   mock.method(console, 'warn', () => undefined)
-  for (const [status, goesOn] of [[503, true], [401, true], [0, true], [400, false]]) {
+  for (const [status, goesOn, who] of [[503, true], [401, true], [0, true], [400, false], [401, false, 'signed-out']]) {
     table.status = status
+    live.status = who
     table.rows.set(1, { ...table.rows.get(1), tagging_stage: 'queued' })
     listener.onChange([1], 'j')
     const before = table.requests
@@ -495,6 +537,200 @@ test('a list that was hidden while messages came fetches again, and goes on afte
   }
   mock.timers.reset()
   mock.restoreAll()
+  queries.clear()
+})
+
+for (const [maxRows, pageSize] of [[1000, 1500], [1000, 1000], [300, 1500], [7, 20]]) {
+  test(`pages of ${pageSize} rows, of a project that answers with at most ${maxRows}`, async () => {
+    const table = new Table(() => 1, maxRows)
+    for (let id = 1; id <= pageSize * 2 + 5; id++) table.rows.set(id, { id, at: id, tagging_stage: 'queued', tags: 'seen' })
+    let listener
+    const live = { liveSince: 0, listen: (given) => { listener = given; return () => undefined } }
+    const queries = new QueryClient()
+    const list = new AssetList(queries, ['a'], live, { query: () => table.query(() => true), key: 'id', orderBy: 'at', ascending: false, pageSize, written: WRITTEN })
+    list.start()
+    await queries.fetchQuery({ queryKey: ['a'], queryFn: () => list.load() })
+    const shown = () => { const { rows, hasMore } = queries.getQueryData(['a']); return [rows.length, rows.at(-1).id, hasMore] }
+    assert.deepEqual(shown(), [pageSize, pageSize + 6, true])
+    for (const id of table.rows.keys()) table.rows.set(id, { ...table.rows.get(id), tagging_stage: 'failed' })
+    listener.onChange([...table.rows.keys()].slice(-pageSize), 'j')
+    await until(() => queries.getQueryData(['a']).rows.every((row) => row.tagging_stage === 'failed'))
+    assert.deepEqual(shown(), [pageSize, pageSize + 6, true])
+    await list.loadMore()
+    assert.deepEqual(shown(), [pageSize * 2, 6, true])
+    await list.loadMore()
+    assert.deepEqual(shown(), [pageSize * 2 + 5, 1, false])
+    queries.clear()
+  })
+}
+
+/** Uploads with a server that answers when the test says: `answers` are of its calls, in order. */
+function uploads() {
+  const [answers, asked] = [[], []]
+  const ask = (what) => new Promise((resolve, reject) => { asked.push(what); answers.push({ resolve, reject }) })
+  let listener
+  const autotag = { jobs: () => ask('jobs'), job: (id) => ask(id), subscribe: (given) => { listener = given; return () => undefined } }
+  const queries = new QueryClient()
+  const next = async (answer) => { await until(() => answers.length); answers.shift().resolve(answer) }
+  return { autotag, queries, answers, asked, next, tell: (name, ...args) => listener[name](...args) }
+}
+const upload = (job_id, completed, finished_at = null) => ({ job_id, created_at: `2026-11-29T12:00:00.${999 - job_id.charCodeAt(0)}Z`, image_count: 8, completed, failed: 0, progress: completed, eta: null, finished_at })
+const message = (job_id, completed) => ({ job_id, image_count: 8, completed, failed: 0, progress: completed, eta: null })
+
+test('what is told of uploads while they are fetched counts, whichever is newer', async () => {
+  const { autotag, queries, next, tell } = uploads()
+  const list = new JobList(queries, ['jobs'], autotag)
+  list.start()
+  const shown = () => queries.getQueryData(['jobs']).map((job) => `${job.job_id} ${job.completed}${job.finished_at ? ' over' : ''}`).join()
+  const load = async (rows) => {
+    const loaded = queries.fetchQuery({ queryKey: ['jobs'], queryFn: () => list.load(), staleTime: 0 })
+    tell('onJobComplete', message('ends', 8))
+    tell('onProgress', message('goes on', 3))
+    tell('onProgress', message('is ahead', 2))
+    list.patch({ job_id: 'begins', image_count: 8, eta: 'soon' })
+    await next(rows)
+    await loaded
+  }
+  const rows = [upload('ends', 7), upload('goes on', 1), upload('is ahead', 5)]
+  await load(rows)
+  assert.equal(shown(), 'begins 0,ends 8 over,goes on 3,is ahead 5')
+  await load(rows)
+  assert.equal(shown(), 'begins 0,ends 8 over,goes on 3,is ahead 5')
+  queries.clear()
+})
+
+test('an upload that has ended while no message came stays, and is over; one that is gone goes', async () => {
+  const { autotag, queries, answers, asked, next, tell } = uploads()
+  const list = new JobList(queries, ['jobs'], autotag)
+  list.start()
+  void list.refresh()
+  await next([upload('a', 1), upload('b', 1), upload('c', 1)])
+  await until(() => queries.getQueryData(['jobs']))
+  tell('onSync')
+  await next([upload('c', 2)])
+  await until(() => answers.length === 2)
+  assert.deepEqual(asked, ['jobs', 'jobs', 'a', 'b'])
+  list.patch({ job_id: 'd', image_count: 8, eta: null }) // this page begins one meanwhile
+  answers.shift().resolve(upload('a', 8, 'then'))
+  answers.shift().reject(new AutotagError('unknown_job', 'no'))
+  const shown = () => queries.getQueryData(['jobs']).map((job) => `${job.job_id} ${job.completed}`).join()
+  await until(() => shown() === 'd 0,a 8,c 2')
+  tell('onSync')
+  await next([upload('d', 1)])
+  await next(upload('c', 8, 'then'))
+  await until(() => shown() === 'a 8,c 8,d 1')
+  assert.deepEqual(asked.slice(4), ['jobs', 'c'], 'what is over is not fetched again')
+  tell('onJobComplete', message('b', 8)) // of another window
+  assert.equal(shown(), 'b 8,a 8,c 8,d 1')
+  tell('onSync')
+  await next([upload('d', 1)])
+  await next(upload('b', 8, 'then'))
+  await until(() => shown() === 'a 8,b 8,c 8,d 1')
+  queries.clear()
+})
+
+test('a fetch that ran before the subscription is followed by another one, for a list and for one upload', async () => {
+  for (const make of [(...args) => new JobList(...args), (...args) => new OneJob(...args, 'a')]) {
+    const { autotag, queries, asked, next, tell } = uploads()
+    const list = make(queries, ['x'], autotag)
+    list.start()
+    void queries.fetchQuery({ queryKey: ['x'], queryFn: () => list.load() })
+    await until(() => asked.length === 1)
+    tell('onSync')
+    const [before, after] = [upload('a', 7), upload('a', 8, 'then')]
+    const wrap = (job) => list instanceof JobList ? [job] : job
+    await next(wrap(before))
+    await next(wrap(after))
+    await until(() => [queries.getQueryData(['x'])].flat()[0].completed === 8)
+    queries.clear()
+  }
+})
+
+test('one upload: its end is told during a fetch, and none is nothing to ask for', async () => {
+  const { autotag, queries, next, tell } = uploads()
+  const one = new OneJob(queries, ['job'], autotag, 'a')
+  one.start()
+  const loaded = queries.fetchQuery({ queryKey: ['job'], queryFn: () => one.load() })
+  tell('onProgress', message('a', 8))
+  await next(upload('a', 7))
+  assert.equal((await loaded).completed, 8)
+  const none = new OneJob(queries, ['none'], { job: () => assert.fail('asked'), subscribe: () => assert.fail('listens') }, null)
+  none.start()
+  none.stop()
+  queries.clear()
+})
+
+test('uploads of a user who has left are not shown to the next one, whenever their answer comes', async () => {
+  const { autotag, queries, answers, next, tell } = uploads()
+  const list = new JobList(queries, ['jobs'], autotag)
+  list.start()
+  const shown = () => queries.getQueryData(['jobs']).map((job) => job.job_id).join()
+  const first = queries.fetchQuery({ queryKey: ['jobs'], queryFn: () => list.load() })
+  await next([upload("ann's", 1), upload("ann's, done", 8, 'then')])
+  await first
+  assert.equal(shown(), "ann's,ann's, done")
+  void list.refresh() // ann's token asks
+  tell('onProgress', message("ann's", 2))
+  tell('onUserChange')
+  assert.equal(shown(), '')
+  await next([upload("ann's", 1)])
+  for (const user of ['ben', 'ben', 'cat']) {
+    await until(() => answers.length)
+    assert.equal(shown(), '')
+    if (user === 'ben') tell('onUserChange')
+    await next([upload(`${user}'s`, 1)])
+  }
+  await until(() => shown() === "cat's")
+  queries.clear()
+})
+
+test('one upload of a user who has left is not shown to the next one', async () => {
+  const { autotag, queries, answers, next, tell } = uploads()
+  const one = new OneJob(queries, ['job'], autotag, "ann's")
+  one.start()
+  const observed = new QueryObserver(queries, { queryKey: ['job'], queryFn: () => one.load(), staleTime: Infinity, retry: false })
+  const stop = observed.subscribe(() => undefined)
+  await next(upload("ann's", 0))
+  await until(() => observed.getCurrentResult().data)
+  tell('onProgress', message("ann's", 1))
+  assert.equal(observed.getCurrentResult().data.completed, 1)
+  void one.refresh()
+  tell('onUserChange')
+  assert.equal(observed.getCurrentResult().data, undefined)
+  await next(upload("ann's", 1))
+  await until(() => answers.length)
+  assert.equal(observed.getCurrentResult().data, undefined)
+  stop()
+  queries.clear()
+})
+
+test('what nobody may see is fetched for the user who signs in, without any channel', async () => {
+  const { autotag, queries: cache, asked, next, tell } = uploads()
+  const jobs = new JobList(cache, ['jobs'], autotag)
+  jobs.start()
+  autotag.status = 'signed-out'
+  tell('onUserChange')
+  await new Promise((resolve) => setTimeout(resolve, 5))
+  assert.deepEqual(asked, [])
+  autotag.status = 'connecting'
+  tell('onUserChange')
+  await next([upload("ben's", 1)])
+  await until(() => cache.getQueryData(['jobs']).length)
+  const table = new Table(() => 1)
+  table.rows.set(1, { id: 1, at: 1, tagging_stage: 'queued', tags: 'seen' })
+  table.status = 401
+  let listener
+  const live = { liveSince: Infinity, listen: (given) => { listener = given; return () => undefined } }
+  const queries = new QueryClient()
+  const list = new AssetList(queries, ['a'], live, { query: () => table.query(() => true), key: 'id', orderBy: 'at', ascending: false, pageSize: 3, written: WRITTEN })
+  list.start()
+  const observed = new QueryObserver(queries, { queryKey: ['a'], queryFn: () => list.load(), retry: false })
+  const stop = observed.subscribe(() => undefined)
+  await until(() => observed.getCurrentResult().isError)
+  table.status = null
+  listener.onUserChange()
+  await until(() => observed.getCurrentResult().data?.rows.length === 1)
+  stop()
   queries.clear()
 })
 
@@ -621,7 +857,11 @@ test('one fetch at a time, and what changes meanwhile goes into the next one', a
   ends[3].reject(new Error('offline'))
   await assert.rejects(failed, { message: 'offline' })
   void changed([7])
-  assert.deepEqual(asked.at(-1), [7])
+  assert.deepEqual(asked.at(-1), [6, 7], 'what has failed is not forgotten')
+  let calls = 0
+  const broken = oneAtATime(() => { calls++; throw new Error('at once') })
+  for (let i = 0; i < 2; i++) await assert.rejects(broken([1]), { message: 'at once' })
+  assert.equal(calls, 2)
 })
 
 test('on a server, hooks render what they are given and ask for nothing', () => {
@@ -638,6 +878,25 @@ test('on a server, hooks render what they are given and ask for nothing', () => 
   const html = renderToString(createElement(QueryClientProvider, { client: new QueryClient() }, page))
   assert.equal(html, '<p>Queued for tagging, connecting, 0, undefined</p>')
   assert.deepEqual(client.order, [])
+})
+
+test('two clients of supabase-js with two users share a cache, and neither sees what the other has fetched', () => {
+  const cache = new QueryClient()
+  const builder = { url: new URL('http://x/assets?select=id,created_at,tags'), schema: 'public' }
+  function Page() {
+    const { rows } = useAssets({ query: () => builder })
+    const { jobs } = useTagging()
+    const { job } = useJob('j')
+    return createElement('p', null, `${rows.length} rows, ${jobs.length} uploads, ${job ? 'one' : 'none'}`)
+  }
+  const shown = (supabase) => renderToString(createElement(QueryClientProvider, { client: cache },
+    createElement(AutotagProvider, { supabase, workspaceId: 'w' }, createElement(Page))))
+  const [ann, ben] = [new Client(), new Client()]
+  assert.equal(shown(ann), '<p>0 rows, 0 uploads, none</p>')
+  for (const { queryKey } of cache.getQueryCache().getAll()) cache.setQueryData(queryKey, { assets: { rows: [{ id: 'a' }] }, jobs: [{}], job: {} }[queryKey[3]])
+  assert.equal(shown(ann), '<p>1 rows, 1 uploads, one</p>')
+  assert.equal(shown(ben), '<p>0 rows, 0 uploads, none</p>')
+  cache.clear()
 })
 
 test('calls need no channel, and one client has one channel for each workspace', async () => {

@@ -9,6 +9,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import psycopg
 import pytest
@@ -22,6 +23,7 @@ from lab.stack import Stack, worker_process
 from support import PATIENCE, Library, answered_pictures, audit, until, worker
 
 ACCOUNT_FAULT = Fault(status=401, code="invalid_api_key", message="Incorrect API key provided.", times=1000)
+CANCELLED_WITHIN = 2.0  # seconds: the provider knows that an upload is cancelled
 
 
 def error_code(library: Library, asset: str) -> str:
@@ -222,31 +224,42 @@ async def test_cancelling_keeps_what_is_done_and_ends_the_job(library: Library) 
     audit(stack)
 
 
-async def test_a_cancelled_batch_is_cancelled_at_openai_and_harvested(library: Library) -> None:
+async def cancel_a_submitted_batch(library: Library, seed: int) -> float:
+    """Uploads by batch and cancels. Returns the seconds from the call to its arrival at the provider, by the provider's book."""
     stack = library.stack
-    stack.simulator.plan.batch_latency = (20.0, 20.0)
-    stack.configure(batch_poll_interval="10 min")  # the cancellation does not wait for the next poll
-    assets = await library.upload(60)
-    async with worker(stack):
-        told = library.enqueue(assets)
-        await until(
-            lambda: any(b["request_counts"]["completed"] > 3 for b in stack.simulator.batches.describe_all()),
-            "some lines to be done",
-        )
-        await until(
-            lambda: library.sql("select 1 from autotag.batches where state = 'submitted'") != [], "the batch to be ours"
-        )
-        library.rpc("public.cancel_tagging", told["job_id"])
-        assert library.job(told["job_id"])["status"] == "cancelling"
-        asked = time.monotonic()
-        await until(lambda: stack.simulator.batches.describe_all()[0]["status"].startswith("cancel"), "OpenAI to know")
-        print(f"cancelled at OpenAI after {time.monotonic() - asked:.2f} s")
-        [job] = await library.finished(told)
-    assert job["status"] == "cancelled"
-    [batch] = stack.simulator.batches.describe_all()
-    assert batch["status"] == "cancelled"
+    told = library.enqueue(await library.upload(60, seed=seed))
+
+    def ours() -> list[dict[str, Any]]:
+        return library.sql("select openai_batch_id as id from autotag.batches where job_id = %s and state = 'submitted'",
+                           told["job_id"])  # fmt: skip
+
+    await until(lambda: ours() != [], "the batch to be ours")
+    [mine] = ours()
+    batch = next(b for b in stack.simulator.batches.describe_all() if b["id"] == mine["id"])
+    await until(lambda: batch["request_counts"]["completed"] > 3, "some lines to be done")
+    asked = time.time()
+    library.rpc("public.cancel_tagging", told["job_id"])
+    assert library.job(told["job_id"])["status"] == "cancelling"
+    await until(lambda: batch["status"].startswith("cancel"), "OpenAI to know")
+    [job] = await library.finished(told)
+    assert (job["status"], batch["status"]) == ("cancelled", "cancelled")
     assert job["completed"] == batch["request_counts"]["completed"] + 5
     assert job["completed"] + job["failed"] == 60
+    cancels = [e["at"] for e in stack.simulator.request_log if e["path"] == f"/v1/batches/{batch['id']}/cancel"]
+    return float(cancels[0]) - asked
+
+
+async def test_a_cancelled_batch_is_cancelled_at_openai_within_two_seconds_and_harvested(library: Library) -> None:
+    """The next poll is ten minutes away. The best of three uploads counts, for machines that do something else meanwhile."""
+    stack = library.stack
+    stack.simulator.plan.batch_latency = (20.0, 20.0)
+    stack.configure(batch_poll_interval="10 min")
+    seconds: list[float] = []
+    async with worker(stack):
+        while not seconds or (min(seconds) > CANCELLED_WITHIN and len(seconds) < 3):
+            seconds.append(await cancel_a_submitted_batch(library, len(seconds)))
+    print("cancelled at OpenAI after", *(f"{second:.2f} s" for second in seconds))
+    assert min(seconds) <= CANCELLED_WITHIN
     audit(stack)
 
 

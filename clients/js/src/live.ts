@@ -83,7 +83,7 @@ export class Live<Id = string | number> {
     this.#leave()
     if (!this.#listeners.size) return
     const turn = this.#turn
-    if (this.status !== 'refused') this.#say('connecting')
+    if (this.status !== 'refused' && this.status !== 'signed-out') this.#say('connecting')
     await this.#left
     if (turn !== this.#turn) return
     let user: string | null
@@ -97,9 +97,10 @@ export class Live<Id = string | number> {
     this.#meet(user)
     if (user === null) {
       this.#say('signed-out')
-      this.#again(LONGEST_DELAY) // an event says it sooner, where there are events
+      this.#again(this.#hasAuth ? LONGEST_DELAY : this.#delay()) // an event says it; a token provider may not have loaded yet
       return
     }
+    if (this.status === 'signed-out') this.#say('connecting')
     const channel = this.#supabase.channel(this.#topic, { config: { private: true } })
     if (channel.state !== 'closed') { // its own subscribe() would be ignored
       this.#fail(`Another part of this page uses the topic ${this.#topic}.`, 'topic_in_use', 'Let it use subscribe() of supabase-autotag, too.')
@@ -214,17 +215,20 @@ export class Live<Id = string | number> {
     const channel = this.#channel
     this.#channel = null
     // A channel that is not quite gone would be handed out again for the same topic.
+    this.#checked = Promise.resolve() // a token provider that never answers stops no later channel
     if (channel) this.#left = Promise.resolve(this.#supabase.removeChannel(channel)).catch(() => undefined)
   }
 
   #fail(message: string, code = 'channel', hint = ''): void {
     if (Date.now() - this.liveSince > STEADY) this.#failures = 0
     this.#leave()
-    const delay = Math.min(FIRST_DELAY * 2 ** this.#failures++, LONGEST_DELAY)
     if (this.#offline()) this.#say('offline')
     else this.#say('connecting', new AutotagError(code, message, hint))
-    this.#again(delay * (0.75 + Math.random() / 2))
+    this.#again(this.#delay())
   }
+
+  /** Until the next try. */
+  #delay(): number { return Math.min(FIRST_DELAY * 2 ** this.#failures++, LONGEST_DELAY) * (0.75 + Math.random() / 2) }
 
   #refuse(user: string, message: string): void {
     this.#leave()
@@ -293,7 +297,8 @@ export class Live<Id = string | number> {
           this.#say(user ? 'connecting' : 'signed-out')
         }
         // supabase-js gives a new token to channels that have joined. It must not be called from within this callback.
-        const waits = this.#timer !== undefined || (this.status === 'refused' && event === 'TOKEN_REFRESHED')
+        const renewed = event === 'TOKEN_REFRESHED' || event === 'MFA_CHALLENGE_VERIFIED'
+        const waits = this.#timer !== undefined || (this.status === 'refused' && renewed)
         if (user && (changed || waits)) this.#again(0)
       })
       this.#hasAuth = true

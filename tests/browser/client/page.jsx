@@ -44,19 +44,19 @@ function Gallery({ name }) {
   return <section id={name} data-status={status} data-more={hasMore}>
     <p className="refusal">{enqueue.error && `${enqueue.error.message} ${enqueue.error.hint}`}</p>
     {jobs.map((job) => <p key={job.job_id} className="job" data-job={job.job_id} data-status={job.status} data-over={Boolean(job.finished_at)}>
-      {job.completed + job.failed} of {job.image_count} <button onClick={() => cancel.mutate(job.job_id)}>Cancel</button></p>)}
+      <span>{job.completed + job.failed} of {job.image_count} {job.status}</span> <button onClick={() => cancel.mutate(job.job_id)}>Cancel</button></p>)}
     <ul>{rows.map((row) => <Row key={row.id} row={row} />)}</ul>
   </section>
 }
 
 // -- as the documents had it
 
-function useOldAssets(workspaceId, setStatus) {
+function useOldAssets(workspaceId, setStatus, showJob) {
   const client = useQueryClient()
   useEffect(() => {
     const changed = () => client.invalidateQueries({ queryKey: ['assets', workspaceId] })
     const channel = supabase.channel(`tagging:${workspaceId}`, { config: { private: true } })
-      .on('broadcast', { event: '*' }, changed)
+      .on('broadcast', { event: '*' }, ({ payload }) => { if ('completed' in payload) showJob(payload); changed() })
       .subscribe((status) => { window.statuses.push(status); setStatus(status); if (status === 'SUBSCRIBED') changed() })
     return () => { supabase.removeChannel(channel) }
   }, [client, workspaceId])
@@ -69,20 +69,24 @@ function useOldAssets(workspaceId, setStatus) {
 
 const TEXTS = { queued: 'Queued for tagging', submitted: 'Submitted to AI', processing: 'AI analyzing', completed: 'Tagged', failed: 'Failed' }
 
+/** `job` is what enqueue_tagging has returned, and then what messages tell of it. Nothing leads to the upload of another window. */
 function OldGallery({ name }) {
   const [status, setStatus] = useState('')
-  const { data } = useOldAssets(given.workspace, setStatus)
+  const [job, setJob] = useState(null)
+  const { data } = useOldAssets(given.workspace, setStatus, (told) => setJob((mine) => mine?.job_id === told.job_id ? told : mine))
   const client = useQueryClient()
   window.upload = async (paths) => {
     const made = await insert(paths)
     client.invalidateQueries({ queryKey: ['assets', given.workspace] })
     const { data: job, error } = await supabase.rpc('enqueue_tagging', { asset_ids: made.map((row) => row.id) })
-    window.job = job
+    setJob(job)
     document.querySelector('.refusal').textContent = error ? `${error.message} ${error.hint}` : ''
     return made.map((row) => row.id)
   }
   return <section id={name} data-status={status === 'SUBSCRIBED' ? 'live' : 'connecting'}>
     <p className="refusal"></p>
+    {job?.job_id && <p className="job"><span>{(job.completed ?? 0) + (job.failed ?? 0)} of {job.image_count}</span>
+      <button onClick={() => supabase.rpc('cancel_tagging', { job_id: job.job_id }).then()}>Cancel</button></p>}
     <ul>{data?.map((row) => <li key={row.id} data-id={row.id} data-stage={row.tagging_stage ?? 'none'} data-tags={row.tags?.join()}>
       {TEXTS[row.tagging_stage] ?? 'Tagging…'}</li>)}</ul>
   </section>

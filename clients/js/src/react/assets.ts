@@ -237,11 +237,12 @@ export class AssetList<Row extends AnyRow> {
     this.#jobs.clear()
     this.#head = false
     this.#loadBegan = this.#failures = 0
-    if (!this.#data) return
-    this.#write([], false)
-    this.#everything = true // what the next user may see
+    if (this.#data) {
+      this.#write([], false)
+      this.#everything = true // what the next user may see
+    }
     clearTimeout(this.#timer)
-    this.#timer = setTimeout(() => { void this.#pump() }) // supabase-js must not be called while it says who has signed in
+    this.#timer = setTimeout(() => { this.#reload(); void this.#pump() }) // supabase-js must not be called while it says who has signed in
   }
 
   // -- one request at a time
@@ -350,7 +351,8 @@ export class AssetList<Row extends AnyRow> {
   async #ask(builder: Builder): Promise<Row[]> {
     const { data, error, status } = await (builder as PromiseLike<{ data: Row[] | null, error: never, status: number }>)
     this.#fetchEnded = Date.now()
-    this.#passes = !status || status >= 500 || [401, 408, 429].includes(status)
+    this.#passes = !status || status >= 500 || [408, 429].includes(status)
+      || status === 401 && this.#live.status !== 'signed-out' // a token that has lapsed; nobody's is refused for ever
     if (error) throw fromRest(error, status)
     this.#largest = Math.max(this.#largest, data?.length ?? 0)
     return data ?? []

@@ -111,7 +111,7 @@ export function useJob(jobId: string | null, given?: Key): { job: Job | undefine
   const autotag = useAutotag(workspaceId)
   const scope = useKey(workspaceId)
   const queryKey = useMemo(() => [...scope, 'job', jobId], [scope, jobId])
-  const one = useShared(client, JSON.stringify(queryKey), () => new OneJob(client, queryKey, autotag, jobId ?? ''))
+  const one = useShared(client, JSON.stringify(queryKey), () => new OneJob(client, queryKey, autotag, jobId))
   const { data, error, isPending } = useQuery<Job, AutotagError>({
     queryKey, queryFn: () => one.load(), enabled: jobId !== null, staleTime: Infinity,
   })

@@ -1,4 +1,4 @@
-import type { QueryClient } from '@tanstack/react-query'
+import type { QueryClient, QueryKey } from '@tanstack/react-query'
 import { useEffect, useReducer } from 'react'
 import type { AnyClient } from '../types.js'
 
@@ -40,8 +40,9 @@ export function useShared<T extends Shareable>(client: QueryClient, name: string
   return shared
 }
 
-/** Runs one at a time. Calls during a run cause one more run after it. */
-export function coalesce(run: () => Promise<unknown>): () => Promise<void> {
+/** Makes a function that fetches a query once more: one fetch at a time, and calls during a fetch cause one more after it. */
+export function fetchingAnew(client: QueryClient, queryKey: QueryKey, load: () => Promise<unknown>): () => Promise<void> {
+  const fetch = (): Promise<unknown> => client.fetchQuery({ queryKey, queryFn: load, staleTime: 0, retry: 3 }).catch(() => undefined)
   let running = false
   let again = false
   return async () => {
@@ -49,9 +50,10 @@ export function coalesce(run: () => Promise<unknown>): () => Promise<void> {
     if (running) return
     running = true
     try {
+      if (client.getQueryState(queryKey)?.fetchStatus === 'fetching') await fetch() // TanStack Query's own; it may have read before this call
       while (again) {
         again = false
-        await run()
+        await fetch()
       }
     } finally {
       running = false
