@@ -135,15 +135,15 @@ def _receive(line: socket.socket) -> tuple[int, dict[str, Any]] | None:
 def _answer(descriptor: int, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     """Prepares an image, if that costs no more than the request allows; otherwise only says what it costs."""
     from autotag.errors import TaggingError
-    from autotag.images.prepare import measure, prepare
+    from autotag.images.prepare import measure, prepare_opened
 
     try:
-        path, side, max_cost = Path(f"/dev/fd/{descriptor}"), int(request["side"]), int(request["max_cost"])
-        measured = measure(path, side, int(request["most"]))
-        about = {"width": measured.width, "height": measured.height, "cost": measured.cost}
-        if measured.cost > max_cost:
-            return about | {"advice": measured.advice}, b""
-        prepared = prepare(path, side, max_cost)
+        side = int(request["side"])
+        opened = measure(Path(f"/dev/fd/{descriptor}"), side, int(request["most"]))
+        about = {"width": opened.width, "height": opened.height, "cost": opened.cost}
+        if opened.cost > int(request["max_cost"]):
+            return about | {"advice": opened.advice}, b""
+        prepared = prepare_opened(opened, side)
         return about | {"notes": prepared.notes}, prepared.jpeg
     except TaggingError as error:
         return {"code": error.code, "message": error.message}, b""

@@ -18,7 +18,7 @@ from PIL import (
 from PIL import Image as Pillow
 
 from autotag.images import vips
-from autotag.images.finish import flattened, plain, to_srgb
+from autotag.images.finish import SCALING, flattened, plain, to_srgb
 from autotag.images.jpeg import rows_decoded
 from autotag.images.levels import scale_numbers
 from autotag.images.opened import FIXED_COST, Decoded, Opened, damaged, share
@@ -122,7 +122,7 @@ def frame_with_something(image: Pillow.Image, size: tuple[int, int]) -> tuple[Pi
             break  # the file is damaged from here on
         picture = plain(image)
         picture = (
-            picture.resize(size, Pillow.Resampling.LANCZOS, reducing_gap=3.0)
+            picture.resize(size, SCALING, reducing_gap=3.0)
             if picture.width > size[0]
             else picture.copy()
         )
