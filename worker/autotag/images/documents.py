@@ -63,7 +63,7 @@ def open_pdf(data: bytes, side: int) -> Opened:
             if number > MAX_OBJECTS:
                 break
         cost = FIXED_COST + PDF_COST + 3 * len(data) + pictures
-        return Opened("PDF", *size, cost, partial(_render_page, data, pages))
+        return Opened("PDF", *size, cost, partial(_render_page, data, pages), silent=True)
     finally:
         document.close()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from functools import partial
 
 from PIL import Image as Pillow
@@ -45,8 +44,8 @@ def open_webp(data: bytes, side: int) -> Opened:
         raise damaged()
     animated = any(kind == b"ANMF" for kind, _ in chunks)
     clean = _written(chunks, header)
-    with WebPImagePlugin.WebPImageFile(io.BytesIO(clean)) as image:
-        width, height = image.size
+    still = vips.load("webp", clean)  # Pillow would reserve 8 bytes for each pixel, which a process may not have
+    width, height = still.width, still.height
     notes = {"truncated": round(there, 4)} if there < 1 else {}
     if animated:
         opened = open_frames("WebP", clean, side, WebPImagePlugin.WebPImageFile)
