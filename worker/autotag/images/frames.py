@@ -121,11 +121,7 @@ def frame_with_something(image: Pillow.Image, size: tuple[int, int]) -> tuple[Pi
                 raise
             break  # the file is damaged from here on
         picture = plain(image)
-        picture = (
-            picture.resize(size, SCALING, reducing_gap=3.0)
-            if picture.width > size[0]
-            else picture.copy()
-        )
+        picture = picture.resize(size, SCALING, reducing_gap=3.0) if picture.width > size[0] else picture.copy()
         contrast = ImageStat.Stat(flattened(to_srgb(picture, None)).convert("L")).stddev[0]
         if contrast > most + CONTRAST or best is None:
             best, best_frame, most = picture, frame, contrast
