@@ -1,4 +1,4 @@
-"""Kinds that Pillow decodes: GIF, animated PNG and WebP, BMP, ICO, JPEG 2000; and what AVIF has in common with them."""
+"""Kinds that Pillow decodes: animated PNG and WebP, JPEG 2000; and what AVIF, BMP, GIF and ICO have in common with them."""
 
 from __future__ import annotations
 
@@ -39,10 +39,6 @@ def open_frames(kind: str, data: bytes, side: int, opener: Opener) -> Opened:
     animated = getattr(image, "n_frames", 1) > 1
     cost = FIXED_COST + 3 * len(data) + image.width * image.height * (ANIMATED if animated else STILL)
     return Opened(kind, image.width, image.height, cost, partial(_decode, data, opener, animated))
-
-
-def open_bmp(data: bytes, side: int) -> Opened:
-    return open_frames("BMP", data, side, BmpImagePlugin.BmpImageFile)
 
 
 def open_jpeg2000(data: bytes, side: int) -> Opened:

@@ -13,9 +13,10 @@ from PIL import Image as Pillow
 
 from autotag.errors import TaggingError, image_error
 from autotag.images.avif import open_avif
+from autotag.images.bmp import open_bmp
 from autotag.images.documents import open_pdf, open_svg
 from autotag.images.finish import encode
-from autotag.images.frames import open_bmp, open_jpeg2000
+from autotag.images.frames import open_jpeg2000
 from autotag.images.gif import open_gif
 from autotag.images.heif import open_heif
 from autotag.images.icons import open_icon
