@@ -15,9 +15,9 @@ from autotag.images.shape import Shape, layout
 JPEG_QUALITY = 85
 #: How pictures are made smaller. With `SHARPER`, letters are read as well as after Lanczos, in half of its time.
 SCALING = Pillow.Resampling.HAMMING
-#: For a picture that was made smaller: it gives back what scaling and JPEG take from small text and thin lines. A reader
-#: of letters of 3 to 7 pixels recognises 0.5 % more than in a Lanczos picture without loss, and 0.8 % less without this
-#: (tests/images/test_small_text.py). It takes as long as the scaling.
+#: For a picture that was made smaller: it gives back what scaling and JPEG take from small text and thin lines. A
+#: reader of letters of 3 to 7 pixels recognises 0.5 % more than in a Lanczos picture without loss, and 0.8 % less
+#: without this (tests/images/test_small_text.py). It takes as long as the scaling.
 SHARPER = ImageFilter.Kernel((3, 3), (0, -0.15, 0, -0.15, 1.6, -0.15, 0, -0.15, 0), scale=1)
 #: Backgrounds for transparency, the usual one first: shades of grey.
 BACKGROUNDS = (255, 0, 128, 192, 64)

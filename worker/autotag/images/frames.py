@@ -1,4 +1,4 @@
-"""Kinds that Pillow decodes: animated PNG and WebP, JPEG 2000; and what AVIF, BMP, GIF and ICO have in common with them."""
+"""JPEG 2000, animated PNG and WebP; and what AVIF, BMP, GIF and ICO have in common with them: Pillow decodes them."""
 
 from __future__ import annotations
 
