@@ -39,16 +39,16 @@ class Fields:
         return -(-self.width * self.bits // 32) * 4
 
 
-def open_bmp(data: bytes, side: int) -> Opened:
-    """Reads the headers of a BMP."""
-    fields = read_fields(data)
+def open_bmp(data: bytes, side: int, *, icon: bool = False) -> Opened:
+    """Reads the headers of a BMP, or of one in an icon, where the bits that no colour needs are transparency."""
+    fields = read_fields(data, icon=icon)
     if fields is None:
         return open_frames("BMP", data, side, BmpImagePlugin.BmpImageFile)
     cost = FIXED_COST + 3 * len(data) + fields.width * 16 * 700
     return Opened("BMP", fields.width, fields.height, cost, partial(_decode, data, fields))
 
 
-def read_fields(data: bytes) -> Fields | None:
+def read_fields(data: bytes, *, icon: bool) -> Fields | None:
     """The headers, if the pixels are numbers. What counts as transparency is what Chromium takes for it."""
     if len(data) < 14 + INFO:
         return None
@@ -57,6 +57,8 @@ def read_fields(data: bytes) -> Fields | None:
         return None
     masks = struct.unpack_from("<4I", data.ljust(70, b"\0"), 14 + INFO)
     has_alpha = stored == ALPHA_FIELDS or (size >= WITH_ALPHA and (stored == FIELDS or bits == 32))
+    if icon and size < WITH_ALPHA and (bits, stored) == (32, RGB):
+        has_alpha, masks = True, (0, 0, 0, 0xFF000000)
     colours = MASKS[bits] if stored == RGB else masks[:3]
     return Fields(width, abs(height), height > 0, bits, (*colours, masks[3] if has_alpha else 0), start)
 
