@@ -53,7 +53,9 @@ def _decode(opened: Opened, mask: bytes, width: int, height: int) -> Decoded:
     decoded = opened.decode(width, height)
     image = plain(decoded.image)
     if mask and image.mode != "RGBA":
-        hidden = Pillow.frombytes("1", (opened.width, opened.height), mask, "raw", "1;I", len(mask) // opened.height, -1)
+        hidden = Pillow.frombytes(
+            "1", (opened.width, opened.height), mask, "raw", "1;I", len(mask) // opened.height, -1
+        )
         image = image.convert("RGB")
         image.putalpha(hidden.convert("L").resize(image.size))
     return Decoded(image, None, decoded.notes)
