@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import io
+import re
 import struct
 import tarfile
 import zipfile
@@ -167,6 +168,28 @@ def bmp_icon() -> bytes:
     return saved("ICO", quarters(64, 64), sizes=[(16, 16), (64, 64)], bitmap_format="bmp")
 
 
+SHADES = (87, 108, 61, 203)
+HTML = (
+    b'<foreignObject width="40" height="30"><div xmlns="http://www.w3.org/1999/xhtml" style="background:red">Hello</div>'
+    b"</foreignObject>"
+)
+
+
+def flat_shades() -> bytes:
+    rows = (struct.pack("<160H", *[257 * SHADES[at + side] for side in (0, 1) for _ in range(80)]) for at in (0, 2))
+    return saved("PNG", Pillow.frombytes("I;16", (160, 120), b"".join(row * 60 for row in rows)))
+
+
+def variables(drawing: bytes) -> bytes:
+    """Its colours as variables: of a style, of another variable, and as fallbacks."""
+    colours = re.findall(rb'fill="([^"]+)"', drawing)
+    for number, colour in enumerate(colours):
+        use = (b"var(--c%d)", b"var( --c%d , black)", b"var(--again%d)", b"var(--none%d, " + colour + b")")[number % 4]
+        drawing = drawing.replace(b'"' + colour + b'"', b'"' + use % number + b'"')
+    defined = b"".join(b"--c%d: %s; --again%d: var(--c%d);" % (n, c, n, n) for n, c in enumerate(colours))
+    return drawing.replace(b"<rect", b"<style>:root{" + defined + b"} @media print{:root{--c0:red}}</style><rect", 1)
+
+
 def svg(more: str = "", size: str = 'width="32" height="24"') -> bytes:
     rectangles = "".join(
         f'<rect x="{at % 2 * 16}" y="{at // 2 * 12}" width="16" height="12" fill="rgb{colour}"/>' for at, colour in enumerate(COLOURS)
@@ -200,6 +223,7 @@ TABLE: list[tuple[str, str, Callable[[], bytes], Any]] = [
     ("PNG", "half of it missing", lambda: saved("PNG", compress_level=0)[:100_000], ("damaged_image", "damaged")),
     ("PNG", "interlaced", lambda: adam7(quarters()), SHOWN),
     ("PNG", "palette with transparency", lambda: saved("PNG", quarters().quantize(8), transparency=7), SHOWN),
+    ("PNG", "16-bit grey with a shade far from all others", flat_shades, {"quarters": [(shade,) * 3 for shade in SHADES]}),
     ("PNG", "16-bit grey with little contrast", lambda: saved("PNG", Pillow.frombytes("I;16", (160, 120), struct.pack("<19200H", *map(int, ramp(160, 120, 100, 900))))), GRADIENT),
     ("PNG", "animation with a blank first frame", lambda: animation("PNG"), SHOWN),
     ("PNG", "profile with other primaries", lambda: with_odd_profile("PNG"), SHOWN),
@@ -273,6 +297,9 @@ TABLE: list[tuple[str, str, Callable[[], bytes], Any]] = [
     ("RAW", "preview", raw, SHOWN),
     ("PDF", "a page", lambda: saved("PDF"), SHOWN),
     ("PDF", "damaged", lambda: b"%PDF-1.7\nxyz", ("damaged_image", "damaged")),
+    ("SVG", "variables of CSS", lambda: variables(svg()), SHOWN),
+    ("SVG", "HTML with something else in its place", lambda: svg().replace(b"<rect", b"<switch>" + HTML + b"<g><rect", 1).replace(b"</svg>", b"</g></switch></svg>"), SHOWN),
+    ("SVG", "HTML alone", lambda: re.sub(rb"<rect.*/>", HTML, svg()), ("unsupported_format", "foreignObject")),
     ("SVG", "small", svg, {**SHOWN, "size": (512, 384)}),
     ("SVG", "asks for other files", lambda: svg(f'<image href="file://{Path(__file__).parent}/cases/scan-1-bit.png" width="32" height="24"/><script>alert(1)</script>'), SHOWN),
     ("SVG", "external entity", lambda: svg().replace(b"<!-- a -->", b'<!DOCTYPE svg [<!ENTITY x SYSTEM "file:///etc/passwd">]>'), SHOWN),

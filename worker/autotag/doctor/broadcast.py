@@ -73,7 +73,7 @@ async def _probe(
         sent[nonce] = time.monotonic()
         await database.send_test_broadcast(nonce)
         await asyncio.wait([arrived], timeout=PROBE_INTERVAL)
-    return Finding(CHECK, "ok", f"A broadcast from the database arrived after {arrived.result() * 1000:.0f} ms.")
+    return Finding(CHECK, "ok", f"A broadcast from the database arrived after {await arrived * 1000:.0f} ms.")
 
 
 def _refused(refusal: Exception) -> Finding:

@@ -105,9 +105,8 @@ def _become_child(nursery: int, line: socket.socket, order: dict[str, Any]) -> N
         _die_with(nursery)
         seconds, data = int(order["cpu"]), used_memory("self") + int(order["data"])
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-        resource.setrlimit(resource.RLIMIT_DATA, (data, data))
         while (request := _receive(line)) is not None:
-            answer, image = _answer(*request)
+            answer, image = _answer(*request, data)
             text = json.dumps(answer).encode()
             line.sendall(HEADER.pack(len(text), len(image)) + text + image)
         code = 0
@@ -132,18 +131,44 @@ def _receive(line: socket.socket) -> tuple[int, dict[str, Any]] | None:
     return descriptors[0], json.loads(message)
 
 
-def _answer(descriptor: int, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+def _answer(descriptor: int, request: dict[str, Any], data: int) -> tuple[dict[str, Any], bytes]:
+    """Prepares an image. data: the bytes that this process may allocate.
+
+    A decoder that gets no memory may say that the file is damaged. So a file counts as damaged only if it is that
+    without the limit, too. There, only the worker bounds the memory: it kills a process that uses too much.
+    """
+    try:
+        path = Path(f"/dev/fd/{descriptor}")
+        _limit_memory(data)
+        answer = _try(path, request)
+        if answer[0].get("code") == "damaged_image":
+            _limit_memory(resource.RLIM_INFINITY)
+            answer = _try(path, request)
+        return answer
+    finally:
+        os.close(descriptor)
+
+
+def _limit_memory(data: int) -> None:
+    """Sets how many bytes this process may allocate."""
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (data if most == resource.RLIM_INFINITY else min(data, most), most))
+
+
+def _try(path: Path, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     """Prepares an image, if that costs no more than the request allows; otherwise only says what it costs."""
     from autotag.errors import TaggingError
-    from autotag.images.prepare import measure, prepare
+    from autotag.images.prepare import measure, prepare_opened
 
     try:
-        path, side, max_cost = Path(f"/dev/fd/{descriptor}"), int(request["side"]), int(request["max_cost"])
-        measured = measure(path, side, int(request["most"]))
-        about = {"width": measured.width, "height": measured.height, "cost": measured.cost}
-        if measured.cost > max_cost:
-            return about | {"advice": measured.advice}, b""
-        prepared = prepare(path, side, max_cost)
+        side = int(request["side"])
+        opened = measure(path, side, int(request["most"]))
+        about = {"width": opened.width, "height": opened.height, "cost": opened.cost}
+        if opened.cost > int(request["max_cost"]):
+            return about | {"advice": opened.advice}, b""
+        if opened.silent:
+            _limit_memory(resource.RLIM_INFINITY)
+        prepared = prepare_opened(opened, side)
         return about | {"notes": prepared.notes}, prepared.jpeg
     except TaggingError as error:
         return {"code": error.code, "message": error.message}, b""
@@ -151,8 +176,6 @@ def _answer(descriptor: int, request: dict[str, Any]) -> tuple[dict[str, Any], b
         return {"memory": True}, b""
     except Exception as error:  # noqa: BLE001 (a bug, which the worker logs)
         return {"bug": f"{type(error).__name__}: {error}"[:500]}, b""
-    finally:
-        os.close(descriptor)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,12 @@ MAX_TEXT = 20_000  # bytes of an answer's JSON
 MAX_NOTES = 1000  # characters of the notes' JSON, as in ``autotag.clean_image_notes``
 #: All of the children's environment. Threads would multiply what a child may use, and a nursery with threads cannot
 #: fork.
-ENVIRONMENT = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1", "VIPS_CONCURRENCY": "1"}
+#: A child keeps up to 8 MB of free memory for its next image: to get it from the system again costs 2 ms of the 25 that
+#: a photograph takes. (`MAX_GROWTH` of decode.py allows more.)
+ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "4000000", "MALLOC_TRIM_THRESHOLD_": "8000000",
+    "OMP_NUM_THREADS": "1", "VIPS_CONCURRENCY": "1",
+}  # fmt: skip
 START_TIMEOUT = 60.0  # seconds until the nursery has forked a child; it takes one with its imports
 MAX_MESSAGE = 300  # characters of an error's message
 #: Bytes beyond an image's cost that a child may allocate: stacks of threads, tables, pieces of the heap.

@@ -16,7 +16,7 @@ from autotag.images import vips
 from autotag.images.jpeg import open_jpeg
 from autotag.images.kinds import kind_of, without_utf16
 from autotag.images.levels import scale_numbers
-from autotag.images.opened import FIXED_COST, Decoded, Opened, damaged
+from autotag.images.opened import FIXED_COST, Decoded, Opened, damaged, unsupported
 from autotag.images.png import open_png
 
 #: Drawings have no pixels. Their size counts as this multiple of what is sent, so that they are never too small.
@@ -26,6 +26,12 @@ PDF_COST, SVG_COST = 60_000_000, 60_000_000  # bytes beside the pictures in them
 _UTF16 = re.compile(rb"\sencoding=[\"']utf-16(le|be)?[\"']", re.IGNORECASE)
 _ROOT = re.compile(rb"<(\w+:)?svg\s[^>]*")
 _SIZE = re.compile(rb"\s(width|height)\s*=\s*(\"[^\"]*\"|'[^']*')")
+#: Variables of CSS, which librsvg does not know: it would draw black instead. Their values and fallbacks are short, so
+#: that no drawing grows much.
+_VARIABLE = re.compile(rb"(--[\w-]{1,60})\s*:\s*([^;{}<>\"']{1,60})")
+_USED = re.compile(rb"var\(\s*(--[\w-]{1,60})\s*(?:,\s*([^()]{0,60}|[\w-]+\([^()]{0,60}\))\s*)?\)")
+#: HTML, which librsvg does not draw; but it takes it for drawn, and leaves out what a ``switch`` has in its place.
+_HTML = re.compile(rb"<((?:\w+:)?foreignObject)\b[^>]*(?<!/)>.*?</\1\s*>", re.DOTALL)
 _EMBEDDED = re.compile(rb"data:image/[\w.+-]*;base64,([A-Za-z0-9+/=\s]+)")
 
 
@@ -63,7 +69,7 @@ def open_pdf(data: bytes, side: int) -> Opened:
             if number > MAX_OBJECTS:
                 break
         cost = FIXED_COST + PDF_COST + 3 * len(data) + pictures
-        return Opened("PDF", *size, cost, partial(_render_page, data, pages))
+        return Opened("PDF", *size, cost, partial(_render_page, data, pages), silent=True)
     finally:
         document.close()
 
@@ -93,6 +99,8 @@ def open_svg(data: bytes, side: int) -> Opened:
         TaggingError: it is damaged.
     """
     data = _UTF16.sub(b"", without_utf16(data), count=1)
+    has_html = _HTML.search(data) is not None
+    data = _resolved(_HTML.sub(b"", data))
     try:
         image = vips.load("svg", data)
     except vips.VipsError:  # perhaps it has a size of zero: without one, it is as large as what it shows
@@ -104,7 +112,24 @@ def open_svg(data: bytes, side: int) -> Opened:
     natural = (image.width, image.height)
     cost = FIXED_COST + SVG_COST + 20 * len(data) + sum(map(_pixels, _EMBEDDED.findall(data))) * 12
     size = _nominal(image.width, image.height, side)
-    return Opened("SVG", *size, cost, partial(_draw, data, natural))
+    return Opened("SVG", *size, cost, partial(_draw, data, natural, has_html))
+
+
+def _resolved(data: bytes) -> bytes:
+    """The drawing with the values of its variables, each of which has its first one everywhere."""
+    if b"var(" not in data:
+        return data
+    values: dict[bytes, bytes] = {}
+    for name, value in _VARIABLE.findall(data):
+        values.setdefault(name, value.strip())
+
+    def value_of(use: re.Match[bytes]) -> bytes:
+        value = values.get(use[1])
+        if value and (inner := _USED.fullmatch(value)):  # one that stands for another one
+            value = values.get(inner[1], inner[2])
+        return use[0] if value is None and use[2] is None else value or use[2] or b""
+
+    return _USED.sub(value_of, data)
 
 
 def _pixels(encoded: bytes) -> int:
@@ -119,7 +144,9 @@ def _pixels(encoded: bytes) -> int:
     return opened.width * opened.height if opened else 0
 
 
-def _draw(data: bytes, natural: tuple[int, int], width: int, height: int) -> Decoded:
+def _draw(data: bytes, natural: tuple[int, int], has_html: bool, width: int, height: int) -> Decoded:
     scale = max(width / natural[0], height / natural[1])
     image = scale_numbers(lambda: vips.load("svg", data, scale=scale), width, height)
+    if has_html and not image.getbbox():
+        raise unsupported("an SVG that consists of HTML (foreignObject)")
     return Decoded(image, None, {"kind": "SVG"})

@@ -1,4 +1,4 @@
-"""Kinds that Pillow decodes: GIF, animated PNG and WebP, BMP, ICO, JPEG 2000; and what AVIF has in common with them."""
+"""JPEG 2000, animated PNG and WebP; and what AVIF, BMP, GIF and ICO have in common with them: Pillow decodes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import (
 from PIL import Image as Pillow
 
 from autotag.images import vips
-from autotag.images.finish import flattened, plain, to_srgb
+from autotag.images.finish import SCALING, flattened, plain, to_srgb
 from autotag.images.jpeg import rows_decoded
 from autotag.images.levels import scale_numbers
 from autotag.images.opened import FIXED_COST, Decoded, Opened, damaged, share
@@ -39,10 +39,6 @@ def open_frames(kind: str, data: bytes, side: int, opener: Opener) -> Opened:
     animated = getattr(image, "n_frames", 1) > 1
     cost = FIXED_COST + 3 * len(data) + image.width * image.height * (ANIMATED if animated else STILL)
     return Opened(kind, image.width, image.height, cost, partial(_decode, data, opener, animated))
-
-
-def open_bmp(data: bytes, side: int) -> Opened:
-    return open_frames("BMP", data, side, BmpImagePlugin.BmpImageFile)
 
 
 def open_jpeg2000(data: bytes, side: int) -> Opened:
@@ -121,11 +117,7 @@ def frame_with_something(image: Pillow.Image, size: tuple[int, int]) -> tuple[Pi
                 raise
             break  # the file is damaged from here on
         picture = plain(image)
-        picture = (
-            picture.resize(size, Pillow.Resampling.LANCZOS, reducing_gap=3.0)
-            if picture.width > size[0]
-            else picture.copy()
-        )
+        picture = picture.resize(size, SCALING, reducing_gap=3.0) if picture.width > size[0] else picture.copy()
         contrast = ImageStat.Stat(flattened(to_srgb(picture, None)).convert("L")).stddev[0]
         if contrast > most + CONTRAST or best is None:
             best, best_frame, most = picture, frame, contrast

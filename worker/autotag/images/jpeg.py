@@ -18,7 +18,7 @@ from autotag.images.shape import fit
 #: Max scans of a progressive JPEG. Encoders write about ten. A scan needs only a hundred bytes in the file, but its
 #: decoding visits every pixel.
 MAX_SCANS = 100
-#: The decoder scales to at least this multiple of the wanted size. Lanczos does the rest, so that text stays sharp.
+#: The decoder scales to at least this multiple of the wanted size. `finish` does the rest, so that text stays sharp.
 DRAFT = 1.5
 END = b"\xff\xd9"
 #: A colour that no decoder leaves behind: rows that still have it were not decoded.

@@ -75,6 +75,8 @@ def _to_bytes(image: vips.Image, reopen: Reopen, nodata: float | None) -> vips.I
         values = [value for at, value in enumerate(values) if (at + 1) % bands]
     empty = nodata if nodata is not None else _empty(values, image.format)
     low, high = _range(values, image.format, empty)
+    if nodata is None and image.format in ("ushort", "uint") and high == FULL[image.format]:
+        empty = None  # an ordinary picture, in which one shade is far from all others
     alpha = (
         image("extract_band", band=bands - 1)("linear", a=[255 / opaque], b=[0.0])("cast", format="uchar")
         if has_alpha

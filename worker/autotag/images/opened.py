@@ -44,6 +44,7 @@ class Opened:
         orientation: how to turn the stored picture, as in EXIF (1 to 8).
         cheaper: another way that needs less memory and shows less.
         advice: what its user can do if there is too little memory for it.
+        silent: whether its decoder leaves out what it gets no memory for, and does not say so.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Opened:
     orientation: int = 1
     cheaper: Opened | None = None
     advice: str = "Upload a smaller version of it"
+    silent: bool = False
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.height < 1:

@@ -7,16 +7,16 @@ trust: this runs in a process that can be killed. docs/images.md describes what 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image as Pillow
 
 from autotag.errors import TaggingError, image_error
 from autotag.images.avif import open_avif
+from autotag.images.bmp import open_bmp
 from autotag.images.documents import open_pdf, open_svg
 from autotag.images.finish import encode
-from autotag.images.frames import open_bmp, open_jpeg2000
+from autotag.images.frames import open_jpeg2000
 from autotag.images.gif import open_gif
 from autotag.images.heif import open_heif
 from autotag.images.icons import open_icon
@@ -39,33 +39,13 @@ OPENERS: dict[str, Callable[[bytes, int], Opened]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a file's headers say.
-
-    Attributes:
-        kind: the kind of file, for people: ``JPEG``, ``PNG``, ``HEIC``, …
-        width: of the picture, in pixels, as it is stored.
-        height: of the picture, in pixels.
-        cost: upper bound of the bytes that `prepare` allocates at its peak, in addition to the idle process.
-        advice: what its user can do if that is too much.
-    """
-
-    kind: str
-    width: int
-    height: int
-    cost: int
-    advice: str
-
-
-def measure(path: Path, side: int, max_cost: int | None = None) -> Measured:
-    """Reads the headers of a file, without decoding it. The cost is that of the way which `prepare` takes.
+def measure(path: Path, side: int, max_cost: int | None = None) -> Opened:
+    """Reads the headers of a file, without decoding it: the way to decode it that shows most within ``max_cost`` bytes.
 
     Raises:
         TaggingError: ``image``: the file is empty, not an image, damaged or of an unsupported kind.
     """
-    opened = _choose_way(_open(path.read_bytes(), side), max_cost)
-    return Measured(opened.kind, opened.width, opened.height, opened.cost, opened.advice)
+    return _choose_way(_open(path.read_bytes(), side), max_cost)
 
 
 def prepare(path: Path, side: int, max_cost: int) -> Prepared:
@@ -86,6 +66,11 @@ def prepare_bytes(data: bytes, side: int, max_cost: int) -> Prepared:
             f"The image has {opened.width} × {opened.height} pixels. Decoding this file ({opened.kind}) takes"
             f" {opened.cost / 1e6:.0f} MB of memory; {max_cost / 1e6:.0f} MB are available. {opened.advice}.",
         )
+    return prepare_opened(opened, side)
+
+
+def prepare_opened(opened: Opened, side: int) -> Prepared:
+    """As `prepare`, of a file that `measure` has opened."""
     turned = opened.orientation >= 5
     shape = fit(*((opened.height, opened.width) if turned else (opened.width, opened.height)), side)
     target = (shape.height, shape.width) if turned else (shape.width, shape.height)

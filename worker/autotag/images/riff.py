@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from functools import partial
 
 from PIL import Image as Pillow
@@ -45,8 +44,7 @@ def open_webp(data: bytes, side: int) -> Opened:
         raise damaged()
     animated = any(kind == b"ANMF" for kind, _ in chunks)
     clean = _written(chunks, header)
-    with WebPImagePlugin.WebPImageFile(io.BytesIO(clean)) as image:
-        width, height = image.size
+    width, height = _size(header, *chunks[0])
     notes = {"truncated": round(there, 4)} if there < 1 else {}
     if animated:
         opened = open_frames("WebP", clean, side, WebPImagePlugin.WebPImageFile)
@@ -54,6 +52,22 @@ def open_webp(data: bytes, side: int) -> Opened:
     lossless = any(kind in (b"VP8L", b"ALPH") for kind, _ in chunks)
     cost = FIXED_COST + 3 * len(data) + (width * height * 5 if lossless else width * 4 * 300)
     return Opened("WebP", width, height, cost, partial(_decode, clean, icc, notes, (width, height)), orientation)
+
+
+def _size(header: bytes, kind: bytes, body: bytes) -> tuple[int, int]:
+    """Width and height. To ask a decoder would reserve up to 8 bytes for each pixel, which a process may not have.
+
+    Raises:
+        TaggingError: it is damaged.
+    """
+    if len(header) == 10:
+        return 1 + int.from_bytes(header[4:7], "little"), 1 + int.from_bytes(header[7:10], "little")
+    if kind == b"VP8L" and body[:1] == b"\x2f" and len(body) >= 5:
+        sides = int.from_bytes(body[1:5], "little")
+        return 1 + (sides & 0x3FFF), 1 + (sides >> 14 & 0x3FFF)
+    if kind == b"VP8 " and body[3:6] == b"\x9d\x01\x2a" and len(body) >= 10:
+        return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
+    raise damaged()
 
 
 def _written(chunks: list[tuple[bytes, bytes]], header: bytes) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 PATCH = 32  # pixels
 #: Max change of a picture's proportions, to fit the grid.
@@ -36,6 +37,7 @@ class Shape:
     pieces: int = 1
 
 
+@lru_cache(maxsize=64)  # the search takes up to 3 ms, and each image needs its shape twice
 def fit(width: int, height: int, side: int) -> Shape:
     """The shape of a picture for a model that sees at most ``side`` pixels of its longer side."""
     ratio = max(width, height) / min(width, height)
