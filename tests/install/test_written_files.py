@@ -176,13 +176,15 @@ def test_elsewhere_migrate_applies_what_init_would_write(
 
 
 RIGHTS = """
-    select p.oid::regprocedure::text, p.prosrc, pg_get_function_result(p.oid), p.proconfig, p.prosecdef, array(
-      select distinct a.grantee::regrole::text || a.privilege_type from aclexplode(p.proacl) a order by 1)
+    select p.oid::regprocedure::text, p.prosrc, pg_get_function_result(p.oid), p.proconfig, p.prosecdef,
+      p.proowner::regrole::text, array(
+        select concat_ws(' ', a.grantor::regrole, nullif(a.grantee, 0)::regrole, a.privilege_type, a.is_grantable)
+        from aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a order by 1)
     from pg_proc p where p.pronamespace = 'autotag'::regnamespace order by 1"""
 
 
 def test_the_caller_can_change_while_no_user_is_stored(own_url: str, folder: Path) -> None:
-    """The type of users' ids changes with it, there and back; functions, their rights and the columns stay the same."""
+    """The type of users' ids changes with it, there and back; functions, their owners and rights, and the columns stay the same."""
     url = own_url
     init(url, *READERS)
     assert invoke("migrate", url).exit_code == 0
