@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from autotag.cli.app import app
+from autotag.install.adapter import FUNCTION
 from autotag.install.migrations import migrations
 from autotag.install.quoting import literal, read_literal
 from cli_tools import supabase
@@ -133,6 +134,9 @@ def test_migrate_applies_the_projects_files_as_they_stand(own_url: str, folder: 
     assert done.exit_code == 0, done.output
     assert str(folder) in done.stdout
     assert members(url) == (False, True)
+    with psycopg.connect(url, autocommit=True) as connection:  # as the CLI applies a file in which git has put CRLF
+        for found in FUNCTION.finditer(path.read_text()):
+            connection.execute(found[0].replace("\n", "\r\n").encode())
 
     init(url, "--where", "id > 0")
     waiting = invoke("init", url)
@@ -197,7 +201,7 @@ def test_the_caller_can_change_while_no_user_is_stored(own_url: str, folder: Pat
             assert [row[0] for row in after] == [row[0] for row in before]
             changed = {old[0] for old, new in zip(before, after, strict=True) if old != new}
             assert changed == {"autotag.caller()", "autotag.nobody()", "autotag.adapter_answers()"}
-            assert [(old[2:]) for old in before] == [(new[2:]) for new in after], "types, settings and rights"
+            assert [(old[2:]) for old in before] == [(new[2:]) for new in after], "types, settings, owner and rights"
             found = connection.execute(
                 "select distinct format_type(t.typbasetype, null) from pg_attribute a join pg_type t on t.oid = a.atttypid"
                 " where t.typname = 'user_id'"

@@ -96,7 +96,7 @@ def plan_change(url: str, facts: Facts, host: Host, folder: Path | None) -> Migr
     functions = {found["name"]: (found[0], hash_body(found["body"])) for found in FUNCTION.finditer(adapter)}
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
         rows = connection.execute(
-            "select p.proname::text, md5(p.prosrc) from pg_proc p"
+            "select p.proname::text, md5(replace(p.prosrc, e'\\r', '')) from pg_proc p"  # git may write CRLF
             " where p.pronamespace = 'autotag'::regnamespace and p.proname = any (%s)", (list(functions),),
         ).fetchall()  # fmt: skip
     installed = {str(name): str(found) for name, found in rows}
