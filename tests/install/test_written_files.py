@@ -110,7 +110,7 @@ def test_answers_that_a_waiting_file_does_not_have_stop_init(url: str, folder: P
 def test_the_examples_are_what_an_edited_file_answers(url: str, folder: Path) -> None:
     told = init(url, *READERS)
     path = adapter_of(folder)
-    path.write_text(path.read_text().replace("select d.asset_id, d.workspace_id", "select  d.asset_id, d.workspace_id"))
+    path.write_text(path.read_text().replace("(array_agg(d.asset_id) filter", "( array_agg(d.asset_id) filter"))
     again = init(url)
     assert (told["examples"][0]["image"], again["examples"][0]["image"]) == ("https://example.com/1.jpg",) * 2
     assert [note for note in again["notes"] if "has changed autotag." in note]
