@@ -98,6 +98,9 @@ def test_answers_that_a_waiting_file_does_not_have_stop_init(url: str, folder: P
     assert "private.is_org_member in the file, private.can_edit now" in invoke("init", url, *EDITORS).stderr
     assert before == {path: path.read_text() for path in folder.glob("*.sql")}
 
+    told = init(url, "--project-url", "https://img.shop.example")
+    assert [note for note in told["notes"] if "No rule fits the files of img.shop.example" in note]
+
     again = init(url)  # what is not named stays as the file has it
     assert again["host"]["members"] == "whom private.is_org_member(workspace) accepts"
     assert set(again["files"].values()) == {"there"}
@@ -147,6 +150,11 @@ def test_migrate_applies_the_projects_files_as_they_stand(own_url: str, folder: 
     assert json.loads(told.stdout)["applied"] == ["adapter_change_1"]
     assert members(url) == (False, True), "the project's own function stays"
     assert json.loads(invoke("migrate", url, "--json").stdout)["applied"] == []
+    init(url, "--spending-limit", "20")
+    assert invoke("migrate", url).exit_code == 0
+    assert invoke("init", url, "--spending-limit", "20").exit_code == 0
+    other = invoke("init", url, "--spending-limit", "5")
+    assert (other.exit_code, "update autotag.quotas set max_cost = 5.00" in other.stderr) == (2, True), other.output
     root = str(folder.parent.parent)
     assert "up to date" in supabase("db", "push", f"--remote={url}", "--yes", "--workdir", root)
 

@@ -14,12 +14,19 @@ from autotag.install.host import Host
 from autotag.install.members import Members
 from autotag.install.remembered import ABOUT, check_lost, forgotten, with_remembered
 
-FACTS = Facts({name: Table(name, {"team": "uuid", "person": "uuid"}) for name in ("public.crew", "public.staff")}, ["a"])
+FACTS = Facts(
+    {name: Table(name, {"team": "uuid", "person": "uuid"}) for name in ("public.crew", "public.staff")}, ["a"]
+)
 IMAGES = {
     "table": "public.assets", "id": "id", "url": "image_url", "bucket": "a", "full_paths": False, "tags": "tags",
     "where": "deleted_at is null", "editors": "none", "caller_claim": "auth.uid()", "file_rule": "any",
 }  # fmt: skip
-TABLE = {"members_table": "public.crew", "members_workspace": "team", "members_user": "person", "members_where": "active"}
+TABLE = {
+    "members_table": "public.crew",
+    "members_workspace": "team",
+    "members_user": "person",
+    "members_where": "active",
+}
 CLAIM = {"members_claim": "orgs", "claim_form": "list"}
 FUNCTION = {"members_function": "private.is_member"}
 EVERY = {**IMAGES, "workspace": "org_id", "path": "storage_path"}
@@ -58,7 +65,9 @@ def test_no_answer_outlives_what_it_is_about(told: dict[str, Any], changed: str)
         now = getattr(kept, name)
         if name == changed:
             assert now == value
-        elif name in FORGETS[changed] and (name != "file_rule" or changed in ("table", "workspace", "owner", "path", "object")):
+        elif name in FORGETS[changed] and (
+            name != "file_rule" or changed in ("table", "workspace", "owner", "path", "object")
+        ):
             assert now is None, f"{name} goes along to another {changed}"
         elif name != "file_rule":  # its details are with the adapter
             assert now == before, f"{name} is forgotten with another {changed}"
@@ -92,6 +101,12 @@ def test_what_is_forgotten_does_not_become_another_answer_without_a_word(name: s
         check_lost(host, {name: told}, {name}, set(), facts)
     check_lost(host, {name: told}, {name}, {option}, facts)  # a person has just said it
     check_lost(host, {name: told}, set(), set(), facts)
-    gone = {"members_where": "true", "where": "true", "members_user": "uid", "bucket": "b", "members_table": "public.gone"}
+    gone = {
+        "members_where": "true",
+        "where": "true",
+        "members_user": "uid",
+        "bucket": "b",
+        "members_table": "public.gone",
+    }
     if name in gone:  # there is nothing that it could still mean
         check_lost(host, {name: gone[name]}, {name}, set(), facts)

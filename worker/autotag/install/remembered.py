@@ -92,7 +92,9 @@ def forgotten(choices: Choices, told: Mapping[str, Any], facts: Facts) -> set[st
 
 def with_remembered(choices: Choices, told: Mapping[str, Any], lost: Collection[str]) -> Choices:
     """The choices, with what the installed adapter was told where nothing else is chosen now."""
-    replaced = {name for group in EXCLUSIVE if any(getattr(choices, one) is not None for one in group) for name in group}
+    replaced = {
+        name for group in EXCLUSIVE if any(getattr(choices, one) is not None for one in group) for name in group
+    }
     # a rule for files is more than its name (`with_kept_files`)
     gone = {*lost, *replaced, "file_rule"}
     return replace(choices, **{n: v for n, v in told.items() if n not in gone and getattr(choices, n) is None})
@@ -105,7 +107,9 @@ def _same_form(name: str, value: Any, facts: Facts) -> Any:
     return plain_name(value.partition("(")[0]) if name == "members_function" else value
 
 
-def check_lost(host: Host, told: Mapping[str, Any], lost: Collection[str], asked: Collection[str], facts: Facts) -> None:
+def check_lost(
+    host: Host, told: Mapping[str, Any], lost: Collection[str], asked: Collection[str], facts: Facts
+) -> None:
     """Refuses that a forgotten answer becomes another one without a word.
 
     Args:

@@ -187,7 +187,7 @@ def _find_files(
                 " fetched like others (AUTOTAG_IMAGE_HOSTS). Set --file-rule to read them through Storage."
             )
             rule = find_rule(url, facts, plain, wanted, ask, may_ask=may_ask)
-            return replace(plain, files=rule), (note,) if host.url else ()
+            return replace(plain, files=rule), (note,) if host.url or choices.project_url else ()
     return replace(host, files=find_rule(url, facts, host, wanted, ask, may_ask=may_ask)), ()
 
 
@@ -304,9 +304,9 @@ def _how_to_limit(dollars: float, limits: Sequence[float | None]) -> str:
     """What to do where the database has another spending limit, or had one: it is data by now, and no migration's."""
     cost = f"{dollars:.2f}" if dollars else "null"
     change = (
-        f"update autotag.quotas set max_cost = {cost} where {EVERY_WORKSPACE};"
+        f"update autotag.quotas set max_cost = {cost} where {EVERY_WORKSPACE};"  # noqa: S608 - for people
         if limits
-        else f"insert into autotag.quotas (scope, period, max_cost) values ('workspace', 'month', {cost});"
+        else f"insert into autotag.quotas (scope, period, max_cost) values ('workspace', 'month', {cost});"  # noqa: S608
     )
     has = f"a spending limit of {limits[0]:g} dollars" if limits and limits[0] is not None else "no spending limit"
     return f"The database has {has} now, and init does not change it (--spending-limit); run: {change}"
