@@ -15,10 +15,17 @@ from autotag.install.callers import note_on_tokens, with_caller
 from autotag.install.changes import plan_change
 from autotag.install.conditions import check_condition, check_tags, check_users
 from autotag.install.evidence import users_join, writes_unchecked
-from autotag.install.facts import EVERY_WORKSPACE, Facts, read_facts
+from autotag.install.facts import Facts, read_facts
 from autotag.install.files import find_full_paths, find_rule, users_see_files
 from autotag.install.host import Ask, Choices, FileRule, Host, HostError, notes_on_rows, notes_on_tags, propose
-from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, Migration, profile_versions, spending_limit
+from autotag.install.migrations import (
+    HOST_ADAPTER,
+    SPENDING_LIMIT,
+    Migration,
+    how_to_limit,
+    profile_versions,
+    spending_limit,
+)
 from autotag.install.origin import note_on_environment, storage_hosts
 from autotag.install.remembered import all_hosts, check_lost, forgotten, told_answers, with_kept_files, with_remembered
 from autotag.install.rights import note_on_storage, note_on_updates
@@ -284,7 +291,7 @@ def plan_spending_limit(
     if SPENDING_LIMIT in facts.applied or facts.spending_limits:
         present = next(iter(facts.spending_limits), None)
         if wanted is not None and (present != round(wanted, 2) if wanted else present is not None):
-            raise HostError(_how_to_limit(wanted, facts.spending_limits))
+            raise HostError(how_to_limit(wanted, facts.spending_limits))
         return []
     if there:
         if wanted is not None and there.sql != spending_limit(wanted).sql:
@@ -298,15 +305,3 @@ def plan_spending_limit(
         if wanted < 0:
             raise HostError("A spending limit is a number of dollars; 0 means no limit.")
     return [spending_limit(wanted)] if wanted else []
-
-
-def _how_to_limit(dollars: float, limits: Sequence[float | None]) -> str:
-    """What to do where the database has another spending limit, or had one: it is data by now, and no migration's."""
-    cost = f"{dollars:.2f}" if dollars else "null"
-    change = (
-        f"update autotag.quotas set max_cost = {cost} where {EVERY_WORKSPACE};"  # noqa: S608 - for people
-        if limits
-        else f"insert into autotag.quotas (scope, period, max_cost) values ('workspace', 'month', {cost});"  # noqa: S608
-    )
-    has = f"a spending limit of {limits[0]:g} dollars" if limits and limits[0] is not None else "no spending limit"
-    return f"The database has {has} now, and init does not change it (--spending-limit); run: {change}"
