@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
+from autotag.cli.options import CHOICES
 from autotag.install.adapter import FUNCTION, TEMPLATE, hash_body, render
+from autotag.install.facts import Facts, read_facts
 from autotag.install.host import Choices, Host, HostError
 from autotag.install.migrations import apply_migrations, write_migrations
 from autotag.install.preview import show_examples
@@ -35,6 +40,8 @@ SCHEMA = f"""
 FIRST = Choices(
     members_table="workspace_members", members_where="status = 'active'", where="deleted_at is null", editors="members"
 )
+
+CREW = Choices(members_table="crew", members_where="status = 'active'")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +84,9 @@ def test_new_answers_change_what_they_are_about_and_nothing_else(installed: str,
     """The table of members gets another name: the rest of what init was told holds on, and so does the project's own function."""
     assert look(installed, FIRST).change is None, "nothing new"
     run(installed, "alter table public.workspace_members rename to crew")
-    found = look(installed, Choices(members_table="crew"), tmp_path)
+    with pytest.raises(HostError, match="Set --members-where"):  # autotag cannot know that it is the same table
+        look(installed, Choices(members_table="crew"), tmp_path)
+    found = look(installed, CREW, tmp_path)
     assert str(found.host.members) == "public.crew (workspace_id, user_id) where status = 'active'"
     assert found.change
     assert [match["name"] for match in FUNCTION.finditer(found.change.sql)] == ["is_member", "adapter_answers"]
@@ -98,14 +107,16 @@ def test_new_answers_change_what_they_are_about_and_nothing_else(installed: str,
     [(name, state)] = write(found).items()
     assert state == "written"
     assert name == max(path.name for path in tmp_path.glob("*.sql"))
-    assert write(look(installed, Choices(members_table="crew"), tmp_path)) == {name: "there"}
+    assert write(look(installed, CREW, tmp_path)) == {name: "there"}
     with pytest.raises(HostError, match="is not applied yet"):
-        look(installed, Choices(members_table="crew", where="true"), tmp_path)
+        look(installed, replace(CREW, where="true"), tmp_path)
 
     run(installed, f"begin; {(tmp_path / name).read_text()}; commit")
     run(installed, "insert into supabase_migrations.schema_migrations (version, name) values"
                    f" ('{name[:14]}', '{name[15:].removesuffix('.sql')}')")  # fmt: skip
-    assert look(installed, Choices(members_table="crew"), tmp_path).change is None
+    assert look(installed, Choices(members_table="crew"), tmp_path).change is None, (
+        "the same table: its condition stays"
+    )
     next_one = look(installed, Choices(where="true"), tmp_path)
     assert next_one.change
     assert next_one.change.name == "adapter_change_2"
@@ -146,3 +157,73 @@ def test_what_would_undo_the_projects_own_work_is_refused(installed: str, choice
     with pytest.raises(HostError, match=sentence) as told:
         look(installed, choices)
     assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("where", ["true", "user_id <> workspace_id"])
+@pytest.mark.parametrize(
+    "column", ["", "status text", "deleted_at timestamptz", "banned boolean", "left_at timestamptz"]
+)
+def test_another_table_of_members_is_asked_about_like_a_first_one(
+    installed: str, where: str, column: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No condition and no name of a column goes along from the table before, and no condition is lost without a word."""
+    told = {
+        "members_table": "public.crew",
+        "members_user": "person",
+        "members_workspace": "team",
+        "members_where": where,
+    }
+
+    def read(url: str) -> Facts:
+        facts = read_facts(url)
+        assert facts.answers
+        return replace(facts, answers={**facts.answers, "choices": {**facts.answers["choices"], **told}})
+
+    monkeypatch.setattr("autotag.install.survey.read_facts", read)
+    run(
+        installed,
+        "create table public.staff (workspace_id uuid references public.workspaces, user_id uuid references auth.users,"
+        f" primary key (workspace_id, user_id){column and f', {column}'})",
+    )
+    try:
+        if column or where != "true":
+            with pytest.raises(HostError, match="Set --members-where"):
+                look(installed, Choices(members_table="staff"))
+            condition = "true"
+        else:
+            condition = None
+        named = look(installed, Choices(members_table="staff", members_where=condition))
+        assert str(named.host.members) == "public.staff (workspace_id, user_id)"
+    finally:
+        run(installed, "drop table public.staff")
+
+
+#: Option -> another value than the adapter's.
+OTHER: dict[str, Any] = {
+    "table": "workspaces", "id": "workspace_id", "workspace": "id", "owner": "workspace_id", "path": "id", "bucket": "other",
+    "full_paths": True, "object": "workspace_id", "url": "storage_path", "project_url": "https://img.shop.example",
+    "tags": "labels", "where": "id is not null", "members_table": "workspaces", "members_workspace": "user_id",
+    "members_user": "workspace_id", "members_where": "user_id is not null", "members_claim": "orgs",
+    "members_function": "private.f", "caller_claim": "sub", "file_rule": "any", "editors": "none",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", CHOICES)
+def test_no_option_is_ignored(installed: str, option: str) -> None:
+    """Another value than that of the installed adapter changes it, or `init` stops."""
+    with suppress(HostError):
+        change = look(installed, Choices(**{option: OTHER[option]})).change
+        assert change
+        assert json.dumps(OTHER[option]).strip('"').removeprefix("https://") in change.sql
+
+
+def test_a_host_that_the_environment_names_is_said(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be another project's, so it changes nothing; a further host takes none away."""
+    monkeypatch.setenv("SUPABASE_URL", "https://img.shop.example")
+    for choices in (Choices(), Choices(where="id is not null")):
+        found = look(installed, choices)
+        assert [note for note in found.notes if "autotag init --project-url https://img.shop.example adds it" in note]
+    monkeypatch.delenv("SUPABASE_URL")
+    before = look(installed, Choices(where="true")).host
+    added = look(installed, Choices(project_url="https://img.shop.example")).host
+    assert (added.storage_hosts, added.files) == ((*before.storage_hosts, "img.shop.example"), before.files)

@@ -10,10 +10,11 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
+from autotag.install.adapter import TEMPLATE, file_code, render
 from autotag.install.answers import HostError
 from autotag.install.facts import read_facts
 from autotag.install.files import find_rule, users_see_files
-from autotag.install.host import Choices, Host, propose
+from autotag.install.host import Choices, FileRule, Host, Members, propose
 from autotag.install.migrations import apply_migrations
 from autotag.install.survey import refuse_to_ask, survey
 from lab.postgres import LocalPostgres
@@ -246,6 +247,30 @@ def test_members_by_a_claim_know_no_owners(postgres: LocalPostgres, bare: str, r
         insert(url, [{"storage_path": "{u1}/a.jpg", "uploaded_by": "{u1}"}])
         with pytest.raises(HostError, match="--file-rule"):
             find(url)
+
+
+def test_no_answer_about_members_takes_a_condition_from_a_rule() -> None:
+    """Each way to say who the members are, beside each rule that was found with another: refused, or with its condition."""
+    columns = {"workspace": "workspace_id", "user": "user_id"}
+    kinds = {
+        "table": Members("public.crew", **columns), "owner": Members(owner=True),
+        "claim": Members(claim=("orgs",)), "function": Members(function="private.is_member"),
+    }  # fmt: skip
+    for (kind, members), name, uploader in itertools.product(
+        kinds.items(), ("uploader-folder", "owner"), (None, "uploaded_by", "workspace_id")
+    ):
+        host = replace(Host(), members=members)
+        host = replace(host, files=FileRule(name, ("assets",), uploader=uploader))
+        if kind == "table":
+            code = file_code(host, host.files)
+            assert "from public.crew m where m.workspace_id = a.workspace_id" in code
+            assert uploader is None or f"m.user_id = a.{uploader})" in code
+        elif (kind, uploader) == ("owner", "workspace_id"):  # the owner of a row is its workspace
+            assert "a.workspace_id::text" in file_code(host, host.files)
+        else:
+            for write in (lambda one: file_code(one, one.files), lambda one: render(TEMPLATE.read_text(), one)):
+                with pytest.raises(HostError, match="needs a table of members"):
+                    write(host)
 
 
 def test_more_buckets_than_a_rule_lists_are_no_free_choice(postgres: LocalPostgres, bare: str) -> None:

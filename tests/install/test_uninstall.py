@@ -237,7 +237,7 @@ async def test_what_is_lost_is_named_with_the_commands_that_keep_it(url: str, tm
         "2 versions of profiles",
         "1 quota.",
         "1 row of usage",
-        "1 upload that run",
+        "1 running upload",
     ):
         assert f"This is lost: {what}" in out, out
     told = json.loads((await run_command("uninstall", "--dry-run", "--json", environment=environment))[1])

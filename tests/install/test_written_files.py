@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from autotag.cli.app import app
+from autotag.install.adapter import FUNCTION
 from autotag.install.migrations import migrations
 from autotag.install.quoting import literal, read_literal
 from cli_tools import supabase
@@ -97,6 +98,9 @@ def test_answers_that_a_waiting_file_does_not_have_stop_init(url: str, folder: P
             assert "Nothing to write" not in done.output
     assert "private.is_org_member in the file, private.can_edit now" in invoke("init", url, *EDITORS).stderr
     assert before == {path: path.read_text() for path in folder.glob("*.sql")}
+
+    told = init(url, "--project-url", "https://img.shop.example")
+    assert [note for note in told["notes"] if "No rule fits the files of img.shop.example" in note]
 
     again = init(url)  # what is not named stays as the file has it
     assert again["host"]["members"] == "whom private.is_org_member(workspace) accepts"
@@ -184,6 +188,9 @@ def test_migrate_applies_the_projects_files_as_they_stand(own_url: str, folder: 
     assert done.exit_code == 0, done.output
     assert str(folder) in done.stdout
     assert members(url) == (False, True)
+    with psycopg.connect(url, autocommit=True) as connection:  # as the CLI applies a file in which git has put CRLF
+        for found in FUNCTION.finditer(path.read_text()):
+            connection.execute(found[0].replace("\n", "\r\n").encode())
 
     init(url, "--where", "id > 0")
     waiting = invoke("init", url)
@@ -194,6 +201,11 @@ def test_migrate_applies_the_projects_files_as_they_stand(own_url: str, folder: 
     assert json.loads(told.stdout)["applied"] == ["adapter_change_1"]
     assert members(url) == (False, True), "the project's own function stays"
     assert json.loads(invoke("migrate", url, "--json").stdout)["applied"] == []
+    init(url, "--spending-limit", "20")
+    assert invoke("migrate", url).exit_code == 0
+    assert invoke("init", url, "--spending-limit", "20").exit_code == 0
+    other = invoke("init", url, "--spending-limit", "5")
+    assert (other.exit_code, "update autotag.quotas set max_cost = 5.00" in other.stderr) == (2, True), other.output
     root = str(folder.parent.parent)
     assert "up to date" in supabase("db", "push", f"--remote={url}", "--yes", "--workdir", root)
 
@@ -227,13 +239,15 @@ def test_elsewhere_migrate_applies_what_init_would_write(
 
 
 RIGHTS = """
-    select p.oid::regprocedure::text, p.prosrc, pg_get_function_result(p.oid), p.proconfig, p.prosecdef, array(
-      select distinct a.grantee::regrole::text || a.privilege_type from aclexplode(p.proacl) a order by 1)
+    select p.oid::regprocedure::text, p.prosrc, pg_get_function_result(p.oid), p.proconfig, p.prosecdef,
+      p.proowner::regrole::text, array(
+        select concat_ws(' ', a.grantor::regrole, nullif(a.grantee, 0)::regrole, a.privilege_type, a.is_grantable)
+        from aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a order by 1)
     from pg_proc p where p.pronamespace = 'autotag'::regnamespace order by 1"""
 
 
 def test_the_caller_can_change_while_no_user_is_stored(own_url: str, folder: Path) -> None:
-    """The type of users' ids changes with it, there and back; functions, their rights and the columns stay the same."""
+    """The type of users' ids changes with it, there and back; functions, their owners and rights, and the columns stay the same."""
     url = own_url
     init(url, *READERS)
     assert invoke("migrate", url).exit_code == 0
@@ -246,7 +260,7 @@ def test_the_caller_can_change_while_no_user_is_stored(own_url: str, folder: Pat
             assert [row[0] for row in after] == [row[0] for row in before]
             changed = {old[0] for old, new in zip(before, after, strict=True) if old != new}
             assert changed == {"autotag.caller()", "autotag.nobody()", "autotag.adapter_answers()"}
-            assert [(old[2:]) for old in before] == [(new[2:]) for new in after], "types, settings and rights"
+            assert [(old[2:]) for old in before] == [(new[2:]) for new in after], "types, settings, owner and rights"
             found = connection.execute(
                 "select distinct format_type(t.typbasetype, null) from pg_attribute a join pg_type t on t.oid = a.atttypid"
                 " where t.typname = 'user_id'"

@@ -212,7 +212,7 @@ def facts_of(columns: dict[str, str], generated: Sequence[str] = ()) -> Facts:
 
 def test_a_spending_limit_is_asked_for_once(tmp_path: Path) -> None:
     new, installed = Facts({}, []), Facts({}, [], adapter=1)
-    limited = Facts({}, [], applied={"spending_limit": "1"})
+    limited = Facts({}, [], applied={"spending_limit": "1"}, spending_limits=[5.0])
     [limit] = plan_spending_limit(None, new, None, lambda: 12.5)
     assert "12.50" in limit.sql
     assert plan_spending_limit(None, new, None, None) == plan_spending_limit(0, new, None, lambda: 5) == []
@@ -223,6 +223,26 @@ def test_a_spending_limit_is_asked_for_once(tmp_path: Path) -> None:
     assert plan_spending_limit(5, new, tmp_path, None) == plan_spending_limit(None, new, tmp_path, None) == []
     with pytest.raises(HostError, match="has another limit"):
         plan_spending_limit(6, new, tmp_path, None)
+
+
+@pytest.mark.parametrize("applied", [{}, {"spending_limit": "1"}])
+@pytest.mark.parametrize("limits", [[], [None], [0.0], [20.0]])
+def test_another_spending_limit_than_the_databases_is_never_ignored(
+    applied: dict[str, str], limits: list[float | None]
+) -> None:
+    """Whoever set it: a migration or the project itself. 0 dollars as an option are no limit, in a quota they are a limit."""
+    facts = Facts({}, [], applied=applied, spending_limits=limits)
+    present = limits[0] if limits else None
+    for wanted in (0.0, 5.0, 20.0):
+        if (wanted or None) == present or (not wanted and present is None):
+            assert plan_spending_limit(wanted, facts, None, None) == []
+        elif applied or limits:
+            change = "update autotag.quotas set" if limits else "insert into autotag.quotas"
+            with pytest.raises(HostError, match=f"{change} .*({wanted:.2f}|null)"):
+                plan_spending_limit(wanted, facts, None, None)
+        else:
+            assert [f"{wanted:.2f}" in one.sql for one in plan_spending_limit(wanted, facts, None, None)] == [True]
+    assert plan_spending_limit(None, facts, None, None) == []
 
 
 @pytest.mark.parametrize(("width", "gone"), [(200, []), (120, ["written", "cached"]), (80, ["reasoning", "input"])])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +15,7 @@ from autotag.cli.errors import LOCAL_DATABASE, explain_install_errors
 from autotag.cli.questions import ask_spending_limit, on_terminal, show_host, survey_project
 from autotag.install import migrations
 from autotag.install.described import describe
+from autotag.install.facts import read_facts
 from autotag.install.host import Choices, HostError
 from autotag.install.survey import plan_extra, plan_spending_limit
 from autotag.install.written import Written, written_migrations
@@ -62,7 +62,7 @@ def migrate(
                 say(f"Applying the files of autotag in {files[min(files)].path.parent}, as they stand.")
             applied = migrations.apply_written(url, files)
         elif stand_alone:
-            limit = [migrations.spending_limit(spending_limit)] if spending_limit else []
+            limit = plan_spending_limit(spending_limit, read_facts(url), None, None)
             applied = migrations.apply_migrations(url, with_host_baseline=True, extra=limit)
         else:
             interactive = on_terminal() and not (yes or as_json)
@@ -107,7 +107,7 @@ def _refuse_options(files: Mapping[str, Written], choices: Choices, spending_lim
     Raises:
         HostError: there are some.
     """
-    if replace(choices, project_url=None) != Choices() or spending_limit is not None:
+    if choices != Choices() or spending_limit is not None:
         raise HostError(
             f"{files[min(files)].path.parent} has files of autotag, which this command applies as they stand; give the"
             " options to autotag init, which writes them into a file, and run autotag migrate without them."

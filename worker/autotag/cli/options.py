@@ -152,8 +152,8 @@ CallerClaim = Annotated[
 ProjectUrl = Annotated[
     str | None,
     typer.Option(
-        "--project-url", metavar="URL", envvar=["AUTOTAG_SUPABASE_URL", "SUPABASE_URL"], show_envvar=False,
-        help="The project's URL. Image URLs of its Storage are read as files.", rich_help_panel=_TABLES,
+        "--project-url", metavar="URL", rich_help_panel=_TABLES,
+        help="The project's URL, by default $SUPABASE_URL. Image URLs of its Storage are read as files.",
     ),
 ]  # fmt: skip
 #: The attributes of `Choices`, each with its option.

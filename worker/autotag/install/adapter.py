@@ -161,8 +161,20 @@ def place_code(host: Host, rule: FileRule, guard: str = "not c.too_long") -> str
     return location_code(host, as_written, guard)
 
 
+def no_members(rule: str, host: Host) -> HostError:
+    """The refusal of a rule about members where nothing lists them."""
+    return HostError(
+        f"The file rule {rule} needs a table of members (--members-table); choose another --file-rule, or write a"
+        f" function ({host.workspace_type}, text, text) that returns boolean."
+    )
+
+
 def file_code(host: Host, rule: FileRule, f: str = "f") -> str:
-    """The condition that the row ``a`` may name the file (``f.bucket``, ``f.path``)."""
+    """The condition that the row ``a`` may name the file (``f.bucket``, ``f.path``).
+
+    Raises:
+        HostError: the rule is about members, and nothing lists them.
+    """
     workspace = f"a.{quote(host.workspace)}"
     if "." in rule.name:
         return f"{table_name(rule.name)}({workspace}, {f}.bucket, {f}.path)"
@@ -170,6 +182,9 @@ def file_code(host: Host, rule: FileRule, f: str = "f") -> str:
         return "true"
     if rule.name == "workspace-bucket":
         return f"{f}.bucket = {workspace}::text"
+    own = host.members.owner and rule.uploader == host.workspace
+    if rule.name != "workspace-folder" and not (host.members.table or own):
+        raise no_members(rule.name, host)
     conditions = [f"{f}.bucket in ({', '.join(map(literal, rule.buckets))})"] if rule.buckets else []
     uploader = f"a.{quote(rule.uploader)}" if rule.uploader else ""
     if rule.name == "workspace-folder":

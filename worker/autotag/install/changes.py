@@ -8,72 +8,27 @@ never replaced.
 from __future__ import annotations
 
 import re
-from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psycopg
 
 from autotag.install.adapter import FUNCTION, TEMPLATE, hash_body, render
-from autotag.install.answers import Choices, HostError
+from autotag.install.answers import HostError
 from autotag.install.facts import Facts
-from autotag.install.host import FileRule, Host
+from autotag.install.host import Host
 from autotag.install.migrations import VERSION, Migration, version_time
 from autotag.install.user_type import SWAP, stores_users
 from autotag.install.written import Written, written_migrations
 from autotag.texts import name_some
 
 CHANGE = "adapter_change_"
-#: Choices of which one replaces the others.
-_EXCLUSIVE = (
-    ("members_table", "members_claim", "claim_form", "members_function", "owner"),
-    ("path", "object"),
-    ("workspace", "owner"),
-)
-_ABOUT_FILES = ("file_rule", "bucket", "path", "object", "url", "full_paths", "workspace", "owner")
 _HEAD = """\
 -- Changes the host adapter to new answers of `autotag init`. It replaces {names}; everything else stays as it is.
 set local lock_timeout = '1s';
 set local statement_timeout = '30s';
 set local check_function_bodies = off;
 """
-
-
-def with_remembered(choices: Choices, facts: Facts) -> Choices:
-    """The choices, with what the installed adapter was told where nothing else is chosen now.
-
-    Raises:
-        HostError: the installed adapter does not say what it was told.
-    """
-    if facts.answers is None:
-        raise HostError(
-            "The adapter does not record its answers (autotag.adapter_answers), so init cannot change them; edit its"
-            " functions in a migration of your own."
-        )
-    told = {
-        name: value for name, value in facts.answers["choices"].items() if name in {f.name for f in fields(Choices)}
-    }
-    for group in _EXCLUSIVE:
-        if any(getattr(choices, name) is not None for name in group):
-            for name in group:
-                told.pop(name, None)
-    if "members_table" not in told and choices.members_table is None:
-        for name in ("members_workspace", "members_user", "members_where"):
-            told.pop(name, None)
-    return replace(choices, **{name: value for name, value in told.items() if getattr(choices, name) is None})
-
-
-def with_kept_files(host: Host, chosen: Choices, facts: Facts) -> Host | None:
-    """The host with the file rule of the installed adapter; None: a choice is about files, so the rule is found again.
-
-    Users write the rows that a rule is found by, so another answer must not look at them again.
-    """
-    told = facts.answers
-    if told is None or any(getattr(chosen, name) is not None for name in _ABOUT_FILES):
-        return None
-    rule = FileRule(**{**told["files"], "buckets": tuple(told["files"]["buckets"])})
-    hosts = tuple(told["storage_hosts"])
-    return replace(host, files=rule, storage_hosts=hosts, users_see_files=told["users_see_files"])
 
 
 def plan_change(url: str, facts: Facts, host: Host, folder: Path | None) -> Migration | None:
@@ -96,7 +51,7 @@ def plan_change(url: str, facts: Facts, host: Host, folder: Path | None) -> Migr
     functions = {found["name"]: (found[0], hash_body(found["body"])) for found in FUNCTION.finditer(adapter)}
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
         rows = connection.execute(
-            "select p.proname::text, md5(p.prosrc) from pg_proc p"
+            "select p.proname::text, md5(replace(p.prosrc, e'\\r', '')) from pg_proc p"  # git may write CRLF
             " where p.pronamespace = 'autotag'::regnamespace and p.proname = any (%s)", (list(functions),),
         ).fetchall()  # fmt: skip
     installed = {str(name): str(found) for name, found in rows}

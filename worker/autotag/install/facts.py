@@ -20,6 +20,8 @@ from autotag.install.details import (
     read_policies,
 )
 
+EVERY_WORKSPACE = "scope = 'workspace' and period = 'month' and workspace_id is null"  # the quota with the limit
+
 
 @dataclass(frozen=True)
 class Table:
@@ -110,6 +112,8 @@ class Facts:
             argument's types, each with a sentence why autotag cannot call it (empty: it can).
         caller_functions: the project's functions that read who the caller is: name -> ``uid`` (by auth.uid()) or
             ``sub`` (by the claim of the token).
+        spending_limits: the dollars that each workspace may spend in a month, by its row in `autotag.quotas` (None: the
+            row limits images only); empty: there is no such row.
         answers: what the installed adapter was told (``autotag.adapter_answers``); None: there is none.
     """
 
@@ -125,6 +129,7 @@ class Facts:
     member_functions: dict[str, dict[str, str]] = field(default_factory=dict)
     answers: dict[str, Any] | None = None
     caller_functions: dict[str, str] = field(default_factory=dict)
+    spending_limits: list[float | None] = field(default_factory=list)
 
     def name_of(self, wanted: str) -> str:
         """The qualified name of the table that a person names, with or without its schema and quotes."""
@@ -132,6 +137,9 @@ class Facts:
         names = [name for text in (wanted, bare) for name in (text, f"public.{text}")]
         plain = bare if "." in bare else f"public.{bare}"
         return next((name for name in names if name in self.tables or name in self.views), plain)
+
+
+SPENDING = f"select max_cost::float8 from autotag.quotas where {EVERY_WORKSPACE}"  # noqa: S608 - ours
 
 
 def read_facts(url: str) -> Facts:
@@ -159,7 +167,7 @@ def read_facts(url: str) -> Facts:
             tables, buckets, applied_migrations(connection), of_storage, bool(readable),
             _file_functions(connection), _of_adapter(connection, "file_rule"), adapter_version(connection),
             views, read_member_functions(connection), _of_adapter(connection, "adapter_answers"),
-            read_caller_functions(connection),
+            read_caller_functions(connection), _column(connection, "autotag.quotas", SPENDING),
         )  # fmt: skip
 
 
@@ -199,10 +207,10 @@ def _file_functions(connection: Connection[tuple[str, ...]]) -> list[tuple[str, 
     return [(str(name), str(kind)) for name, kind in rows]
 
 
-def _column(connection: Connection[tuple[str, ...]], table: str, statement: str) -> list[str]:
+def _column(connection: Connection[tuple[Any, ...]], table: str, statement: str) -> list[Any]:
     """The first column of a statement; empty if its table does not exist."""
     row = connection.execute("select to_regclass(%s)", (table,)).fetchone()
-    return [r[0] for r in connection.execute(statement)] if row and row[0] else []
+    return [r[0] for r in connection.execute(statement.encode())] if row and row[0] else []
 
 
 def applied_migrations(connection: Connection[tuple[str, ...]]) -> dict[str, str]:

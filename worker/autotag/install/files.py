@@ -15,7 +15,7 @@ from typing import Any
 
 import psycopg
 
-from autotag.install.adapter import TEMPLATE, file_code, of_members, place_code, render
+from autotag.install.adapter import TEMPLATE, file_code, no_members, of_members, place_code, render
 from autotag.install.answers import Ask, HostError
 from autotag.install.details import Policy
 from autotag.install.evidence import CALLER, caller_code, parts_of, plain
@@ -177,10 +177,7 @@ def _wanted(wanted: str, facts: Facts, host: Host, rows: Rows) -> FileRule:
         raise HostError(f"{wanted} is not a file rule; set --file-rule to {', '.join(RULES)}, or a function.")
     found = next((fit.rule for fit in rows.fits if fit.rule.name == wanted), None)
     if found is None:
-        raise HostError(
-            f"The file rule {wanted} needs a table of members (--members-table); choose another --file-rule, or write a"
-            f" function ({host.workspace_type}, text, text) that returns boolean."
-        )
+        raise no_members(wanted, host)
     return found
 
 

@@ -54,8 +54,8 @@ def find_losses(connection: Connection[tuple[Any, ...]]) -> list[Loss]:
             commands += [f"and so on for {more} more workspaces"] if more > 0 and len(commands) > 1 else []
             found.append(Loss(_count(sum(count for _, count in rows), what), commands))
     for table, what, statement in (
-        ("jobs", "upload{s} that run", _RUNNING),
-        ("unstored", "paid answer{s} that wait for a row", _PAID),
+        ("jobs", "running upload{s}", _RUNNING),
+        ("unstored", "paid answer{s} without a row yet", _PAID),
     ):
         row = connection.execute(statement.encode()).fetchone() if _exists(connection, table) else None
         if row and row[0]:

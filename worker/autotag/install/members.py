@@ -204,7 +204,7 @@ def _ask(
         question += " --members-table; otherwise --members-claim or --owner-column."
         question += f" ({described})" if asked else ""
         answer = ask("--members-function", question, functions)
-    if _plain(answer) in functions:
+    if plain_name(answer) in functions:
         return _function(facts, table, workspace, answer)
     chosen = _chosen_table(facts, table, workspace, choices, answer)
     other = facts.tables.get(chosen.table) or facts.views[chosen.table]
@@ -223,7 +223,7 @@ def _current(chosen: Members, doubts: Sequence[str], choices: Choices, ask: Ask)
 
 
 def _function(facts: Facts, table: Table, workspace: str, wanted: str) -> Members:
-    name, kind = _plain(wanted.partition("(")[0]), table.base_type(workspace) or ""
+    name, kind = plain_name(wanted.partition("(")[0]), table.base_type(workspace) or ""
     if name not in _functions(facts, kind):
         raise HostError(
             f"There is no function {name}({kind}) that returns boolean (--members-function); it gets a workspace, and"
@@ -353,7 +353,7 @@ def _user_column(facts: Facts, other: Table, workspace: str | None, choices: Cho
     return next(iter([*keyed, *named, *referring, *owners]), None)
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A qualified name without quotes."""
     bare = name.replace('"', "").strip()
     return bare if "." in bare else f"public.{bare}"

@@ -15,7 +15,7 @@ from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_ra
 from autotag.install.adapter import TEMPLATE as TEMPLATE
 from autotag.install.adapter import render
 from autotag.install.answers import HostError
-from autotag.install.facts import adapter_version, applied_migrations
+from autotag.install.facts import EVERY_WORKSPACE, adapter_version, applied_migrations
 from autotag.install.host import Host
 from autotag.install.quoting import quote, table_name
 from autotag.install.written import HOST_ADAPTER as HOST_ADAPTER
@@ -110,6 +110,18 @@ def _planned(adapter: int | None, extra: Sequence[Migration], *, with_host_basel
 def spending_limit(dollars: float) -> Migration:
     """The migration that limits what each workspace may spend in a month. It is the last to apply."""
     return Migration("20261128999999", SPENDING_LIMIT, SPENDING_LIMIT_SQL.replace("DOLLARS", f"{dollars:.2f}"))
+
+
+def how_to_limit(dollars: float, limits: Sequence[float | None]) -> str:
+    """What to do where the database has another spending limit, or had one: it is data by now, and no migration's."""
+    cost = f"{dollars:.2f}" if dollars else "null"
+    change = (
+        f"update autotag.quotas set max_cost = {cost} where {EVERY_WORKSPACE};"  # noqa: S608 - for people
+        if limits
+        else f"insert into autotag.quotas (scope, period, max_cost) values ('workspace', 'month', {cost});"  # noqa: S608
+    )
+    has = f"a spending limit of {limits[0]:g} dollars" if limits and limits[0] is not None else "no spending limit"
+    return f"The database has {has} now, and init does not change it (--spending-limit); run: {change}"
 
 
 def profile_versions(host: Host) -> Migration:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from psycopg.conninfo import conninfo_to_dict
@@ -13,6 +15,7 @@ from autotag.install.answers import HostError
 
 REF = re.compile(r"[a-z0-9]{16,24}")
 LOCAL_PORT = "54322"  # of the database of `supabase start`
+ENVIRONMENT = ("AUTOTAG_SUPABASE_URL", "SUPABASE_URL")  # names the project's URL, if no option does
 LOCAL_HOSTS = ("127.0.0.1:54321", "localhost:54321")
 
 
@@ -21,13 +24,14 @@ def storage_hosts(database_url: str, project_url: str | None, folder: Path | Non
 
     Args:
         database_url: connection URL of the database's owner.
-        project_url: such as ``https://<ref>.supabase.co``; None: not given.
+        project_url: such as ``https://<ref>.supabase.co``; None: not given, so the environment may name it.
         folder: the project's migrations; None: there is no folder.
 
     Raises:
         HostError: ``project_url`` is not the URL of an API.
     """
-    hosts = [_host_of(project_url)] if project_url else []
+    named = project_url or _in_environment()
+    hosts = [host_of(named)] if named else []
     linked = folder.parent / ".temp" / "project-ref" if folder else None
     refs = [linked.read_text("utf-8").strip()] if linked and linked.is_file() else []
     server = conninfo_to_dict(database_url)
@@ -40,6 +44,26 @@ def storage_hosts(database_url: str, project_url: str | None, folder: Path | Non
     if _is_local(server):
         hosts += LOCAL_HOSTS
     return tuple(dict.fromkeys(hosts))
+
+
+def note_on_environment(answers: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """A note where the environment names a host that an adapter does not know. Only an option changes the adapter: the
+    environment may be that of another project.
+
+    Args:
+        answers: what the adapter was told; None: there is no adapter yet.
+    """
+    named = _in_environment()
+    if answers is None or not named or host_of(named) in answers["storage_hosts"]:
+        return ()
+    return (
+        f"SUPABASE_URL is {named}, and the adapter does not read URLs of that host as files;"
+        f" autotag init --project-url {named} adds it.",
+    )
+
+
+def _in_environment() -> str | None:
+    return next((value for name in ENVIRONMENT if (value := os.environ.get(name))), None)
 
 
 def push_command(database_url: str) -> str:
@@ -60,7 +84,12 @@ def _is_local(server: Mapping[str, object]) -> bool:
     return server.get("host") in ("127.0.0.1", "localhost") and str(server.get("port")) == LOCAL_PORT
 
 
-def _host_of(url: str) -> str:
+def host_of(url: str) -> str:
+    """The host of a project's URL.
+
+    Raises:
+        HostError: it is not the URL of an API.
+    """
     parts = urlsplit(url.strip())
     host = (parts.netloc.rpartition("@")[2]).lower().removesuffix(":443")
     if parts.scheme not in ("http", "https") or not re.fullmatch(r"[a-z0-9.-]+(:\d+)?|\[[0-9a-f:]+\](:\d+)?", host):

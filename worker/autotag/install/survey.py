@@ -12,14 +12,22 @@ from typing import Any
 
 from autotag.install.adapter import record_answers
 from autotag.install.callers import note_on_tokens, with_caller
-from autotag.install.changes import plan_change, with_kept_files, with_remembered
+from autotag.install.changes import plan_change
 from autotag.install.conditions import check_condition, check_tags, check_users
 from autotag.install.evidence import users_join, writes_unchecked
 from autotag.install.facts import Facts, read_facts
 from autotag.install.files import find_full_paths, find_rule, users_see_files
 from autotag.install.host import Ask, Choices, FileRule, Host, HostError, notes_on_rows, notes_on_tags, propose
-from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, Migration, profile_versions, spending_limit
-from autotag.install.origin import storage_hosts
+from autotag.install.migrations import (
+    HOST_ADAPTER,
+    SPENDING_LIMIT,
+    Migration,
+    how_to_limit,
+    profile_versions,
+    spending_limit,
+)
+from autotag.install.origin import note_on_environment, storage_hosts
+from autotag.install.remembered import all_hosts, check_lost, forgotten, told_answers, with_kept_files, with_remembered
 from autotag.install.rights import note_on_storage, note_on_updates
 from autotag.install.written import Written, check_answers, edited_functions, recorded_answers, written_migrations
 from autotag.texts import name_some
@@ -70,15 +78,18 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
     """
     facts = read_facts(url)
     files = written_migrations(folder)
-    if HOST_ADAPTER in facts.applied and replace(choices, project_url=None) == Choices():
+    if HOST_ADAPTER in facts.applied and choices == Choices():
         return _kept(facts, choices, files)
     waiting = files.get(HOST_ADAPTER) if facts.adapter is None else None
     if waiting:  # its file is never overwritten, so its answers are those of an adapter that is installed
         facts = replace(facts, answers=recorded_answers(waiting.sql))
-    chosen = choices
+    chosen, told, lost, asked = choices, dict[str, Any](), set[str](), set[str]()
     if facts.adapter is not None or waiting:
-        choices = with_remembered(choices, facts)
-    host = with_caller(url, facts, propose(facts, choices, ask), choices, ask)
+        told = told_answers(facts)
+        lost = forgotten(choices, told, facts)
+        choices = with_remembered(choices, told, lost)
+    noting = _noting(ask, asked)
+    host = with_caller(url, facts, propose(facts, choices, noting), choices, noting)
     _check_host(url, facts, host)
     if choices.full_paths is None:
         host = replace(host, full_paths=find_full_paths(url, host))
@@ -86,25 +97,44 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
     if kept := with_kept_files(host, chosen, facts):
         host = kept
     else:
-        hosts = storage_hosts(url, choices.project_url, folder)
-        host, notes = _find_files(url, facts, replace(host, storage_hosts=hosts), choices, ask, may_ask=may_ask)
+        known = replace(facts, file_rule=None) if "file_rule" in lost else facts
+        hosts = all_hosts(facts, chosen, storage_hosts(url, choices.project_url, folder))
+        host, notes = _find_files(url, known, replace(host, storage_hosts=hosts), choices, noting, may_ask=may_ask)
         host = replace(host, users_see_files=host.names_files and users_see_files(facts, host.files))
-    notes += (
-        *notes_on_rows(facts.tables[host.table], host),
-        *notes_on_tags(facts, host),
-        *_notes_on_trust(facts, host),
-    )
-    notes += (*note_on_updates(facts, host), *note_on_tokens(facts, host), *note_on_storage(facts, host))
-    if facts.adapter is not None and HOST_ADAPTER not in facts.applied:
-        notes += (
-            "The database has autotag's adapter, but not in its migration history (supabase_migrations). After you have"
-            " compared the files with it, mark them: supabase migration repair --status applied <versions>.",
-        )
+    if facts.adapter is not None:
+        check_lost(host, told, lost, asked, facts)
+    notes += _notes(facts, host)
     if waiting and facts.answers:
         check_answers(waiting, facts.answers, record_answers(host))
         notes += _notes_on_edits(waiting, facts.answers)
     change = plan_change(url, facts, host, folder) if facts.adapter is not None else None
     return Survey(facts, host, False, notes, change, waiting)
+
+
+def _noting(ask: Ask, asked: set[str]) -> Ask:
+    """The same, and adds each option that it asks for to ``asked``."""
+
+    def noting(option: str, question: str, answers: Sequence[str]) -> str:
+        asked.add(option)
+        return ask(option, question, answers)
+
+    return noting
+
+
+def _notes(facts: Facts, host: Host) -> tuple[str, ...]:
+    """What a person should know about a host."""
+    notes = (
+        *notes_on_rows(facts.tables[host.table], host), *notes_on_tags(facts, host), *_notes_on_trust(facts, host),
+        *note_on_updates(facts, host), *note_on_tokens(facts, host), *note_on_storage(facts, host),
+        *note_on_environment(facts.answers),
+    )  # fmt: skip
+    if facts.adapter is None or HOST_ADAPTER in facts.applied:
+        return notes
+    return (
+        *notes,
+        "The database has autotag's adapter, but not in its migration history (supabase_migrations). After you have"
+        " compared the files with it, mark them: supabase migration repair --status applied <versions>.",
+    )
 
 
 def _kept(facts: Facts, choices: Choices, files: Mapping[str, Written]) -> Survey:
@@ -113,7 +143,8 @@ def _kept(facts: Facts, choices: Choices, files: Mapping[str, Written]) -> Surve
         host = propose(facts, choices, _first_answer)
     except HostError:
         host = Host()
-    notes = [
+    notes = [*note_on_environment(facts.answers)]
+    notes += [
         f"{file.path.name} is not applied yet: supabase db push or autotag migrate applies it."
         for name, file in files.items()
         if name not in facts.applied
@@ -163,7 +194,7 @@ def _find_files(
                 " fetched like others (AUTOTAG_IMAGE_HOSTS). Set --file-rule to read them through Storage."
             )
             rule = find_rule(url, facts, plain, wanted, ask, may_ask=may_ask)
-            return replace(plain, files=rule), (note,) if host.url else ()
+            return replace(plain, files=rule), (note,) if host.url or choices.project_url else ()
     return replace(host, files=find_rule(url, facts, host, wanted, ask, may_ask=may_ask)), ()
 
 
@@ -254,10 +285,13 @@ def plan_spending_limit(
         ask: asks a person for ``wanted`` at the first installation; None: no person is there.
 
     Raises:
-        HostError: the answer is negative.
+        HostError: the answer is negative, or the database or a file has another limit.
     """
     there = written_migrations(folder).get(SPENDING_LIMIT)
-    if SPENDING_LIMIT in facts.applied:
+    if SPENDING_LIMIT in facts.applied or facts.spending_limits:
+        present = next(iter(facts.spending_limits), None)
+        if wanted is not None and (present != round(wanted, 2) if wanted else present is not None):
+            raise HostError(how_to_limit(wanted, facts.spending_limits))
         return []
     if there:
         if wanted is not None and there.sql != spending_limit(wanted).sql:

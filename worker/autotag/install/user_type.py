@@ -6,7 +6,8 @@ from typing import Any
 
 from psycopg import Connection
 
-#: The type is part of signatures, so the functions that have it are made again, with their rights.
+#: The type is part of signatures, so the functions that have it are made again, with their owners and rights. An
+#: owner needs `create` on the schema for the moment in which it gets a function.
 SWAP = """
 -- The ids of users become {kind}. None is stored yet.
 do $swap$
@@ -15,12 +16,21 @@ declare
   v_drop text[]; v_create text[]; v_rights text[]; v_column record; v_stored boolean; v_statement text;
 begin
   select array_agg('drop function ' || p.oid::regprocedure), array_agg(pg_get_functiondef(p.oid)),
-    array_agg(format('revoke all on function %s from public, anon, authenticated, service_role', p.oid::regprocedure)
-      || (select coalesce(string_agg(format('; grant execute on function %s to %s', p.oid::regprocedure,
-            case a.grantee when 0 then 'public' else a.grantee::regrole::text end), ''), '')
-          from aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a where a.grantee <> p.proowner))
+    array_agg(
+      case when p.proowner = current_user::regrole then ''
+        when has_schema_privilege(p.proowner, p.pronamespace, 'create') then format('%s; ', g.give)
+        else format('grant create on schema %1$s to %2$s; %3$s; revoke create on schema %1$s from %2$s; ',
+          p.pronamespace::regnamespace, p.proowner::regrole, g.give) end
+      || format('revoke all on function %s from public, anon, authenticated, service_role, %s', g.name,
+        p.proowner::regrole)
+      || (select coalesce(string_agg(format('; grant execute on function %s to %s%s', g.name,
+            case a.grantee when 0 then 'public' else a.grantee::regrole::text end,
+            case when a.is_grantable then ' with grant option' end), ''), '')
+          from aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a))
   into v_drop, v_create, v_rights
   from pg_proc p
+  cross join lateral (select p.oid::regprocedure::text as name,
+    format('alter function %s owner to %s', p.oid::regprocedure, p.proowner::regrole) as give) g
   where exists (
     select from pg_depend d where d.classid = 'pg_proc'::regclass and d.objid = p.oid
       and d.refclassid = 'pg_type'::regclass and d.refobjid = any (v_types));
