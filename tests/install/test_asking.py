@@ -153,6 +153,7 @@ def test_ctrl_c_while_it_starts_is_no_traceback(tmp_path: Path) -> None:
                     "class Stop:\n"
                     "    def find_spec(self, name, *_):\n"
                     "        if name == 'autotag.cli.app':\n"
+                    "            signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
                     "            signal.raise_signal(signal.SIGINT)\n"
                     "sys.meta_path.insert(0, Stop())\n")  # fmt: skip
     done = subprocess.run(
