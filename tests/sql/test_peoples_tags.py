@@ -551,6 +551,30 @@ def test_a_given_tag_takes_the_new_name(library: Library) -> None:
     assert library.run("kitty") == []
 
 
+def set_mode(library: Library, mode: str) -> None:
+    library.row.sql("select autotag.save_profile(%s::uuid, %s)", WORKSPACE, json.dumps({"vocabulary_mode": mode}))
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_names_hold_when_the_vocabulary_no_longer_decides(library: Library, typed: bool) -> None:
+    """In the mode `open`, a model's tags stay as they are, and a vocabulary still says which of them are one tag."""
+    library.know({"tag": "Cat", "aliases": ["kitty"]}, {"tag": "Mountain"}, {"tag": "dog"})
+    if typed:
+        library.row.edit(["kitty", "mountains"])
+        library.run()
+        expected = ["kitty", "mountains", "sunny", "dogs"]
+    else:
+        assert library.run("kitty", "mountain", "dog") == ["Cat", "Mountain", "dog"]
+        library.row.edit(["dog"])
+        expected = ["dogs", "sunny"]
+    set_mode(library, "open")
+    for answer in ("kitty", "cat", "mountains", "Mountain", "mountain"):
+        assert set(library.run(answer, "sunny", "dogs")) == set(expected), answer
+    if typed:
+        library.row.edit([])
+        assert library.run("cat", "mountain") == []
+
+
 def test_a_name_of_an_own_entry_is_no_name_of_a_general_one(library: Library) -> None:
     library.row.sql(
         "select autotag.edit_vocabulary(null, %s, '{}', true)", json.dumps([{"tag": "Animal", "aliases": ["pet"]}])
