@@ -68,11 +68,18 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_table text := autotag.image_table()::text;
+  v_reads text := autotag.may_read_images('authenticated');
+  v_secure boolean := (select c.relrowsecurity from pg_class c where c.oid = autotag.image_table());
 begin
+  if v_reads = 'columns' and v_secure then
+    return autotag.finding('rows', 'warning',
+      format('Signed-in users may read columns of %s, but not its ids, so which rows they see cannot be found out, and they may tag no image.', v_table),
+      format('grant select (%I) on %s to authenticated;', autotag.adapter_answers() #>> '{choices,id}', v_table));
+  end if;
   return autotag.finding('rows', 'ok', case
-    when not autotag.may_read_images('authenticated')
+    when v_reads is null
       then format('Signed-in users have no privilege to read %s, so members may tag every image of their workspace.', v_table)
-    when not (select c.relrowsecurity from pg_class c where c.oid = autotag.image_table())
+    when not v_secure
       then format('Row level security of %s is off, so members may tag every image of their workspace.', v_table)
     else format('Members may tag the images whose rows they see under row level security of %s.', v_table) end);
 end $$;

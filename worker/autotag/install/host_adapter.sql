@@ -242,7 +242,8 @@ begin
 end $$;
 
 -- For each image the mark of its file, if the caller may see that file; this runs as the caller, under row level security. A
--- zero mark: they may not, or the file does not exist (yet), which looks the same. Null: not checked.
+-- zero mark: they may not, or the file does not exist (yet), which looks the same. Null: not checked. An error of a policy can have
+-- parts of any file's name, so it is not passed on.
 create or replace function autotag.visible_file_marks(p_asset_ids autotag.asset_id[]) returns uuid[]
 language plpgsql stable set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -259,25 +260,48 @@ begin
       else '00000000-0000-0000-0000-000000000000'::uuid end
     from unnest(p_asset_ids) with ordinality a (id, i) left join files f on f.asset_id = a.id
     order by a.i);
+exception when others or assert_failure then
+  perform autotag.check_caller();
+  raise exception using errcode = 'PT403', detail = '{"code": "unreadable_files"}',
+    message = format('Whether you may see the files of these images could not be found out (error %s).', sqlstate),
+    hint = 'Ask who runs this project: reading storage.objects fails in your name, by its policies or privileges.';
 end $$;
 
--- Whether a role has the privilege to read the ids of your images; which rows it sees is another matter (visible_assets).
-create or replace function autotag.may_read_images(p_role name) returns boolean
+-- What a role may read of the table of images: nothing (null), its `columns` without the ids, or its `ids`. Which rows it sees is another
+-- matter (visible_assets).
+create or replace function autotag.may_read_images(p_role name) returns text
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
-  select has_schema_privilege(p_role, c.relnamespace, 'usage') and has_column_privilege(p_role, c.oid, {{ id_literal }}, 'select')
+  select case when not has_schema_privilege(p_role, c.relnamespace, 'usage') then null
+    when has_column_privilege(p_role, c.oid, {{ id_literal }}, 'select') then 'ids'
+    when has_any_column_privilege(p_role, c.oid, 'select') then 'columns' end
   from pg_class c where c.oid = autotag.image_table()
 $$;
 
--- Whether the caller, who acts as this role, has to see the rows of images to tag them.
+-- Whether the caller, who acts as this role, has to see the rows of images to tag them. Raises if they have, but may not read the ids,
+-- because then nobody can ask in their name.
 create or replace function autotag.has_to_see(p_role name) returns boolean
-language sql stable security definer set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
-  select not autotag.is_service() and autotag.may_read_images(p_role)
-$$;
+declare
+  v_reads text := autotag.may_read_images(p_role);
+begin
+  if autotag.is_service() or v_reads is null then
+    return false;
+  elsif v_reads = 'columns' then
+    if not (select c.relrowsecurity from pg_class c where c.oid = autotag.image_table()) then
+      return false;
+    end if;
+    perform autotag.check_caller();
+    perform autotag.refuse(403, 'unreadable_rows',
+      format('Which images you see could not be found out: you may read columns of %s, but not its ids.', autotag.image_table()),
+      format('Ask who runs this project to grant that: grant select (%I) on %s to %I;', {{ id_literal }}, autotag.image_table(), p_role));
+  end if;
+  return true;
+end $$;
 
 -- Those of these images whose rows the caller can read, in their order; this runs as the caller, so your policies decide, and the
--- rights of a view. All of them if the caller is a service, or has no privilege to read the table at all, because then only your
+-- rights of a view. All of them if the caller is a service, or has no privilege to read any column of the table, because then only your
 -- server shows images to users: membership alone decides.
 create or replace function autotag.visible_assets(p_asset_ids autotag.asset_id[]) returns autotag.asset_id[]
 language plpgsql stable set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -287,14 +311,16 @@ begin
   if not autotag.has_to_see(current_user) then
     return p_asset_ids;
   end if;
-  return array(
-    select a.id from unnest(p_asset_ids) with ordinality a (id, i)
-    where a.id in (select t.{{ id }} from {{ table }} t where t.{{ id }} = any (p_asset_ids)) order by a.i);
-exception when others or assert_failure then
-  perform autotag.check_caller();
-  raise exception using errcode = 'PT403', detail = '{"code": "unreadable_rows"}',
-    message = 'Whether you may see these images could not be found out: ' || sqlerrm,
-    hint = 'Ask who runs this project: reading the table of images fails in your name, by its policies or privileges.';
+  begin
+    return array(
+      select a.id from unnest(p_asset_ids) with ordinality a (id, i)
+      where a.id in (select t.{{ id }} from {{ table }} t where t.{{ id }} = any (p_asset_ids)) order by a.i);
+  exception when others or assert_failure then
+    perform autotag.check_caller();
+    raise exception using errcode = 'PT403', detail = '{"code": "unreadable_rows"}',
+      message = 'Whether you may see these images could not be found out: ' || sqlerrm,
+      hint = 'Ask who runs this project: reading the table of images fails in your name, by its policies or privileges.';
+  end;
 end $$;
 
 -- The next images of a workspace that are not being tagged and that the row filter does not leave out, by id after p_after.
