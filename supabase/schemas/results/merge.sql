@@ -148,6 +148,39 @@ begin
     where t.tag <> all (v_given) and t.key not in (select k from unnest(v_keys) k where k is not null))), v_given, v_added, v_removed);
 end $$;
 
+-- The memory of a row as it is after its tags were stored, because triggers of the host can change what autotag writes. p_tags: the texts
+-- in the column; null: it is too large. A tag that was stored and is not there was not given, and no person removed it. One that is spelled
+-- in another way than it was given is given as it is spelled. What else is there is a person's. Null: the memory is right as it is.
+create or replace function autotag.kept_tags(p_tags text[], p_memory jsonb) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_given text[] := autotag.recall_tags(p_memory, 'given');
+  v_added text[] := autotag.recall_tags(p_memory, 'added');
+  v_given_keys text[];
+  v_lost text[];               -- the keys of people's tags that are not there as they were spelled
+  v_named text[];              -- the tags with a confidence
+begin
+  if p_tags is null or v_given || v_added <@ p_tags or jsonb_typeof(p_memory -> 'confidence') is distinct from 'object' then
+    return null;
+  end if;
+  v_given_keys := autotag.tag_keys(v_given);
+  v_lost := autotag.tag_keys(array(select a from unnest(v_added) a where a <> all (p_tags)));
+  select coalesce(array_agg(t.tag order by t.i) filter (where t.given), '{}'), array_agg(t.tag order by t.i) filter (where not t.given)
+  into v_given, v_added
+  from (
+    select u.tag, u.i, u.tag <> all (v_added) and u.key = any (v_given_keys) and u.key <> all (v_lost)
+      and count(*) over (partition by u.tag) = 1 as given
+    from unnest(p_tags, autotag.tag_keys(p_tags)) with ordinality u (tag, key, i) where u.tag <> '') t;
+  v_named := array(select jsonb_object_keys(p_memory -> 'confidence'));
+  return autotag.remember_tags(p_memory - '{added,removed}'::text[] || jsonb_build_object('confidence', (
+      select coalesce(jsonb_object_agg(coalesce(g.tag, c.tag), p_memory -> 'confidence' -> c.tag), '{}')
+      from unnest(v_named, autotag.tag_keys(v_named)) c (tag, key)
+      left join unnest(v_given, autotag.tag_keys(v_given)) g (tag, key) on g.key = c.key
+      where c.key = any (autotag.tag_keys(p_tags)))),
+    v_given, v_added, autotag.recall_tags(p_memory, 'removed'));
+end $$;
+
 -- An answer without its tags, with the three lists.
 create or replace function autotag.remember_tags(p_answer jsonb, p_given text[], p_added text[], p_removed text[]) returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp

@@ -385,9 +385,26 @@ as $$
     'tags', (select coalesce(jsonb_object_agg(c.tag, c.images), '{}') from counted c where length(c.tag) between 1 and 50))
 $$;
 
+-- What the rows of images have: the texts in their tags (null: too large to be read), what autotag remembers, and what they show.
+create or replace function autotag.stored_tags(p_asset_ids autotag.asset_id[])
+returns table (asset_id autotag.asset_id, tags text[], result jsonb, stage text, error text)
+language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+begin
+  return query
+    select a.{{ id }}::autotag.asset_id,
+      case when coalesce(pg_column_size(a.{{ tags }}), 0) <= 65536 then array(
+        select t.tag #>> '{}' from jsonb_path_query({{ tags_json }}, 'strict $[*] ? (@.type() == "string")', '{}', true)
+          with ordinality t (tag, i) order by t.i) end,
+      case when pg_column_size(a.{{ result }}) <= 200000 then a.{{ result }} end, a.tagging_stage, a.tagging_error
+    from {{ table }} a where a.{{ id }} = any (p_asset_ids);
+end $$;
+
 -- Stores the tags and everything else about finished images of a workspace, in one update per row. What a person typed stays, and
 -- what a person removed stays away (autotag.merge_tags). The update compares the row as it finds it, so an edit that commits while it
--- waits counts. Values too large to be compared are not read: a value's header has its size. Returns the images whose rows it wrote. A
+-- waits counts. Values too large to be compared are not read: a value's header has its size. If the table has triggers on update, it then
+-- looks at what they left: a row that shows nothing of this was not written, and the memory has only tags that are there (kept_tags; the
+-- triggers run once more if it changes). Returns the images whose rows it wrote. A
 -- row that has moved to another workspace gets nothing, because it may be another image; nor does one whose picture is not the one
 -- that the model saw. p_results[i] and p_marks[i] belong to p_asset_ids[i]: {tags: [tag, …], confidence: {tag: 0 to 1}, caption,
 -- model}, with normalized tags, each with a key of its own (clean_result), the most confident first; and the picture's mark (describe_assets; null: any).
@@ -398,6 +415,7 @@ language plpgsql security definer set search_path = pg_catalog, public, extensio
 as $$
 declare
   v_written autotag.asset_id[];
+  v_kept jsonb[];              -- what these rows have to remember instead; null: nothing else
 begin
   with written as (
     update {{ table }} a
@@ -418,6 +436,14 @@ begin
     returning a.{{ id }} as id
   )
   select array_agg(w.id) into v_written from written w;
+  if v_written is not null and exists (
+      select from pg_trigger t where t.tgrelid = {{ table_literal }}::regclass and not t.tgisinternal and t.tgtype & 16 <> 0) then
+    select array_agg(s.asset_id), array_agg(case when s.error is null then autotag.kept_tags(s.tags, s.result) end) into v_written, v_kept
+    from autotag.stored_tags(v_written) s join unnest(p_asset_ids, p_results) r (asset_id, result) on r.asset_id = s.asset_id
+    where s.stage = 'completed' or s.result -> 'caption' = r.result -> 'caption';
+    update {{ table }} a set {{ result }} = k.result
+    from unnest(v_written, v_kept) k (asset_id, result) where a.{{ id }} = k.asset_id and k.result is not null;
+  end if;
   return v_written;
 end $$;
 
