@@ -155,15 +155,18 @@ create or replace function autotag.kept_tags(p_tags text[], p_memory jsonb) retu
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_given text[] := autotag.recall_tags(p_memory, 'given');
-  v_added text[] := autotag.recall_tags(p_memory, 'added');
+  v_given text[];
+  v_added text[];
   v_given_keys text[];
   v_lost text[];               -- the keys of people's tags that are not there as they were spelled
   v_named text[];              -- the tags with a confidence
 begin
-  if p_tags is null or v_given || v_added <@ p_tags or jsonb_typeof(p_memory -> 'confidence') is distinct from 'object' then
+  if ((p_memory -> 'given') || coalesce(p_memory -> 'added', '[]') <@ to_jsonb(p_tags)) is not false
+    or jsonb_typeof(p_memory -> 'confidence') is distinct from 'object' then
     return null;
   end if;
+  v_given := autotag.recall_tags(p_memory, 'given');
+  v_added := autotag.recall_tags(p_memory, 'added');
   v_given_keys := autotag.tag_keys(v_given);
   v_lost := autotag.tag_keys(array(select a from unnest(v_added) a where a <> all (p_tags)));
   select coalesce(array_agg(t.tag order by t.i) filter (where t.given), '{}'), array_agg(t.tag order by t.i) filter (where not t.given)
