@@ -10978,7 +10978,7 @@ create or replace function public.enqueue_tagging(asset_ids autotag.keys.asset_i
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_visible autotag.keys.asset_ids%type;
+  v_visible asset_ids%type;
 begin
   perform autotag.check_image_count(cardinality(asset_ids));   -- before any function reads that many
   v_visible := autotag.visible_assets(asset_ids);
