@@ -2312,7 +2312,7 @@ declare
   v_profile autotag.profiles := autotag.profile_of(p_workspace_id);
 begin
   if v_profile.vocabulary_mode = 'open' then
-    return p_results;
+    return case when autotag.has_vocabulary(p_workspace_id) then autotag.name_tags(p_workspace_id, p_results) else p_results end;
   end if;
   return autotag.match_tags(p_workspace_id, p_results, v_profile.vocabulary_mode, v_profile.add_parents);
 end $$;
@@ -2369,6 +2369,30 @@ begin
     select r.result || jsonb_build_object('tags', coalesce(m.tags, '[]'), 'confidence', coalesce(m.sure, '{}'),
       'names', coalesce(m.names, '{}')) || case when m.above is null then '{}' else jsonb_build_object('above', m.above) end
     from unnest(p_results) with ordinality r (result, i) left join matched m on m.i = r.i order by r.i);
+end $$;
+
+-- Results whose tags stay as they are (the mode `open`), with `names` as in match_tags(): a tag that the vocabulary knows is also known by
+-- the other names that it has there.
+create or replace function autotag.name_tags(p_workspace_id autotag.workspace_id, p_results jsonb[]) returns jsonb[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set jit = off
+as $$
+declare
+  v_known autotag.known_tag[] := autotag.know_tags(p_workspace_id, array(
+    select distinct t.tag from unnest(p_results) r cross join lateral jsonb_array_elements_text(r -> 'tags') t (tag)));
+begin
+  if v_known = '{}' then
+    return p_results;
+  end if;
+  return array(
+    with names as materialized (
+      select k.given, jsonb_agg(n.key) as keys
+      from unnest(v_known, autotag.tag_keys(array(select x.given from unnest(v_known) x))) k (given, id, key) cross join lateral (
+        select f.key from autotag.names_of(p_workspace_id, array[k.id]) f union select k.key) n
+      group by k.given
+    )
+    select r.result || jsonb_build_object('names', coalesce((
+      select jsonb_object_agg(n.given, n.keys) from names n where r.result -> 'tags' ? n.given), '{}'))
+    from unnest(p_results) with ordinality r (result, i) order by r.i);
 end $$;
 
 -- The keys of all names that these entries have for a workspace: of general ones, not those that are names of the workspace's own.
@@ -8006,8 +8030,8 @@ begin
   return (select count(distinct k) = count(*) from unnest(autotag.tag_keys(array(select jsonb_array_elements_text(p_tags)))) k);
 end $$;
 
--- Tags of the vocabulary that words of people stand for, also because they are nearly the same (know_tags). p_names: those that an
--- answer gives (match_tags); p_keys: the words' keys. Only words that begin like a name are looked up.
+-- The keys of the vocabulary's tags that words of people stand for, also because they are nearly the same (know_tags). p_names: those that
+-- an answer gives (match_tags); p_keys: the words' keys. Only words that begin like a name are looked up.
 create or replace function autotag.near_tags(p_workspace_id autotag.workspace_id, p_names jsonb, p_keys text[]) returns text[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -8023,7 +8047,7 @@ begin
   if v_keys = '{}' then
     return array[]::text[];
   end if;
-  return array(select v.tag from unnest(autotag.know_tags(p_workspace_id, v_keys)) k join autotag.vocabulary v on v.id = k.id);
+  return array(select v.key from unnest(autotag.know_tags(p_workspace_id, v_keys)) k join autotag.vocabulary v on v.id = k.id);
 end $$;
 
 -- A list of the memory; empty if the memory is not as merge_tags() leaves it.
@@ -8051,10 +8075,10 @@ begin
   if p_answer -> 'above' is null or p_removed = '{}' then
     return v_tags;
   end if;
-  v_gone := autotag.near_tags(p_workspace_id, p_answer -> 'names', p_removed);
+  v_gone := p_removed || autotag.near_tags(p_workspace_id, p_answer -> 'names', p_removed);
   v_gone := array(
     select t.tag from unnest(v_tags, autotag.tag_keys(v_tags)) t (tag, key)
-    where (t.key = any (p_removed) or p_answer -> 'names' -> t.tag ?| p_removed or t.tag = any (v_gone))
+    where (t.key = any (p_removed) or p_answer -> 'names' -> t.tag ?| v_gone)
       and (t.key = any (p_there)) is not true);
   return array(
     select t.tag from unnest(v_tags) with ordinality t (tag, i)
@@ -8080,8 +8104,7 @@ declare
   v_answer text[];
   v_answer_keys text[];
   v_names jsonb := coalesce(p_answer -> 'names', '{}');
-  v_taken text[];              -- the keys of people's tags, and of those that they removed …
-  v_near text[];               -- … and tags of the vocabulary that are nearly the same
+  v_taken text[];              -- the keys of people's tags, of those that they removed, and of what is nearly the same in the vocabulary
 begin
   v_removed := array(
     select k from unnest(autotag.tag_keys(
@@ -8099,16 +8122,52 @@ begin
       u.tag in (select unnest(v_given)) and count(*) over (partition by u.tag) = 1 as given
     from unnest(p_tags, v_keys) with ordinality u (tag, key, i) where u.tag <> '') t;
   v_taken := v_taken || v_removed;
-  v_near := autotag.near_tags(p_workspace_id, v_names, v_taken);
+  v_taken := v_taken || autotag.near_tags(p_workspace_id, v_names, v_taken);
   fresh := array(
     select (array_agg(t.tag order by t.i))[1] from unnest(v_answer, v_answer_keys) with ordinality t (tag, key, i)
     where t.key not in (select k from unnest(v_kept || v_removed) k where k is not null)
-      and (v_names -> t.tag ?| v_taken) is not true and t.tag <> all (v_near) and (p_longest is null or length(t.tag) <= p_longest)
+      and (v_names -> t.tag ?| v_taken) is not true and (p_longest is null or length(t.tag) <= p_longest)
     group by t.key order by min(t.i));
   v_given := v_given || fresh;
   result := autotag.remember_tags(p_answer || jsonb_build_object('confidence', (p_answer -> 'confidence') - array(
     select t.tag from unnest(v_answer, v_answer_keys) t (tag, key)
     where t.tag <> all (v_given) and t.key not in (select k from unnest(v_keys) k where k is not null))), v_given, v_added, v_removed);
+end $$;
+
+-- The memory of a row as it is after its tags were stored, because triggers of the host can change what autotag writes. p_tags: the texts
+-- in the column; null: it is too large. A tag that was stored and is not there was not given, and no person removed it. One that is spelled
+-- in another way than it was given is given as it is spelled. What else is there is a person's. Null: the memory is right as it is.
+create or replace function autotag.kept_tags(p_tags text[], p_memory jsonb) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_given text[];
+  v_added text[];
+  v_given_keys text[];
+  v_lost text[];               -- the keys of people's tags that are not there as they were spelled
+  v_named text[];              -- the tags with a confidence
+begin
+  if ((p_memory -> 'given') || coalesce(p_memory -> 'added', '[]') <@ to_jsonb(p_tags)) is not false
+    or jsonb_typeof(p_memory -> 'confidence') is distinct from 'object' then
+    return null;
+  end if;
+  v_given := autotag.recall_tags(p_memory, 'given');
+  v_added := autotag.recall_tags(p_memory, 'added');
+  v_given_keys := autotag.tag_keys(v_given);
+  v_lost := autotag.tag_keys(array(select a from unnest(v_added) a where a <> all (p_tags)));
+  select coalesce(array_agg(t.tag order by t.i) filter (where t.given), '{}'), array_agg(t.tag order by t.i) filter (where not t.given)
+  into v_given, v_added
+  from (
+    select u.tag, u.i, u.tag <> all (v_added) and u.key = any (v_given_keys) and u.key <> all (v_lost)
+      and count(*) over (partition by u.tag) = 1 as given
+    from unnest(p_tags, autotag.tag_keys(p_tags)) with ordinality u (tag, key, i) where u.tag <> '') t;
+  v_named := array(select jsonb_object_keys(p_memory -> 'confidence'));
+  return autotag.remember_tags(p_memory - '{added,removed}'::text[] || jsonb_build_object('confidence', (
+      select coalesce(jsonb_object_agg(coalesce(g.tag, c.tag), p_memory -> 'confidence' -> c.tag), '{}')
+      from unnest(v_named, autotag.tag_keys(v_named)) c (tag, key)
+      left join unnest(v_given, autotag.tag_keys(v_given)) g (tag, key) on g.key = c.key
+      where c.key = any (autotag.tag_keys(p_tags)))),
+    v_given, v_added, autotag.recall_tags(p_memory, 'removed'));
 end $$;
 
 -- An answer without its tags, with the three lists.
@@ -10405,11 +10464,18 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_table text := autotag.image_table()::text;
+  v_reads text := autotag.may_read_images('authenticated');
+  v_secure boolean := (select c.relrowsecurity from pg_class c where c.oid = autotag.image_table());
 begin
+  if v_reads = 'columns' and v_secure then
+    return autotag.finding('rows', 'warning',
+      format('Signed-in users may read columns of %s, but not its ids, so which rows they see cannot be found out, and they may tag no image.', v_table),
+      format('grant select (%I) on %s to authenticated;', autotag.adapter_answers() #>> '{choices,id}', v_table));
+  end if;
   return autotag.finding('rows', 'ok', case
-    when not autotag.may_read_images('authenticated')
+    when v_reads is null
       then format('Signed-in users have no privilege to read %s, so members may tag every image of their workspace.', v_table)
-    when not (select c.relrowsecurity from pg_class c where c.oid = autotag.image_table())
+    when not v_secure
       then format('Row level security of %s is off, so members may tag every image of their workspace.', v_table)
     else format('Members may tag the images whose rows they see under row level security of %s.', v_table) end);
 end $$;
@@ -10424,12 +10490,14 @@ as $$
 $$;
 
 -- Writes tags to the row of one image as a worker's report does, and takes that back, also what triggers did in this database. The image
--- is the last one whose row refused its tags, or any. Returns the error; null: none. tried: false: there is no image.
-create or replace function autotag.try_write(out tried boolean, out state text, out error text)
+-- is the last one whose row refused its tags, or any. p_tag: the first of ten tags. Returns the error; null: none. tried: false: there is no
+-- image. kept: how many of the tags are in the row then, or were removed by people; null: its tags stay as they are.
+create or replace function autotag.try_write(p_tag text, out tried boolean, out state text, out error text, out kept integer)
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '1s'
 as $$
 declare
   v_image record;
+  v_tags text[] := p_tag || '{field,sky,grass,fence,tree,cloud,summer,wood,countryside}'::text[];
 begin
   select d.asset_id, d.workspace_id into v_image
   from unnest(array[
@@ -10441,12 +10509,15 @@ begin
   if tried then
     perform autotag.show_stage(array[v_image.asset_id], v_image.workspace_id, 'processing', 50);
     if autotag.store_tags(array[v_image.asset_id], v_image.workspace_id, array[jsonb_build_object(
-      'tags', '["barn", "field", "sky", "grass", "fence", "tree", "cloud", "summer", "wood", "countryside"]'::jsonb,
-      'confidence', '{"barn": 0.98, "field": 0.9}'::jsonb, 'caption', 'A red barn in a field.', 'model', 'autotag doctor')],
+      'tags', v_tags, 'confidence', jsonb_build_object(p_tag, 0.98, 'field', 0.9), 'caption', 'A red barn in a field.', 'model', 'autotag doctor')],
       array[null]::uuid[]) is null then
       raise exception 'the row did not change';
     end if;
     set constraints all immediate;
+    select case when s.error is null then (
+        select count(*) from unnest(autotag.tag_keys(v_tags)) k
+        where k = any (autotag.tag_keys(s.tags) || autotag.recall_tags(s.result, 'removed'))) end
+    into kept from autotag.stored_tags(array[v_image.asset_id]) s;
     raise exception 'it works' using errcode = 'AT002';
   end if;
 exception when others or assert_failure then
@@ -10466,20 +10537,33 @@ declare
   v_table text := autotag.image_table()::text;
   v_triggers text[] := autotag.update_triggers();
   v_try record;
+  v_capital record;            -- the same with a capital, which tags of a vocabulary can have
 begin
   if v_triggers <> '{}' and p_triggers is not true then
     return autotag.finding('write', 'ok', format('Not tried, because triggers of %s would run (%s): autotag doctor --try-write tries it.',
       v_table, autotag.name_some(v_triggers)));
   end if;
-  v_try := autotag.try_write();
+  v_try := autotag.try_write('barn');
+  v_capital := v_try;
+  if v_try.tried and v_try.state is null then
+    v_capital := autotag.try_write('Barn');
+  end if;
   return case
     when not v_try.tried then autotag.finding('write', 'ok', 'There is no image yet whose row could be written.')
-    when v_try.state is null then autotag.finding('write', 'ok', 'A row takes tags (tried with one image, and taken back).')
-    when autotag.is_lock_error(v_try.state) then autotag.finding('write', 'warning',
+    when autotag.is_lock_error(v_capital.state) then autotag.finding('write', 'warning',
       'The row that was tried is locked by another transaction.', 'Run autotag doctor again.')
-    else autotag.finding('write', 'error',
+    when v_try.state is not null then autotag.finding('write', 'error',
       format('%s refuses what autotag writes, so images are paid for and fail: %s', v_table, autotag.printable(v_try.error, 500)),
-      'Let the constraint or trigger accept it. (Workers have no token: auth.uid() is null in triggers then.)') end;
+      'Let the constraint or trigger accept it. (Workers have no token: auth.uid() is null in triggers then.)')
+    when v_try.kept = 0 then autotag.finding('write', 'error',
+      format('%s did not keep one of ten tags, so images are paid for and get none.', v_table),
+      format('Let its triggers keep the tags: %s.', autotag.name_some(v_triggers)))
+    when v_try.kept < 10 then autotag.finding('write', 'warning', format('%s kept %s of ten tags.', v_table, v_try.kept),
+      format('If that is not meant, let its triggers keep the tags: %s.', autotag.name_some(v_triggers)))
+    when v_capital.state is not null then autotag.finding('write', 'warning',
+      format('%s takes tags, but none with a capital, which tags of a vocabulary can have: %s', v_table, autotag.printable(v_capital.error, 500)),
+      'Let the constraint or trigger accept it, or write the vocabulary in lower case.')
+    else autotag.finding('write', 'ok', 'A row takes tags (tried with one image, and taken back).') end;
 end $$;
 
 -- Whether rows have refused their tags lately. No finding if none has.
@@ -10893,10 +10977,15 @@ create view public.tagging_webhook_result with (security_invoker = true) as
 create or replace function public.enqueue_tagging(asset_ids autotag.keys.asset_ids%type) returns public.tagging_upload_result
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_visible asset_ids%type;
 begin
   perform autotag.check_image_count(cardinality(asset_ids));   -- before any function reads that many
+  v_visible := autotag.visible_assets(asset_ids);
   return jsonb_populate_record(null::public.tagging_upload_result,
-    autotag.enqueue(asset_ids, autotag.visible_file_marks(asset_ids), autotag.visible_assets(asset_ids)));
+    -- rows come before files: enqueue() refuses images that are not visible, so nobody looks for a file then, and none has been seen
+    autotag.enqueue(asset_ids, case when v_visible = asset_ids then autotag.visible_file_marks(asset_ids)
+      else array_fill('00000000-0000-0000-0000-000000000000'::uuid, array[cardinality(asset_ids)]) end, v_visible));
 end $$;
 
 create or replace function public.cancel_tagging(job_id uuid) returns public.tagging_cancel_result

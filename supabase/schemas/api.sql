@@ -4,10 +4,15 @@
 create or replace function public.enqueue_tagging(asset_ids autotag.keys.asset_ids%type) returns public.tagging_upload_result
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_visible asset_ids%type;
 begin
   perform autotag.check_image_count(cardinality(asset_ids));   -- before any function reads that many
+  v_visible := autotag.visible_assets(asset_ids);
   return jsonb_populate_record(null::public.tagging_upload_result,
-    autotag.enqueue(asset_ids, autotag.visible_file_marks(asset_ids), autotag.visible_assets(asset_ids)));
+    -- rows come before files: enqueue() refuses images that are not visible, so nobody looks for a file then, and none has been seen
+    autotag.enqueue(asset_ids, case when v_visible = asset_ids then autotag.visible_file_marks(asset_ids)
+      else array_fill('00000000-0000-0000-0000-000000000000'::uuid, array[cardinality(asset_ids)]) end, v_visible));
 end $$;
 
 create or replace function public.cancel_tagging(job_id uuid) returns public.tagging_cancel_result

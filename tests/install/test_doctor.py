@@ -368,9 +368,30 @@ DEFERRED = """
         ("alter table public.assets add check (cardinality(tags) <= 3)", "error", "violates check constraint", True),
         (NO_TOKEN, "error", "not authenticated", False),
         (SILENT, "error", "did not change", False),
+        (SILENT.replace("return null", "return old"), "error", "did not change", False),
+        (SILENT.replace("return null", "new.tags := old.tags; return new"), "error", "did not keep one", False),
+        (SILENT.replace("return null", "new.tags := new.tags[:5]; return new"), "warning", "kept 3 of ten", False),
+        ("alter table public.assets add check (not 'Barn' = any (tags))", "warning", "a capital", True),
+        (
+            SILENT.replace("return null", "new.tags := array_append(new.tags, 'x'); return new"),
+            "ok",
+            "taken back",
+            False,
+        ),
         (DEFERRED, "error", "too late", False),
     ],
-    ids=["nothing", "a constraint", "a trigger that asks for a token", "a silent trigger", "a deferred trigger"],
+    ids=[
+        "nothing",
+        "a constraint",
+        "a trigger that asks for a token",
+        "a silent trigger",
+        "an undoing trigger",
+        "a trigger that keeps the tags",
+        "a trigger that keeps five",
+        "a check for lower case",
+        "a trigger that adds",
+        "a deferred trigger",
+    ],
 )
 async def test_what_refuses_tags_is_found_before_anything_is_paid(
     library: Library, host: str, level: str, says: str, tried: bool

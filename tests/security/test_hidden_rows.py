@@ -59,6 +59,46 @@ def test_a_policy_that_raises_is_one_clear_refusal(library: Library) -> None:
     assert "division by zero" in message
 
 
+def test_a_policy_of_files_that_raises_tells_nothing(library: Library) -> None:
+    """Rows are asked before files, so a hidden image is none; and the error does not have its text, which can name any file."""
+    shown, hidden = library.insert(["seen.jpg", "hidden.jpg"])
+    missing = shown.translate(str.maketrans("0123456789abcdef", "123456789abcdef0"))
+    library.sql("insert into storage.objects (bucket_id, name) select 'assets', storage_path from public.assets")
+    hide(library, WAYS["a policy of a condition"].format(hidden=hidden))
+    library.sql(
+        'alter policy "members read the images of their workspaces" on storage.objects'
+        " using (split_part(name, '/', 2)::uuid is not null)"
+    )
+    told = refusal(library, hidden)
+    assert told == refusal(library, missing)
+    assert told[:2] == refusal(library, shown, hidden)[:2] == ("PT404", "unknown_asset")
+    state, code, message = refusal(library, shown)
+    assert (state, code) == ("PT403", "unreadable_files")
+    assert "22P02" in message
+    assert ".jpg" not in message
+    [server] = library.sql("select to_jsonb(public.enqueue_tagging(%s::uuid[])) as job", [shown, hidden])
+    assert server["job"]["image_count"] == 2
+
+
+@pytest.mark.parametrize("columns", ["tags", "tags, image_url, tagging_stage", "workspace_id"])
+def test_whoever_may_read_any_column_has_to_see_the_row(library: Library, columns: str) -> None:
+    seen, hidden = library.insert(["a.jpg", "b.jpg"])
+    hide(library, WAYS["a restrictive policy"].format(hidden=hidden))
+    library.sql("revoke select on public.assets from authenticated")
+    library.sql(f"grant select ({columns}) on public.assets to authenticated")
+    for asset in (seen, hidden):
+        assert refusal(library, asset)[:2] == ("PT403", "unreadable_rows")
+    [found] = library.sql("select autotag.diagnose_rows() as found")
+    assert found["found"]["level"] == "warning"
+    library.sql(found["found"]["fix"])
+    assert refusal(library, hidden)[:2] == ("PT404", "unknown_asset")
+    assert library.rpc("public.enqueue_tagging", [seen])["image_count"] == 1
+    library.sql("alter table public.assets disable row level security")
+    library.sql("revoke select on public.assets from authenticated")
+    library.sql(f"grant select ({columns}) on public.assets to authenticated")
+    assert library.rpc("public.enqueue_tagging", [hidden])["image_count"] == 1, "no row is hidden"
+
+
 def test_without_the_privilege_to_read_membership_decides(library: Library) -> None:
     [asset] = library.insert(["a.jpg"])
     hide(library, "revoke select on public.assets from authenticated")

@@ -65,8 +65,10 @@ def table_for(kind: str, declared: str) -> str:
     tags_type = re.sub(r"\(\d+\)| not null.*", "", declared)
     rendered = render(TEMPLATE.read_text(), replace(Host(), table=f"public.{table}", tags=column, tags_type=tags_type))
     functions = "".join(
-        re.findall(r"create or replace function autotag\.(?:store_tags|show_stage)\(.*?\nend \$\$;", rendered, re.S)
-    )
+        re.findall(
+            r"create or replace function autotag\.(?:stored_tags|store_tags|show_stage)\(.*?\nend \$\$;", rendered, re.S
+        )
+    ).replace("from autotag.stored_tags(", f"from public.{table}_stored_tags(")
     return f"""
         create table public.{table} (like public.assets including defaults);
         alter table public.{table} drop tags, add {column} {declared};
@@ -264,11 +266,19 @@ class Row:
 
     def run(self, tags: list[str], model: str = "m") -> None:
         answer = {"tags": tags, "confidence": dict.fromkeys(tags, 0.5), "caption": "c", "model": model}
+        [(cleaned,)] = self.sql("select autotag.clean_result(%s)", json.dumps(answer))
+        assert [str(image) for image in self.store(cleaned)] == [IMAGE]
+
+    def run_as_is(self, tags: list[str]) -> None:
+        """With tags as a vocabulary can spell them."""
+        self.store({"tags": tags, "confidence": dict.fromkeys(tags, 0.5), "caption": "c", "model": "m"})
+
+    def store(self, result: Any) -> Any:
         [(written,)] = self.sql(
-            f"select public.{self.table}_store_tags(array[%s::uuid], %s, array[autotag.clean_result(%s)],"
-            " array[null::uuid])::uuid[]", IMAGE, WORKSPACE, json.dumps(answer),
+            f"select public.{self.table}_store_tags(array[%s::uuid], %s, array[%s::jsonb], array[null::uuid])::uuid[]",
+            IMAGE, WORKSPACE, json.dumps(result),
         )  # fmt: skip
-        assert [str(image) for image in written] == [IMAGE]
+        return written
 
     def stage(self, stage: str) -> None:
         self.sql(f"select public.{self.table}_show_stage(array[%s::uuid], %s, %s, 10)", IMAGE, WORKSPACE, stage)
@@ -465,6 +475,99 @@ def wait_for_lock(connection: psycopg.Connection[Any], pid: int) -> None:
         assert time.monotonic() < until, "the update does not wait"
 
 
+# -- what triggers of the host leave
+
+
+def change_tags(row: Row, code: str) -> None:
+    """A trigger of the app. code: the new value of `t`, the tags as a list of texts."""
+    column = f"new.{row.column}"
+    if row.kind in JSON:
+        read, write = f"array(select json_array_elements_text({column}::json))", f"to_json(t)::{row.kind}"
+    else:
+        read, write = f"{column}::text[]", f"t::{COLUMNS[row.kind]}"
+    row.sql(f"""
+        create function public.change_tags() returns trigger language plpgsql as $$
+        declare t text[] := {read};
+        begin
+          if {column} is not null then
+            t := {code};
+            {column} := {write};
+          end if;
+          return new;
+        end $$;
+        create trigger change_tags before insert or update on public.{row.table}
+          for each row execute function public.change_tags()""")
+
+
+LOWER = "array(select lower(x) from unnest(t) with ordinality u (x, i) order by i)"
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_a_tag_that_a_trigger_respells_is_given(connection: psycopg.Connection[Any], kind: str) -> None:
+    with connection.transaction(force_rollback=True):
+        row = Row(connection, kind)
+        change_tags(row, LOWER)
+        for tag in ("Cat", "Dog", "Fox"):
+            row.run_as_is([tag, "Sky"])
+            assert set(row.tags()) == {tag.lower(), "sky"}
+            assert set(row.memory()["given"]) == set(row.tags())
+            assert set(row.memory()["confidence"]) == set(row.tags())
+            assert not {"added", "removed"} & set(row.memory())
+        row.edit(["fox", "mine"])
+        row.run_as_is(["Sky", "Ant", "MINE"])
+        assert row.tags() == ["mine", "ant"]
+        assert (row.memory()["added"], row.memory()["removed"]) == (["mine"], ["sky"])
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_a_tag_that_a_trigger_takes_out_was_removed_by_nobody(connection: psycopg.Connection[Any], kind: str) -> None:
+    with connection.transaction(force_rollback=True):
+        row = Row(connection, kind)
+        change_tags(row, "t[:2]")
+        row.run(["a", "b", "c", "d"])
+        assert row.tags() == row.memory()["given"] == ["a", "b"]
+        row.run(["c", "d"])
+        assert row.tags() == row.memory()["given"] == ["c", "d"]
+        row.edit(["d"])
+        row.run(["c", "d", "e"])
+        assert row.tags() == ["d", "e"]
+        assert row.memory()["removed"] == ["c"], "a person removed it"
+        change_again = "array_remove(array_remove(t, 'mine'), 'Mine')"
+        row.sql("drop function public.change_tags() cascade")
+        row.edit(["Mine", "d"])
+        row.run(["d"])
+        change_tags(row, change_again)
+        row.run(["d"])
+        assert row.tags() == ["d"]
+        row.sql("drop function public.change_tags() cascade")
+        row.run(["d", "mine"])
+        assert row.tags() == ["d", "mine"], "a trigger took it out, not a person"
+
+
+def test_without_a_change_triggers_run_once(connection: psycopg.Connection[Any]) -> None:
+    with connection.transaction(force_rollback=True):
+        row = Row(connection, "text[]")
+        row.sql(f"""
+            create table public.runs (i int generated always as identity);
+            create function public.count_runs() returns trigger language plpgsql as
+              'begin insert into public.runs default values; return new; end';
+            create trigger count_runs before update on public.{row.table} for each row execute function public.count_runs()""")
+        row.run(["a", "b"])
+        row.run(["b", "c"])
+        assert row.sql("select count(*)::int from public.runs") == [(2,)]
+
+
+@pytest.mark.parametrize("body", ["return old", "return null"])
+def test_a_write_that_a_trigger_undoes_is_none(connection: psycopg.Connection[Any], body: str) -> None:
+    with connection.transaction(force_rollback=True):
+        row = Row(connection, "text[]")
+        row.sql(f"""
+            create function public.undo() returns trigger language plpgsql as $$ begin {body}; end $$;
+            create trigger undo before update on public.{row.table} for each row execute function public.undo()""")
+        assert row.store({"tags": ["a"], "confidence": {}, "caption": "c", "model": "m"}) is None
+        assert row.tags() == []
+
+
 # -- as a vocabulary spells them
 
 
@@ -549,6 +652,30 @@ def test_a_given_tag_takes_the_new_name(library: Library) -> None:
     assert library.run("cat") == ["Cat"]
     library.row.edit([])
     assert library.run("kitty") == []
+
+
+def set_mode(library: Library, mode: str) -> None:
+    library.row.sql("select autotag.save_profile(%s::uuid, %s)", WORKSPACE, json.dumps({"vocabulary_mode": mode}))
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_names_hold_when_the_vocabulary_no_longer_decides(library: Library, typed: bool) -> None:
+    """In the mode `open`, a model's tags stay as they are, and a vocabulary still says which of them are one tag."""
+    library.know({"tag": "Cat", "aliases": ["kitty"]}, {"tag": "Mountain"}, {"tag": "dog"})
+    if typed:
+        library.row.edit(["kitty", "mountains"])
+        library.run()
+        expected = ["kitty", "mountains", "sunny", "dogs"]
+    else:
+        assert library.run("kitty", "mountain", "dog") == ["Cat", "Mountain", "dog"]
+        library.row.edit(["dog"])
+        expected = ["dogs", "sunny"]
+    set_mode(library, "open")
+    for answer in ("kitty", "cat", "mountains", "Mountain", "mountain"):
+        assert set(library.run(answer, "sunny", "dogs")) == set(expected), answer
+    if typed:
+        library.row.edit([])
+        assert library.run("cat", "mountain") == []
 
 
 def test_a_name_of_an_own_entry_is_no_name_of_a_general_one(library: Library) -> None:

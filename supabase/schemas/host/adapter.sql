@@ -244,7 +244,8 @@ begin
 end $$;
 
 -- For each image the mark of its file, if the caller may see that file; this runs as the caller, under row level security. A
--- zero mark: they may not, or the file does not exist (yet), which looks the same. Null: not checked.
+-- zero mark: they may not, or the file does not exist (yet), which looks the same. Null: not checked. An error of a policy can have
+-- parts of any file's name, so it is not passed on.
 create or replace function autotag.visible_file_marks(p_asset_ids autotag.asset_id[]) returns uuid[]
 language plpgsql stable set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -261,25 +262,48 @@ begin
       else '00000000-0000-0000-0000-000000000000'::uuid end
     from unnest(p_asset_ids) with ordinality a (id, i) left join files f on f.asset_id = a.id
     order by a.i);
+exception when others or assert_failure then
+  perform autotag.check_caller();
+  raise exception using errcode = 'PT403', detail = '{"code": "unreadable_files"}',
+    message = format('Whether you may see the files of these images could not be found out (error %s).', sqlstate),
+    hint = 'Ask who runs this project: reading storage.objects fails in your name, by its policies or privileges.';
 end $$;
 
--- Whether a role has the privilege to read the ids of your images; which rows it sees is another matter (visible_assets).
-create or replace function autotag.may_read_images(p_role name) returns boolean
+-- What a role may read of the table of images: nothing (null), its `columns` without the ids, or its `ids`. Which rows it sees is another
+-- matter (visible_assets).
+create or replace function autotag.may_read_images(p_role name) returns text
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
-  select has_schema_privilege(p_role, c.relnamespace, 'usage') and has_column_privilege(p_role, c.oid, 'id', 'select')
+  select case when not has_schema_privilege(p_role, c.relnamespace, 'usage') then null
+    when has_column_privilege(p_role, c.oid, 'id', 'select') then 'ids'
+    when has_any_column_privilege(p_role, c.oid, 'select') then 'columns' end
   from pg_class c where c.oid = autotag.image_table()
 $$;
 
--- Whether the caller, who acts as this role, has to see the rows of images to tag them.
+-- Whether the caller, who acts as this role, has to see the rows of images to tag them. Raises if they have, but may not read the ids,
+-- because then nobody can ask in their name.
 create or replace function autotag.has_to_see(p_role name) returns boolean
-language sql stable security definer set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
-  select not autotag.is_service() and autotag.may_read_images(p_role)
-$$;
+declare
+  v_reads text := autotag.may_read_images(p_role);
+begin
+  if autotag.is_service() or v_reads is null then
+    return false;
+  elsif v_reads = 'columns' then
+    if not (select c.relrowsecurity from pg_class c where c.oid = autotag.image_table()) then
+      return false;
+    end if;
+    perform autotag.check_caller();
+    perform autotag.refuse(403, 'unreadable_rows',
+      format('Which images you see could not be found out: you may read columns of %s, but not its ids.', autotag.image_table()),
+      format('Ask who runs this project to grant that: grant select (%I) on %s to %I;', 'id', autotag.image_table(), p_role));
+  end if;
+  return true;
+end $$;
 
 -- Those of these images whose rows the caller can read, in their order; this runs as the caller, so your policies decide, and the
--- rights of a view. All of them if the caller is a service, or has no privilege to read the table at all, because then only your
+-- rights of a view. All of them if the caller is a service, or has no privilege to read any column of the table, because then only your
 -- server shows images to users: membership alone decides.
 create or replace function autotag.visible_assets(p_asset_ids autotag.asset_id[]) returns autotag.asset_id[]
 language plpgsql stable set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -289,14 +313,16 @@ begin
   if not autotag.has_to_see(current_user) then
     return p_asset_ids;
   end if;
-  return array(
-    select a.id from unnest(p_asset_ids) with ordinality a (id, i)
-    where a.id in (select t.id from public.assets t where t.id = any (p_asset_ids)) order by a.i);
-exception when others or assert_failure then
-  perform autotag.check_caller();
-  raise exception using errcode = 'PT403', detail = '{"code": "unreadable_rows"}',
-    message = 'Whether you may see these images could not be found out: ' || sqlerrm,
-    hint = 'Ask who runs this project: reading the table of images fails in your name, by its policies or privileges.';
+  begin
+    return array(
+      select a.id from unnest(p_asset_ids) with ordinality a (id, i)
+      where a.id in (select t.id from public.assets t where t.id = any (p_asset_ids)) order by a.i);
+  exception when others or assert_failure then
+    perform autotag.check_caller();
+    raise exception using errcode = 'PT403', detail = '{"code": "unreadable_rows"}',
+      message = 'Whether you may see these images could not be found out: ' || sqlerrm,
+      hint = 'Ask who runs this project: reading the table of images fails in your name, by its policies or privileges.';
+  end;
 end $$;
 
 -- The next images of a workspace that are not being tagged and that the row filter does not leave out, by id after p_after.
@@ -361,9 +387,26 @@ as $$
     'tags', (select coalesce(jsonb_object_agg(c.tag, c.images), '{}') from counted c where length(c.tag) between 1 and 50))
 $$;
 
+-- What the rows of images have: the texts in their tags (null: too large to be read), what autotag remembers, and what they show.
+create or replace function autotag.stored_tags(p_asset_ids autotag.asset_id[])
+returns table (asset_id autotag.asset_id, tags text[], result jsonb, stage text, error text)
+language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+begin
+  return query
+    select a.id::autotag.asset_id,
+      case when coalesce(pg_column_size(a.tags), 0) <= 65536 then array(
+        select t.tag #>> '{}' from jsonb_path_query(to_jsonb(a.tags), 'strict $[*] ? (@.type() == "string")', '{}', true)
+          with ordinality t (tag, i) order by t.i) end,
+      case when pg_column_size(a.tagging_result) <= 200000 then a.tagging_result end, a.tagging_stage, a.tagging_error
+    from public.assets a where a.id = any (p_asset_ids);
+end $$;
+
 -- Stores the tags and everything else about finished images of a workspace, in one update per row. What a person typed stays, and
 -- what a person removed stays away (autotag.merge_tags). The update compares the row as it finds it, so an edit that commits while it
--- waits counts. Values too large to be compared are not read: a value's header has its size. Returns the images whose rows it wrote. A
+-- waits counts. Values too large to be compared are not read: a value's header has its size. If the table has triggers on update, it then
+-- looks at what they left: a row that shows nothing of this was not written, and the memory has only tags that are there (kept_tags; the
+-- triggers run once more if it changes). Returns the images whose rows it wrote. A
 -- row that has moved to another workspace gets nothing, because it may be another image; nor does one whose picture is not the one
 -- that the model saw. p_results[i] and p_marks[i] belong to p_asset_ids[i]: {tags: [tag, …], confidence: {tag: 0 to 1}, caption,
 -- model}, with normalized tags, each with a key of its own (clean_result), the most confident first; and the picture's mark (describe_assets; null: any).
@@ -374,6 +417,7 @@ language plpgsql security definer set search_path = pg_catalog, public, extensio
 as $$
 declare
   v_written autotag.asset_id[];
+  v_kept jsonb[];              -- what these rows have to remember instead; null: nothing else
 begin
   with written as (
     update public.assets a
@@ -394,6 +438,14 @@ begin
     returning a.id as id
   )
   select array_agg(w.id) into v_written from written w;
+  if v_written is not null and exists (
+      select from pg_trigger t where t.tgrelid = 'public.assets'::regclass and not t.tgisinternal and t.tgtype & 16 <> 0) then
+    select array_agg(s.asset_id), array_agg(case when s.error is null then autotag.kept_tags(s.tags, s.result) end) into v_written, v_kept
+    from autotag.stored_tags(v_written) s join unnest(p_asset_ids, p_results) r (asset_id, result) on r.asset_id = s.asset_id
+    where s.stage = 'completed' or s.result -> 'caption' = r.result -> 'caption';
+    update public.assets a set tagging_result = k.result
+    from unnest(v_written, v_kept) k (asset_id, result) where a.id = k.asset_id and k.result is not null;
+  end if;
   return v_written;
 end $$;
 
@@ -484,7 +536,7 @@ end $$;
 create or replace function autotag.adapter_answers() returns jsonb
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$
-  select '{"choices": {"table": "public.assets", "id": "id", "workspace": "workspace_id", "path": "storage_path", "bucket": "assets", "url": "image_url", "full_paths": false, "tags": "tags", "where": "true", "members_table": "public.workspace_members", "members_workspace": "workspace_id", "members_user": "user_id", "members_where": "true", "caller_claim": "auth.uid()", "editors": "none"}, "storage_hosts": [], "users_see_files": true, "files": {"name": "workspace-folder", "buckets": ["assets"], "prefix": "", "depth": 1, "uploader": null}, "functions": {"caller": "f830ed77bb91839e0f5c8f2ce1e04423", "nobody": "6c5d38b139b353965449926c78d12f4a", "is_member": "19796b8302d5a46b3911e77265efac71", "is_editor": "1c0b95fc17b9b3f6469e454482cb4a49", "image_table": "d24db7aeb8883ff34d9163c517e0cd7b", "file_rule": "e5132e61b36ed3b88aff49205110856a", "users_see_files": "12121c1c821d63ac9833861df2e81850", "storage_hosts": "030502eb0822a627e8578437ebce8ccd", "storage_file": "8ee31e1e47aa52b15be0280750f52608", "percent_decode": "a0eccfadc1e55a87ef193dd340c278b9", "describe_assets": "899585aacd6cda1cbd963ef9bef57d0c", "check_files": "6d2a870f1edd26973549942173a47764", "file_mark": "219cdc87aec8cb6caf2f18b3adf94d53", "files_to_check": "81fb42a9b8f50e69aa4c1f24985d102c", "visible_file_marks": "84161830bb838e22df3c658dd2923f1f", "may_read_images": "8de4d286440fa481673b3c99fa6f2753", "has_to_see": "2d4abdf13b95d6cc49726544815c0035", "visible_assets": "0ac2c9663569ae2fa9c52bc9365b802b", "list_assets": "8e7328ed4b7fee1627641f1a91b1dd89", "tagged_assets": "369dfcb2bc1a94ba8cea34b82e714162", "tags_in_use": "0cb437f5fc8dc68e0004407ee0cf8356", "store_tags": "45fd88c032a42618f836e6139539544c", "show_stage": "7f9f955eb762fb06c13b042ef1033f08", "held_assets": "74439428a2a7b5d3c9cdd0f84e7c9f20", "collect_inserted": "b662386d76dd1f40ff0a940f5e000201", "set_automatic": "df63c22abd345745a09ee933b92e9fe7", "adapter_version": "6ebceba1516d1b8c52d508dc3039fc26"}}'::jsonb
+  select '{"choices": {"table": "public.assets", "id": "id", "workspace": "workspace_id", "path": "storage_path", "bucket": "assets", "url": "image_url", "full_paths": false, "tags": "tags", "where": "true", "members_table": "public.workspace_members", "members_workspace": "workspace_id", "members_user": "user_id", "members_where": "true", "caller_claim": "auth.uid()", "editors": "none"}, "storage_hosts": [], "users_see_files": true, "files": {"name": "workspace-folder", "buckets": ["assets"], "prefix": "", "depth": 1, "uploader": null}, "functions": {"caller": "f830ed77bb91839e0f5c8f2ce1e04423", "nobody": "6c5d38b139b353965449926c78d12f4a", "is_member": "19796b8302d5a46b3911e77265efac71", "is_editor": "1c0b95fc17b9b3f6469e454482cb4a49", "image_table": "d24db7aeb8883ff34d9163c517e0cd7b", "file_rule": "e5132e61b36ed3b88aff49205110856a", "users_see_files": "12121c1c821d63ac9833861df2e81850", "storage_hosts": "030502eb0822a627e8578437ebce8ccd", "storage_file": "8ee31e1e47aa52b15be0280750f52608", "percent_decode": "a0eccfadc1e55a87ef193dd340c278b9", "describe_assets": "899585aacd6cda1cbd963ef9bef57d0c", "check_files": "6d2a870f1edd26973549942173a47764", "file_mark": "219cdc87aec8cb6caf2f18b3adf94d53", "files_to_check": "81fb42a9b8f50e69aa4c1f24985d102c", "visible_file_marks": "0425b07b12c2cbe7f4108e2f81125508", "may_read_images": "4d6ea3cce6c38918ce65b70bcd3596e5", "has_to_see": "3de1be9e0cc38b7a0434fa71b232aad1", "visible_assets": "edcae4bd969eb375a050f8c6bdeb106c", "list_assets": "8e7328ed4b7fee1627641f1a91b1dd89", "tagged_assets": "369dfcb2bc1a94ba8cea34b82e714162", "tags_in_use": "0cb437f5fc8dc68e0004407ee0cf8356", "stored_tags": "dc60c88dfa83a7950bf544ec27916f6c", "store_tags": "2df285d8885a5d46486a3aa257f3904f", "show_stage": "7f9f955eb762fb06c13b042ef1033f08", "held_assets": "74439428a2a7b5d3c9cdd0f84e7c9f20", "collect_inserted": "b662386d76dd1f40ff0a940f5e000201", "set_automatic": "df63c22abd345745a09ee933b92e9fe7", "adapter_version": "6ebceba1516d1b8c52d508dc3039fc26"}}'::jsonb
 $$;
 
 -- Version of the adapter; `autotag init` of a newer release adds what is missing.

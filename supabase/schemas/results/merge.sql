@@ -44,8 +44,8 @@ begin
   return (select count(distinct k) = count(*) from unnest(autotag.tag_keys(array(select jsonb_array_elements_text(p_tags)))) k);
 end $$;
 
--- Tags of the vocabulary that words of people stand for, also because they are nearly the same (know_tags). p_names: those that an
--- answer gives (match_tags); p_keys: the words' keys. Only words that begin like a name are looked up.
+-- The keys of the vocabulary's tags that words of people stand for, also because they are nearly the same (know_tags). p_names: those that
+-- an answer gives (match_tags); p_keys: the words' keys. Only words that begin like a name are looked up.
 create or replace function autotag.near_tags(p_workspace_id autotag.workspace_id, p_names jsonb, p_keys text[]) returns text[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -61,7 +61,7 @@ begin
   if v_keys = '{}' then
     return array[]::text[];
   end if;
-  return array(select v.tag from unnest(autotag.know_tags(p_workspace_id, v_keys)) k join autotag.vocabulary v on v.id = k.id);
+  return array(select v.key from unnest(autotag.know_tags(p_workspace_id, v_keys)) k join autotag.vocabulary v on v.id = k.id);
 end $$;
 
 -- A list of the memory; empty if the memory is not as merge_tags() leaves it.
@@ -89,10 +89,10 @@ begin
   if p_answer -> 'above' is null or p_removed = '{}' then
     return v_tags;
   end if;
-  v_gone := autotag.near_tags(p_workspace_id, p_answer -> 'names', p_removed);
+  v_gone := p_removed || autotag.near_tags(p_workspace_id, p_answer -> 'names', p_removed);
   v_gone := array(
     select t.tag from unnest(v_tags, autotag.tag_keys(v_tags)) t (tag, key)
-    where (t.key = any (p_removed) or p_answer -> 'names' -> t.tag ?| p_removed or t.tag = any (v_gone))
+    where (t.key = any (p_removed) or p_answer -> 'names' -> t.tag ?| v_gone)
       and (t.key = any (p_there)) is not true);
   return array(
     select t.tag from unnest(v_tags) with ordinality t (tag, i)
@@ -118,8 +118,7 @@ declare
   v_answer text[];
   v_answer_keys text[];
   v_names jsonb := coalesce(p_answer -> 'names', '{}');
-  v_taken text[];              -- the keys of people's tags, and of those that they removed …
-  v_near text[];               -- … and tags of the vocabulary that are nearly the same
+  v_taken text[];              -- the keys of people's tags, of those that they removed, and of what is nearly the same in the vocabulary
 begin
   v_removed := array(
     select k from unnest(autotag.tag_keys(
@@ -137,16 +136,52 @@ begin
       u.tag in (select unnest(v_given)) and count(*) over (partition by u.tag) = 1 as given
     from unnest(p_tags, v_keys) with ordinality u (tag, key, i) where u.tag <> '') t;
   v_taken := v_taken || v_removed;
-  v_near := autotag.near_tags(p_workspace_id, v_names, v_taken);
+  v_taken := v_taken || autotag.near_tags(p_workspace_id, v_names, v_taken);
   fresh := array(
     select (array_agg(t.tag order by t.i))[1] from unnest(v_answer, v_answer_keys) with ordinality t (tag, key, i)
     where t.key not in (select k from unnest(v_kept || v_removed) k where k is not null)
-      and (v_names -> t.tag ?| v_taken) is not true and t.tag <> all (v_near) and (p_longest is null or length(t.tag) <= p_longest)
+      and (v_names -> t.tag ?| v_taken) is not true and (p_longest is null or length(t.tag) <= p_longest)
     group by t.key order by min(t.i));
   v_given := v_given || fresh;
   result := autotag.remember_tags(p_answer || jsonb_build_object('confidence', (p_answer -> 'confidence') - array(
     select t.tag from unnest(v_answer, v_answer_keys) t (tag, key)
     where t.tag <> all (v_given) and t.key not in (select k from unnest(v_keys) k where k is not null))), v_given, v_added, v_removed);
+end $$;
+
+-- The memory of a row as it is after its tags were stored, because triggers of the host can change what autotag writes. p_tags: the texts
+-- in the column; null: it is too large. A tag that was stored and is not there was not given, and no person removed it. One that is spelled
+-- in another way than it was given is given as it is spelled. What else is there is a person's. Null: the memory is right as it is.
+create or replace function autotag.kept_tags(p_tags text[], p_memory jsonb) returns jsonb
+language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_given text[];
+  v_added text[];
+  v_given_keys text[];
+  v_lost text[];               -- the keys of people's tags that are not there as they were spelled
+  v_named text[];              -- the tags with a confidence
+begin
+  if ((p_memory -> 'given') || coalesce(p_memory -> 'added', '[]') <@ to_jsonb(p_tags)) is not false
+    or jsonb_typeof(p_memory -> 'confidence') is distinct from 'object' then
+    return null;
+  end if;
+  v_given := autotag.recall_tags(p_memory, 'given');
+  v_added := autotag.recall_tags(p_memory, 'added');
+  v_given_keys := autotag.tag_keys(v_given);
+  v_lost := autotag.tag_keys(array(select a from unnest(v_added) a where a <> all (p_tags)));
+  select coalesce(array_agg(t.tag order by t.i) filter (where t.given), '{}'), array_agg(t.tag order by t.i) filter (where not t.given)
+  into v_given, v_added
+  from (
+    select u.tag, u.i, u.tag <> all (v_added) and u.key = any (v_given_keys) and u.key <> all (v_lost)
+      and count(*) over (partition by u.tag) = 1 as given
+    from unnest(p_tags, autotag.tag_keys(p_tags)) with ordinality u (tag, key, i) where u.tag <> '') t;
+  v_named := array(select jsonb_object_keys(p_memory -> 'confidence'));
+  return autotag.remember_tags(p_memory - '{added,removed}'::text[] || jsonb_build_object('confidence', (
+      select coalesce(jsonb_object_agg(coalesce(g.tag, c.tag), p_memory -> 'confidence' -> c.tag), '{}')
+      from unnest(v_named, autotag.tag_keys(v_named)) c (tag, key)
+      left join unnest(v_given, autotag.tag_keys(v_given)) g (tag, key) on g.key = c.key
+      where c.key = any (autotag.tag_keys(p_tags)))),
+    v_given, v_added, autotag.recall_tags(p_memory, 'removed'));
 end $$;
 
 -- An answer without its tags, with the three lists.

@@ -68,11 +68,18 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_table text := autotag.image_table()::text;
+  v_reads text := autotag.may_read_images('authenticated');
+  v_secure boolean := (select c.relrowsecurity from pg_class c where c.oid = autotag.image_table());
 begin
+  if v_reads = 'columns' and v_secure then
+    return autotag.finding('rows', 'warning',
+      format('Signed-in users may read columns of %s, but not its ids, so which rows they see cannot be found out, and they may tag no image.', v_table),
+      format('grant select (%I) on %s to authenticated;', autotag.adapter_answers() #>> '{choices,id}', v_table));
+  end if;
   return autotag.finding('rows', 'ok', case
-    when not autotag.may_read_images('authenticated')
+    when v_reads is null
       then format('Signed-in users have no privilege to read %s, so members may tag every image of their workspace.', v_table)
-    when not (select c.relrowsecurity from pg_class c where c.oid = autotag.image_table())
+    when not v_secure
       then format('Row level security of %s is off, so members may tag every image of their workspace.', v_table)
     else format('Members may tag the images whose rows they see under row level security of %s.', v_table) end);
 end $$;
@@ -87,12 +94,14 @@ as $$
 $$;
 
 -- Writes tags to the row of one image as a worker's report does, and takes that back, also what triggers did in this database. The image
--- is the last one whose row refused its tags, or any. Returns the error; null: none. tried: false: there is no image.
-create or replace function autotag.try_write(out tried boolean, out state text, out error text)
+-- is the last one whose row refused its tags, or any. p_tag: the first of ten tags. Returns the error; null: none. tried: false: there is no
+-- image. kept: how many of the tags are in the row then, or were removed by people; null: its tags stay as they are.
+create or replace function autotag.try_write(p_tag text, out tried boolean, out state text, out error text, out kept integer)
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '1s'
 as $$
 declare
   v_image record;
+  v_tags text[] := p_tag || '{field,sky,grass,fence,tree,cloud,summer,wood,countryside}'::text[];
 begin
   select d.asset_id, d.workspace_id into v_image
   from unnest(array[
@@ -104,12 +113,15 @@ begin
   if tried then
     perform autotag.show_stage(array[v_image.asset_id], v_image.workspace_id, 'processing', 50);
     if autotag.store_tags(array[v_image.asset_id], v_image.workspace_id, array[jsonb_build_object(
-      'tags', '["barn", "field", "sky", "grass", "fence", "tree", "cloud", "summer", "wood", "countryside"]'::jsonb,
-      'confidence', '{"barn": 0.98, "field": 0.9}'::jsonb, 'caption', 'A red barn in a field.', 'model', 'autotag doctor')],
+      'tags', v_tags, 'confidence', jsonb_build_object(p_tag, 0.98, 'field', 0.9), 'caption', 'A red barn in a field.', 'model', 'autotag doctor')],
       array[null]::uuid[]) is null then
       raise exception 'the row did not change';
     end if;
     set constraints all immediate;
+    select case when s.error is null then (
+        select count(*) from unnest(autotag.tag_keys(v_tags)) k
+        where k = any (autotag.tag_keys(s.tags) || autotag.recall_tags(s.result, 'removed'))) end
+    into kept from autotag.stored_tags(array[v_image.asset_id]) s;
     raise exception 'it works' using errcode = 'AT002';
   end if;
 exception when others or assert_failure then
@@ -129,20 +141,33 @@ declare
   v_table text := autotag.image_table()::text;
   v_triggers text[] := autotag.update_triggers();
   v_try record;
+  v_capital record;            -- the same with a capital, which tags of a vocabulary can have
 begin
   if v_triggers <> '{}' and p_triggers is not true then
     return autotag.finding('write', 'ok', format('Not tried, because triggers of %s would run (%s): autotag doctor --try-write tries it.',
       v_table, autotag.name_some(v_triggers)));
   end if;
-  v_try := autotag.try_write();
+  v_try := autotag.try_write('barn');
+  v_capital := v_try;
+  if v_try.tried and v_try.state is null then
+    v_capital := autotag.try_write('Barn');
+  end if;
   return case
     when not v_try.tried then autotag.finding('write', 'ok', 'There is no image yet whose row could be written.')
-    when v_try.state is null then autotag.finding('write', 'ok', 'A row takes tags (tried with one image, and taken back).')
-    when autotag.is_lock_error(v_try.state) then autotag.finding('write', 'warning',
+    when autotag.is_lock_error(v_capital.state) then autotag.finding('write', 'warning',
       'The row that was tried is locked by another transaction.', 'Run autotag doctor again.')
-    else autotag.finding('write', 'error',
+    when v_try.state is not null then autotag.finding('write', 'error',
       format('%s refuses what autotag writes, so images are paid for and fail: %s', v_table, autotag.printable(v_try.error, 500)),
-      'Let the constraint or trigger accept it. (Workers have no token: auth.uid() is null in triggers then.)') end;
+      'Let the constraint or trigger accept it. (Workers have no token: auth.uid() is null in triggers then.)')
+    when v_try.kept = 0 then autotag.finding('write', 'error',
+      format('%s did not keep one of ten tags, so images are paid for and get none.', v_table),
+      format('Let its triggers keep the tags: %s.', autotag.name_some(v_triggers)))
+    when v_try.kept < 10 then autotag.finding('write', 'warning', format('%s kept %s of ten tags.', v_table, v_try.kept),
+      format('If that is not meant, let its triggers keep the tags: %s.', autotag.name_some(v_triggers)))
+    when v_capital.state is not null then autotag.finding('write', 'warning',
+      format('%s takes tags, but none with a capital, which tags of a vocabulary can have: %s', v_table, autotag.printable(v_capital.error, 500)),
+      'Let the constraint or trigger accept it, or write the vocabulary in lower case.')
+    else autotag.finding('write', 'ok', 'A row takes tags (tried with one image, and taken back).') end;
 end $$;
 
 -- Whether rows have refused their tags lately. No finding if none has.

@@ -9,7 +9,7 @@ declare
   v_profile autotag.profiles := autotag.profile_of(p_workspace_id);
 begin
   if v_profile.vocabulary_mode = 'open' then
-    return p_results;
+    return case when autotag.has_vocabulary(p_workspace_id) then autotag.name_tags(p_workspace_id, p_results) else p_results end;
   end if;
   return autotag.match_tags(p_workspace_id, p_results, v_profile.vocabulary_mode, v_profile.add_parents);
 end $$;
@@ -66,6 +66,30 @@ begin
     select r.result || jsonb_build_object('tags', coalesce(m.tags, '[]'), 'confidence', coalesce(m.sure, '{}'),
       'names', coalesce(m.names, '{}')) || case when m.above is null then '{}' else jsonb_build_object('above', m.above) end
     from unnest(p_results) with ordinality r (result, i) left join matched m on m.i = r.i order by r.i);
+end $$;
+
+-- Results whose tags stay as they are (the mode `open`), with `names` as in match_tags(): a tag that the vocabulary knows is also known by
+-- the other names that it has there.
+create or replace function autotag.name_tags(p_workspace_id autotag.workspace_id, p_results jsonb[]) returns jsonb[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set jit = off
+as $$
+declare
+  v_known autotag.known_tag[] := autotag.know_tags(p_workspace_id, array(
+    select distinct t.tag from unnest(p_results) r cross join lateral jsonb_array_elements_text(r -> 'tags') t (tag)));
+begin
+  if v_known = '{}' then
+    return p_results;
+  end if;
+  return array(
+    with names as materialized (
+      select k.given, jsonb_agg(n.key) as keys
+      from unnest(v_known, autotag.tag_keys(array(select x.given from unnest(v_known) x))) k (given, id, key) cross join lateral (
+        select f.key from autotag.names_of(p_workspace_id, array[k.id]) f union select k.key) n
+      group by k.given
+    )
+    select r.result || jsonb_build_object('names', coalesce((
+      select jsonb_object_agg(n.given, n.keys) from names n where r.result -> 'tags' ? n.given), '{}'))
+    from unnest(p_results) with ordinality r (result, i) order by r.i);
 end $$;
 
 -- The keys of all names that these entries have for a workspace: of general ones, not those that are names of the workspace's own.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from autotag.install.facts import Facts
 from autotag.install.host import Host
+from autotag.install.quoting import quote, table_name
 
 
 def describe(host: Host, facts: Facts) -> dict[str, str]:
@@ -33,10 +34,13 @@ def describe(host: Host, facts: Facts) -> dict[str, str]:
 def _describe_rows(host: Host, facts: Facts) -> str:
     """Which images of their workspace members may tag: those that they see (``autotag.visible_assets``)."""
     table = facts.tables.get(host.table)
-    if table is None or host.id not in table.users_read:
+    if table is None or not table.users_read:
         return "all of their workspace (signed-in users have no privilege to read the table)"
     if not table.row_security:
         return "all of their workspace (row level security is off)"
+    if host.id not in table.users_read:
+        grant = f"grant select ({quote(host.id)}) on {table_name(host.table)} to authenticated;"
+        return f"none (signed-in users may read columns of the table, but not its ids: {grant})"
     return "those whose rows they see under row level security"
 
 

@@ -242,7 +242,8 @@ begin
 end $$;
 
 -- For each image the mark of its file, if the caller may see that file; this runs as the caller, under row level security. A
--- zero mark: they may not, or the file does not exist (yet), which looks the same. Null: not checked.
+-- zero mark: they may not, or the file does not exist (yet), which looks the same. Null: not checked. An error of a policy can have
+-- parts of any file's name, so it is not passed on.
 create or replace function autotag.visible_file_marks(p_asset_ids autotag.asset_id[]) returns uuid[]
 language plpgsql stable set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -259,25 +260,48 @@ begin
       else '00000000-0000-0000-0000-000000000000'::uuid end
     from unnest(p_asset_ids) with ordinality a (id, i) left join files f on f.asset_id = a.id
     order by a.i);
+exception when others or assert_failure then
+  perform autotag.check_caller();
+  raise exception using errcode = 'PT403', detail = '{"code": "unreadable_files"}',
+    message = format('Whether you may see the files of these images could not be found out (error %s).', sqlstate),
+    hint = 'Ask who runs this project: reading storage.objects fails in your name, by its policies or privileges.';
 end $$;
 
--- Whether a role has the privilege to read the ids of your images; which rows it sees is another matter (visible_assets).
-create or replace function autotag.may_read_images(p_role name) returns boolean
+-- What a role may read of the table of images: nothing (null), its `columns` without the ids, or its `ids`. Which rows it sees is another
+-- matter (visible_assets).
+create or replace function autotag.may_read_images(p_role name) returns text
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
-  select has_schema_privilege(p_role, c.relnamespace, 'usage') and has_column_privilege(p_role, c.oid, {{ id_literal }}, 'select')
+  select case when not has_schema_privilege(p_role, c.relnamespace, 'usage') then null
+    when has_column_privilege(p_role, c.oid, {{ id_literal }}, 'select') then 'ids'
+    when has_any_column_privilege(p_role, c.oid, 'select') then 'columns' end
   from pg_class c where c.oid = autotag.image_table()
 $$;
 
--- Whether the caller, who acts as this role, has to see the rows of images to tag them.
+-- Whether the caller, who acts as this role, has to see the rows of images to tag them. Raises if they have, but may not read the ids,
+-- because then nobody can ask in their name.
 create or replace function autotag.has_to_see(p_role name) returns boolean
-language sql stable security definer set search_path = pg_catalog, pg_temp
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
-  select not autotag.is_service() and autotag.may_read_images(p_role)
-$$;
+declare
+  v_reads text := autotag.may_read_images(p_role);
+begin
+  if autotag.is_service() or v_reads is null then
+    return false;
+  elsif v_reads = 'columns' then
+    if not (select c.relrowsecurity from pg_class c where c.oid = autotag.image_table()) then
+      return false;
+    end if;
+    perform autotag.check_caller();
+    perform autotag.refuse(403, 'unreadable_rows',
+      format('Which images you see could not be found out: you may read columns of %s, but not its ids.', autotag.image_table()),
+      format('Ask who runs this project to grant that: grant select (%I) on %s to %I;', {{ id_literal }}, autotag.image_table(), p_role));
+  end if;
+  return true;
+end $$;
 
 -- Those of these images whose rows the caller can read, in their order; this runs as the caller, so your policies decide, and the
--- rights of a view. All of them if the caller is a service, or has no privilege to read the table at all, because then only your
+-- rights of a view. All of them if the caller is a service, or has no privilege to read any column of the table, because then only your
 -- server shows images to users: membership alone decides.
 create or replace function autotag.visible_assets(p_asset_ids autotag.asset_id[]) returns autotag.asset_id[]
 language plpgsql stable set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -287,14 +311,16 @@ begin
   if not autotag.has_to_see(current_user) then
     return p_asset_ids;
   end if;
-  return array(
-    select a.id from unnest(p_asset_ids) with ordinality a (id, i)
-    where a.id in (select t.{{ id }} from {{ table }} t where t.{{ id }} = any (p_asset_ids)) order by a.i);
-exception when others or assert_failure then
-  perform autotag.check_caller();
-  raise exception using errcode = 'PT403', detail = '{"code": "unreadable_rows"}',
-    message = 'Whether you may see these images could not be found out: ' || sqlerrm,
-    hint = 'Ask who runs this project: reading the table of images fails in your name, by its policies or privileges.';
+  begin
+    return array(
+      select a.id from unnest(p_asset_ids) with ordinality a (id, i)
+      where a.id in (select t.{{ id }} from {{ table }} t where t.{{ id }} = any (p_asset_ids)) order by a.i);
+  exception when others or assert_failure then
+    perform autotag.check_caller();
+    raise exception using errcode = 'PT403', detail = '{"code": "unreadable_rows"}',
+      message = 'Whether you may see these images could not be found out: ' || sqlerrm,
+      hint = 'Ask who runs this project: reading the table of images fails in your name, by its policies or privileges.';
+  end;
 end $$;
 
 -- The next images of a workspace that are not being tagged and that the row filter does not leave out, by id after p_after.
@@ -359,9 +385,26 @@ as $$
     'tags', (select coalesce(jsonb_object_agg(c.tag, c.images), '{}') from counted c where length(c.tag) between 1 and 50))
 $$;
 
+-- What the rows of images have: the texts in their tags (null: too large to be read), what autotag remembers, and what they show.
+create or replace function autotag.stored_tags(p_asset_ids autotag.asset_id[])
+returns table (asset_id autotag.asset_id, tags text[], result jsonb, stage text, error text)
+language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
+as $$
+begin
+  return query
+    select a.{{ id }}::autotag.asset_id,
+      case when coalesce(pg_column_size(a.{{ tags }}), 0) <= 65536 then array(
+        select t.tag #>> '{}' from jsonb_path_query({{ tags_json }}, 'strict $[*] ? (@.type() == "string")', '{}', true)
+          with ordinality t (tag, i) order by t.i) end,
+      case when pg_column_size(a.{{ result }}) <= 200000 then a.{{ result }} end, a.tagging_stage, a.tagging_error
+    from {{ table }} a where a.{{ id }} = any (p_asset_ids);
+end $$;
+
 -- Stores the tags and everything else about finished images of a workspace, in one update per row. What a person typed stays, and
 -- what a person removed stays away (autotag.merge_tags). The update compares the row as it finds it, so an edit that commits while it
--- waits counts. Values too large to be compared are not read: a value's header has its size. Returns the images whose rows it wrote. A
+-- waits counts. Values too large to be compared are not read: a value's header has its size. If the table has triggers on update, it then
+-- looks at what they left: a row that shows nothing of this was not written, and the memory has only tags that are there (kept_tags; the
+-- triggers run once more if it changes). Returns the images whose rows it wrote. A
 -- row that has moved to another workspace gets nothing, because it may be another image; nor does one whose picture is not the one
 -- that the model saw. p_results[i] and p_marks[i] belong to p_asset_ids[i]: {tags: [tag, …], confidence: {tag: 0 to 1}, caption,
 -- model}, with normalized tags, each with a key of its own (clean_result), the most confident first; and the picture's mark (describe_assets; null: any).
@@ -372,6 +415,7 @@ language plpgsql security definer set search_path = pg_catalog, public, extensio
 as $$
 declare
   v_written autotag.asset_id[];
+  v_kept jsonb[];              -- what these rows have to remember instead; null: nothing else
 begin
   with written as (
     update {{ table }} a
@@ -392,6 +436,14 @@ begin
     returning a.{{ id }} as id
   )
   select array_agg(w.id) into v_written from written w;
+  if v_written is not null and exists (
+      select from pg_trigger t where t.tgrelid = {{ table_literal }}::regclass and not t.tgisinternal and t.tgtype & 16 <> 0) then
+    select array_agg(s.asset_id), array_agg(case when s.error is null then autotag.kept_tags(s.tags, s.result) end) into v_written, v_kept
+    from autotag.stored_tags(v_written) s join unnest(p_asset_ids, p_results) r (asset_id, result) on r.asset_id = s.asset_id
+    where s.stage = 'completed' or s.result -> 'caption' = r.result -> 'caption';
+    update {{ table }} a set {{ result }} = k.result
+    from unnest(v_written, v_kept) k (asset_id, result) where a.{{ id }} = k.asset_id and k.result is not null;
+  end if;
   return v_written;
 end $$;
 
