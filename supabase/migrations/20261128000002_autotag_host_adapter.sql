@@ -166,7 +166,7 @@ begin
                and f.bucket in ('assets') and starts_with(f.path, a.workspace_id::text || '/')
              , false) then 'foreign_file' end as refused,
              case when c.counts and not c.too_long then md5(coalesce(coalesce(nullif(a.storage_bucket::text, ''), 'assets') || '/' || nullif(btrim(a.storage_path, e' \t\r\n'), ''), split_part(a.image_url, '?token=', 1), ''))::uuid end as mark,
-             c.counts and not c.too_long and f.bucket || '/' || f.path = coalesce(coalesce(nullif(a.storage_bucket::text, ''), 'assets') || '/' || nullif(btrim(a.storage_path, e' \t\r\n'), ''), split_part(a.image_url, '?token=', 1), '') as plain
+             c.counts and not c.too_long and (f.bucket || '/' || f.path) collate "C" = coalesce(coalesce(nullif(a.storage_bucket::text, ''), 'assets') || '/' || nullif(btrim(a.storage_path, e' \t\r\n'), ''), split_part(a.image_url, '?token=', 1), '') as plain
       from public.assets a
       cross join lateral (
         select coalesce(true, false) as counts, coalesce(octet_length(a.image_url) > 8192, false) or coalesce(octet_length(a.storage_path) > 1024, false) or coalesce(octet_length(a.storage_bucket) > 100, false) as too_long
@@ -215,7 +215,7 @@ end $$;
 
 -- The files of these images that visible_file_marks() has to check: those in workspaces of the signed-in caller. everybody: the bucket
 -- is public, or there is no file. No rows if no check is needed. An image that is being tagged will be skipped, so nobody looks for
--- its file: it has no path. (Should it be done by then, its mark matches no file, and its claim looks.)
+-- its file: it has no path. (If it has ended by then, the zero mark makes its claim look.)
 create or replace function autotag.files_to_check(p_asset_ids autotag.asset_id[])
 returns table (asset_id autotag.asset_id, bucket text, path text, mark uuid, everybody boolean)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
@@ -442,7 +442,9 @@ begin
       select from pg_trigger t where t.tgrelid = 'public.assets'::regclass and not t.tgisinternal and t.tgtype & 16 <> 0) then
     select array_agg(s.asset_id), array_agg(case when s.error is null then autotag.kept_tags(s.tags, s.result) end) into v_written, v_kept
     from autotag.stored_tags(v_written) s join unnest(p_asset_ids, p_results) r (asset_id, result) on r.asset_id = s.asset_id
-    where s.stage = 'completed' or s.result -> 'caption' = r.result -> 'caption';
+    where case when s.result ? 'caption'
+      then s.result -> 'caption' = r.result -> 'caption' or nullif(s.result -> 'confidence', '{}') = r.result -> 'confidence'
+      else s.stage = 'completed' end;
     update public.assets a set tagging_result = k.result
     from unnest(v_written, v_kept) k (asset_id, result) where a.id = k.asset_id and k.result is not null;
   end if;
@@ -536,7 +538,7 @@ end $$;
 create or replace function autotag.adapter_answers() returns jsonb
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$
-  select '{"choices": {"table": "public.assets", "id": "id", "workspace": "workspace_id", "path": "storage_path", "bucket": "assets", "url": "image_url", "full_paths": false, "tags": "tags", "where": "true", "members_table": "public.workspace_members", "members_workspace": "workspace_id", "members_user": "user_id", "members_where": "true", "caller_claim": "auth.uid()", "editors": "none"}, "storage_hosts": [], "users_see_files": true, "files": {"name": "workspace-folder", "buckets": ["assets"], "prefix": "", "depth": 1, "uploader": null}, "functions": {"caller": "f830ed77bb91839e0f5c8f2ce1e04423", "nobody": "6c5d38b139b353965449926c78d12f4a", "is_member": "19796b8302d5a46b3911e77265efac71", "is_editor": "1c0b95fc17b9b3f6469e454482cb4a49", "image_table": "d24db7aeb8883ff34d9163c517e0cd7b", "file_rule": "e5132e61b36ed3b88aff49205110856a", "users_see_files": "12121c1c821d63ac9833861df2e81850", "storage_hosts": "030502eb0822a627e8578437ebce8ccd", "storage_file": "8ee31e1e47aa52b15be0280750f52608", "percent_decode": "a0eccfadc1e55a87ef193dd340c278b9", "describe_assets": "899585aacd6cda1cbd963ef9bef57d0c", "check_files": "6d2a870f1edd26973549942173a47764", "file_mark": "219cdc87aec8cb6caf2f18b3adf94d53", "files_to_check": "81fb42a9b8f50e69aa4c1f24985d102c", "visible_file_marks": "0425b07b12c2cbe7f4108e2f81125508", "may_read_images": "4d6ea3cce6c38918ce65b70bcd3596e5", "has_to_see": "3de1be9e0cc38b7a0434fa71b232aad1", "visible_assets": "edcae4bd969eb375a050f8c6bdeb106c", "list_assets": "8e7328ed4b7fee1627641f1a91b1dd89", "tagged_assets": "369dfcb2bc1a94ba8cea34b82e714162", "tags_in_use": "0cb437f5fc8dc68e0004407ee0cf8356", "stored_tags": "dc60c88dfa83a7950bf544ec27916f6c", "store_tags": "2df285d8885a5d46486a3aa257f3904f", "show_stage": "7f9f955eb762fb06c13b042ef1033f08", "held_assets": "74439428a2a7b5d3c9cdd0f84e7c9f20", "collect_inserted": "b662386d76dd1f40ff0a940f5e000201", "set_automatic": "df63c22abd345745a09ee933b92e9fe7", "adapter_version": "6ebceba1516d1b8c52d508dc3039fc26"}}'::jsonb
+  select '{"choices": {"table": "public.assets", "id": "id", "workspace": "workspace_id", "path": "storage_path", "bucket": "assets", "url": "image_url", "full_paths": false, "tags": "tags", "where": "true", "members_table": "public.workspace_members", "members_workspace": "workspace_id", "members_user": "user_id", "members_where": "true", "caller_claim": "auth.uid()", "editors": "none"}, "storage_hosts": [], "users_see_files": true, "files": {"name": "workspace-folder", "buckets": ["assets"], "prefix": "", "depth": 1, "uploader": null}, "functions": {"caller": "f830ed77bb91839e0f5c8f2ce1e04423", "nobody": "6c5d38b139b353965449926c78d12f4a", "is_member": "19796b8302d5a46b3911e77265efac71", "is_editor": "1c0b95fc17b9b3f6469e454482cb4a49", "image_table": "d24db7aeb8883ff34d9163c517e0cd7b", "file_rule": "e5132e61b36ed3b88aff49205110856a", "users_see_files": "12121c1c821d63ac9833861df2e81850", "storage_hosts": "030502eb0822a627e8578437ebce8ccd", "storage_file": "8ee31e1e47aa52b15be0280750f52608", "percent_decode": "a0eccfadc1e55a87ef193dd340c278b9", "describe_assets": "ee5a778ba664ee3b38e3d457c219fa2a", "check_files": "6d2a870f1edd26973549942173a47764", "file_mark": "219cdc87aec8cb6caf2f18b3adf94d53", "files_to_check": "81fb42a9b8f50e69aa4c1f24985d102c", "visible_file_marks": "0425b07b12c2cbe7f4108e2f81125508", "may_read_images": "4d6ea3cce6c38918ce65b70bcd3596e5", "has_to_see": "3de1be9e0cc38b7a0434fa71b232aad1", "visible_assets": "edcae4bd969eb375a050f8c6bdeb106c", "list_assets": "8e7328ed4b7fee1627641f1a91b1dd89", "tagged_assets": "369dfcb2bc1a94ba8cea34b82e714162", "tags_in_use": "0cb437f5fc8dc68e0004407ee0cf8356", "stored_tags": "dc60c88dfa83a7950bf544ec27916f6c", "store_tags": "5274b378f10164138fbdd671ab534e38", "show_stage": "7f9f955eb762fb06c13b042ef1033f08", "held_assets": "74439428a2a7b5d3c9cdd0f84e7c9f20", "collect_inserted": "b662386d76dd1f40ff0a940f5e000201", "set_automatic": "df63c22abd345745a09ee933b92e9fe7", "adapter_version": "6ebceba1516d1b8c52d508dc3039fc26"}}'::jsonb
 $$;
 
 -- Version of the adapter; `autotag init` of a newer release adds what is missing.

@@ -10538,6 +10538,8 @@ declare
   v_triggers text[] := autotag.update_triggers();
   v_try record;
   v_capital record;            -- the same with a capital, which tags of a vocabulary can have
+  v_keep text := case v_triggers when '{}' then 'Let the column take tags of 50 characters.'
+    else format('Let its triggers keep the tags: %s.', autotag.name_some(v_triggers)) end;
 begin
   if v_triggers <> '{}' and p_triggers is not true then
     return autotag.finding('write', 'ok', format('Not tried, because triggers of %s would run (%s): autotag doctor --try-write tries it.',
@@ -10556,10 +10558,10 @@ begin
       format('%s refuses what autotag writes, so images are paid for and fail: %s', v_table, autotag.printable(v_try.error, 500)),
       'Let the constraint or trigger accept it. (Workers have no token: auth.uid() is null in triggers then.)')
     when v_try.kept = 0 then autotag.finding('write', 'error',
-      format('%s did not keep one of ten tags, so images are paid for and get none.', v_table),
-      format('Let its triggers keep the tags: %s.', autotag.name_some(v_triggers)))
+      format('%s kept none of ten tags, so images are paid for and get none.', v_table),
+      v_keep)
     when v_try.kept < 10 then autotag.finding('write', 'warning', format('%s kept %s of ten tags.', v_table, v_try.kept),
-      format('If that is not meant, let its triggers keep the tags: %s.', autotag.name_some(v_triggers)))
+      'If that is not meant: ' || v_keep)
     when v_capital.state is not null then autotag.finding('write', 'warning',
       format('%s takes tags, but none with a capital, which tags of a vocabulary can have: %s', v_table, autotag.printable(v_capital.error, 500)),
       'Let the constraint or trigger accept it, or write the vocabulary in lower case.')

@@ -1,4 +1,4 @@
-"""What a file may cost is known before it is decoded: a child's memory never grows by more than `Measured.cost`."""
+"""What a file may cost is known before it is decoded: a child's memory never grows by more than `Opened.cost`."""
 
 from __future__ import annotations
 

@@ -566,6 +566,14 @@ def test_a_write_that_a_trigger_undoes_is_none(connection: psycopg.Connection[An
             create trigger undo before update on public.{row.table} for each row execute function public.undo()""")
         assert row.store({"tags": ["a"], "confidence": {}, "caption": "c", "model": "m"}) is None
         assert row.tags() == []
+    with connection.transaction(force_rollback=True):  # where an earlier run has completed the image
+        row = Row(connection, "text[]")
+        assert row.store({"tags": ["a"], "confidence": {}, "caption": "c", "model": "m"}) is not None
+        row.sql(f"""
+            create function public.undo() returns trigger language plpgsql as $$ begin {body}; end $$;
+            create trigger undo before update on public.{row.table} for each row execute function public.undo()""")
+        written = row.store({"tags": ["b"], "confidence": {}, "caption": "d", "model": "m"})
+        assert (written, row.tags()) == (None, ["a"])
 
 
 # -- as a vocabulary spells them

@@ -214,8 +214,8 @@ export class Live<Id = string | number> {
     this.liveSince = Infinity
     const channel = this.#channel
     this.#channel = null
-    // A channel that is not quite gone would be handed out again for the same topic.
     this.#checked = Promise.resolve() // a token provider that never answers stops no later channel
+    // A channel that is not quite gone would be handed out again for the same topic.
     if (channel) this.#left = Promise.resolve(this.#supabase.removeChannel(channel)).catch(() => undefined)
   }
 

@@ -135,15 +135,15 @@ def _answer(descriptor: int, request: dict[str, Any], data: int) -> tuple[dict[s
     """Prepares an image. data: the bytes that this process may allocate.
 
     A decoder that gets no memory may say that the file is damaged. So a file counts as damaged only if it is that
-    without the limit, too. There, only the worker bounds the memory: it kills a process that uses too much.
+    with much more, too. Meanwhile the worker bounds the memory: it kills a process that uses too much.
     """
     try:
         path = Path(f"/dev/fd/{descriptor}")
         _limit_memory(data)
-        answer = _try(path, request)
+        answer = _try(path, request, data)
         if answer[0].get("code") == "damaged_image":
-            _limit_memory(resource.RLIM_INFINITY)
-            answer = _try(path, request)
+            _limit_memory(data + int(request["most"]))
+            answer = _try(path, request, data)
         return answer
     finally:
         os.close(descriptor)
@@ -155,7 +155,7 @@ def _limit_memory(data: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (data if most == resource.RLIM_INFINITY else min(data, most), most))
 
 
-def _try(path: Path, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+def _try(path: Path, request: dict[str, Any], data: int) -> tuple[dict[str, Any], bytes]:
     """Prepares an image, if that costs no more than the request allows; otherwise only says what it costs."""
     from autotag.errors import TaggingError
     from autotag.images.prepare import measure, prepare_opened
@@ -167,7 +167,7 @@ def _try(path: Path, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         if opened.cost > int(request["max_cost"]):
             return about | {"advice": opened.advice}, b""
         if opened.silent:
-            _limit_memory(resource.RLIM_INFINITY)
+            _limit_memory(data + int(request["most"]))
         prepared = prepare_opened(opened, side)
         return about | {"notes": prepared.notes}, prepared.jpeg
     except TaggingError as error:

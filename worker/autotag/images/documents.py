@@ -29,9 +29,9 @@ _SIZE = re.compile(rb"\s(width|height)\s*=\s*(\"[^\"]*\"|'[^']*')")
 #: Variables of CSS, which librsvg does not know: it would draw black instead. Their values and fallbacks are short, so
 #: that no drawing grows much.
 _VARIABLE = re.compile(rb"(--[\w-]{1,60})\s*:\s*([^;{}<>\"']{1,60})")
-_USED = re.compile(rb"var\(\s*(--[\w-]{1,60})\s*(?:,\s*([^()]{0,60}|[\w-]+\([^()]{0,60}\))\s*)?\)")
+_USED = re.compile(rb"var\(\s{0,9}(--[\w-]{1,60})\s{0,9}(?:,\s{0,9}([^()]{0,60}|[\w-]{1,30}\([^()]{0,60}\))\s{0,9})?\)")
 #: HTML, which librsvg does not draw; but it takes it for drawn, and leaves out what a ``switch`` has in its place.
-_HTML = re.compile(rb"<((?:\w+:)?foreignObject)\b[^>]*(?<!/)>.*?</\1\s*>", re.DOTALL)
+_HTML = re.compile(rb"<(/?)(?:\w{1,30}:)?foreignObject\b[^<>]*>")
 _EMBEDDED = re.compile(rb"data:image/[\w.+-]*;base64,([A-Za-z0-9+/=\s]+)")
 
 
@@ -99,8 +99,9 @@ def open_svg(data: bytes, side: int) -> Opened:
         TaggingError: it is damaged.
     """
     data = _UTF16.sub(b"", without_utf16(data), count=1)
-    has_html = _HTML.search(data) is not None
-    data = _resolved(_HTML.sub(b"", data))
+    drawn = _without_html(data)
+    has_html = drawn != data
+    data = _resolved(drawn)
     try:
         image = vips.load("svg", data)
     except vips.VipsError:  # perhaps it has a size of zero: without one, it is as large as what it shows
@@ -115,6 +116,21 @@ def open_svg(data: bytes, side: int) -> Opened:
     return Opened("SVG", *size, cost, partial(_draw, data, natural, has_html))
 
 
+def _without_html(data: bytes) -> bytes:
+    """The drawing without the HTML in it; as it is, if the tags of that do not fit together."""
+    kept, at, depth = [], 0, 0
+    for tag in _HTML.finditer(data):
+        if tag[0].endswith(b"/>"):
+            continue
+        depth += -1 if tag[1] else 1
+        if depth < 0:
+            return data
+        if depth == 1 and not tag[1]:
+            kept.append(data[at : tag.start()])
+        at = tag.end()
+    return data if depth else b"".join([*kept, data[at:]])
+
+
 def _resolved(data: bytes) -> bytes:
     """The drawing with the values of its variables, each of which has its first one everywhere."""
     if b"var(" not in data:
@@ -127,7 +143,8 @@ def _resolved(data: bytes) -> bytes:
         value = values.get(use[1])
         if value and (inner := _USED.fullmatch(value)):  # one that stands for another one
             value = values.get(inner[1], inner[2])
-        return use[0] if value is None and use[2] is None else value or use[2] or b""
+        value = use[2] if value is None else value
+        return use[0] if value is None else value
 
     return _USED.sub(value_of, data)
 

@@ -34,7 +34,7 @@ def _open_bitmap(body: bytes, side: int) -> Opened:
     """Opens a BMP without its first header. Its height counts the rows of the mask, too."""
     header = _number(body, 0, 4)
     if header < INFO:
-        raise unsupported("an icon of OS/2")
+        raise unsupported("an icon of OS/2") if header in (12, 16) else damaged()
     width, height, bits, stored = (_number(body, at, size) for at, size in ((4, 4), (8, 4), (14, 2), (16, 4)))
     height //= 2
     colours = (_number(body, 32, 4) or 1 << bits) if bits <= 8 else 0

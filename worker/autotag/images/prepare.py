@@ -29,7 +29,7 @@ from autotag.images.sent import Prepared
 from autotag.images.shape import fit
 from autotag.images.tiff import open_raw, open_tiff
 
-Pillow.MAX_IMAGE_PIXELS = None  # limits are on memory: `Measured.cost`
+Pillow.MAX_IMAGE_PIXELS = None  # limits are on memory: `Opened.cost`
 
 OPENERS: dict[str, Callable[[bytes, int], Opened]] = {
     "JPEG": open_jpeg, "PNG": open_png, "GIF": open_gif, "BMP": open_bmp, "AVIF": open_avif,

@@ -165,7 +165,7 @@ begin
                and {{ own_file }}
              , false) then 'foreign_file' end as refused,
              case when c.counts and not c.too_long then {{ mark }} end as mark,
-             c.counts and not c.too_long and f.bucket || '/' || f.path = {{ written_place }} as plain
+             c.counts and not c.too_long and (f.bucket || '/' || f.path) collate "C" = {{ written_place }} as plain
       from {{ table }} a
       cross join lateral (
         select coalesce({{ counts }}, false) as counts, {{ too_long }} as too_long
@@ -213,7 +213,7 @@ end $$;
 
 -- The files of these images that visible_file_marks() has to check: those in workspaces of the signed-in caller. everybody: the bucket
 -- is public, or there is no file. No rows if no check is needed. An image that is being tagged will be skipped, so nobody looks for
--- its file: it has no path. (Should it be done by then, its mark matches no file, and its claim looks.)
+-- its file: it has no path. (If it has ended by then, the zero mark makes its claim look.)
 create or replace function autotag.files_to_check(p_asset_ids autotag.asset_id[])
 returns table (asset_id autotag.asset_id, bucket text, path text, mark uuid, everybody boolean)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
@@ -440,7 +440,9 @@ begin
       select from pg_trigger t where t.tgrelid = {{ table_literal }}::regclass and not t.tgisinternal and t.tgtype & 16 <> 0) then
     select array_agg(s.asset_id), array_agg(case when s.error is null then autotag.kept_tags(s.tags, s.result) end) into v_written, v_kept
     from autotag.stored_tags(v_written) s join unnest(p_asset_ids, p_results) r (asset_id, result) on r.asset_id = s.asset_id
-    where s.stage = 'completed' or s.result -> 'caption' = r.result -> 'caption';
+    where case when s.result ? 'caption'
+      then s.result -> 'caption' = r.result -> 'caption' or nullif(s.result -> 'confidence', '{}') = r.result -> 'confidence'
+      else s.stage = 'completed' end;
     update {{ table }} a set {{ result }} = k.result
     from unnest(v_written, v_kept) k (asset_id, result) where a.{{ id }} = k.asset_id and k.result is not null;
   end if;

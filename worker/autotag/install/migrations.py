@@ -178,13 +178,16 @@ def apply_written(url: str, written: Mapping[str, Written]) -> list[str]:
                 " writes that, and then this again."
             )
         done = _apply_missing(connection, [Migration(one.version, one.name, one.sql) for one in written.values()])
-        if HOST_ADAPTER in done and PROFILE_VERSIONS not in done:  # files of an earlier installation
+        if PROFILE_VERSIONS not in written:  # files of an earlier installation
             _continue_profile_versions(connection)
         return done
 
 
 def _continue_profile_versions(connection: psycopg.Connection[Any]) -> None:
-    """Continues the numbers of profiles behind those that results of an earlier installation name."""
+    """Continues the numbers of profiles behind those that results of an earlier installation name, if there is no new
+    one yet."""
+    if connection.execute("select is_called from autotag.profile_versions").fetchone() == (True,):
+        return
     with connection.transaction():
         for (table,) in connection.execute("select autotag.image_table()::text").fetchall():
             connection.execute(PROFILE_VERSIONS_SQL.format(table=table, result=quote(Host().result)).encode())

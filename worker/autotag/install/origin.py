@@ -19,18 +19,21 @@ ENVIRONMENT = ("AUTOTAG_SUPABASE_URL", "SUPABASE_URL")  # names the project's UR
 LOCAL_HOSTS = ("127.0.0.1:54321", "localhost:54321")
 
 
-def storage_hosts(database_url: str, project_url: str | None, folder: Path | None) -> tuple[str, ...]:
+def storage_hosts(
+    database_url: str, project_url: str | None, folder: Path | None, *, environment: bool = True
+) -> tuple[str, ...]:
     """The hosts of a project's own API: of its URL, of the project that its folder is linked to, and of its database.
 
     Args:
         database_url: connection URL of the database's owner.
-        project_url: such as ``https://<ref>.supabase.co``; None: not given, so the environment may name it.
+        project_url: such as ``https://<ref>.supabase.co``; None: not given.
         folder: the project's migrations; None: there is no folder.
+        environment: whether the environment may name the URL, if it is not given.
 
     Raises:
         HostError: ``project_url`` is not the URL of an API.
     """
-    named = project_url or _in_environment()
+    named = project_url or (_in_environment() if environment else None)
     hosts = [host_of(named)] if named else []
     linked = folder.parent / ".temp" / "project-ref" if folder else None
     refs = [linked.read_text("utf-8").strip()] if linked and linked.is_file() else []
@@ -53,11 +56,17 @@ def note_on_environment(answers: Mapping[str, Any] | None) -> tuple[str, ...]:
     Args:
         answers: what the adapter was told; None: there is no adapter yet.
     """
-    named = _in_environment()
-    if answers is None or not named or host_of(named) in answers["storage_hosts"]:
+    name = next((one for one in ENVIRONMENT if os.environ.get(one)), None)
+    if answers is None or name is None:
+        return ()
+    named = os.environ[name]
+    try:
+        if host_of(named) in answers["storage_hosts"]:
+            return ()
+    except HostError:  # it is not what this command is about
         return ()
     return (
-        f"SUPABASE_URL is {named}, and the adapter does not read URLs of that host as files;"
+        f"{name} is {named}, and the adapter does not read URLs of that host as files;"
         f" autotag init --project-url {named} adds it.",
     )
 

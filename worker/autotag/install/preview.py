@@ -69,7 +69,9 @@ def show_examples(url: str, found: Survey) -> list[dict[str, Any]] | str:
             cursor = connection.execute(statements.encode())
         except (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled):
             return f"another session holds {found.host.table}; to see them, run this again"
-        except psycopg.errors.FeatureNotSupported:
+        except (psycopg.errors.FeatureNotSupported, psycopg.errors.InvalidTransactionTermination) as error:
+            if "transaction" not in str(error.diag.message_primary):
+                raise HostError(f"The adapter cannot be tried: {printable(str(error), 300)}.") from None
             return "its file begins or ends transactions of its own, so trying it would change the database"
         except psycopg.errors.InsufficientPrivilege as error:
             return f"the login may not create the adapter ({printable(error.diag.message_primary, 200)})"

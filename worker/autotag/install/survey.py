@@ -98,7 +98,9 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
         host = kept
     else:
         known = replace(facts, file_rule=None) if "file_rule" in lost else facts
-        hosts = all_hosts(facts, chosen, storage_hosts(url, choices.project_url, folder))
+        hosts = all_hosts(
+            facts, chosen, storage_hosts(url, choices.project_url, folder, environment=facts.answers is None)
+        )
         host, notes = _find_files(url, known, replace(host, storage_hosts=hosts), choices, noting, may_ask=may_ask)
         host = replace(host, users_see_files=host.names_files and users_see_files(facts, host.files))
     if facts.adapter is not None:

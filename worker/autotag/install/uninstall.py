@@ -238,8 +238,9 @@ def _plan(connection: Connection, *, keep_stages: bool, drop_results: bool) -> P
 def _drop(connection: Connection, plan: Plan) -> None:
     """Drops what a plan names. What uses it goes, too; the caller has checked that."""
     tables = _tables(connection)
-    if plan.unfinished and not any(column.endswith(".tagging_stage") for column in plan.columns):
+    if plan.unfinished and tables and not any(column.endswith(".tagging_stage") for column in plan.columns):
         connection.execute(_FAIL_UNFINISHED)
+        connection.execute("set constraints all immediate")  # with events of triggers waiting, no table can be altered
     if plan.jobs:
         connection.execute("select cron.unschedule(jobid) from cron.job where jobname = any (%s)", (plan.jobs,))
     for identity, _ in connection.execute(_POLICIES).fetchall():
@@ -271,7 +272,7 @@ def _tables(connection: Connection) -> list[str]:
         try:
             with connection.transaction():
                 return [name for name in found if name == _one(connection, _IMAGE_TABLE)]
-        except psycopg.errors.UndefinedTable:
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
             return []
     return found if len(found) == 1 else []
 

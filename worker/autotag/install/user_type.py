@@ -17,7 +17,7 @@ declare
 begin
   select array_agg('drop function ' || p.oid::regprocedure), array_agg(pg_get_functiondef(p.oid)),
     array_agg(
-      case when p.proowner = current_user::regrole then ''
+      case when pg_get_userbyid(p.proowner) = current_user then ''
         when has_schema_privilege(p.proowner, p.pronamespace, 'create') then format('%s; ', g.give)
         else format('grant create on schema %1$s to %2$s; %3$s; revoke create on schema %1$s from %2$s; ',
           p.pronamespace::regnamespace, p.proowner::regrole, g.give) end
