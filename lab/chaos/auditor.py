@@ -36,13 +36,13 @@ ANYTHING = frozenset({"anything"})
 class Books:
     """What each of the three says when everything has ended."""
 
-    #: the simulator's requests (`Simulator.request_log`), its batches and the ids of the files it still has
+    #: the simulator's requests (`Simulator.request_log`), its batches and the files it still has
     requests: list[dict[str, Any]]
     openai_batches: list[dict[str, Any]]
-    openai_files: list[str]
+    openai_files: list[dict[str, Any]]
     #: rows of assets {id, stage, tags, error, code (of the last task)}, jobs {id, image_count, completed, failed,
     #: tasks_failed, tasks (those that are left), finished, batched (OpenAI had a batch of it)},
-    #: batches {id, openai_batch_id, state}; usage {requests, tokens}
+    #: batches {id, openai_batch_id, input_file_id, state}; usage {requests, tokens}
     assets: list[dict[str, Any]]
     jobs: list[dict[str, Any]]
     batches: list[dict[str, Any]]
@@ -75,8 +75,19 @@ def compare_books(books: Books) -> list[str]:
     return [
         *_images(books), *_jobs(books), *_batches(books), *_payments(books), *_pictures(books), *_broadcasts(books),
         *_topics(books), *books.fallen,
-        *(f"file {name} was left at OpenAI" for name in books.openai_files),
+        *_files(books),
     ]  # fmt: skip
+
+
+def _files(books: Books) -> list[str]:
+    """The files that were left at OpenAI. Nobody knows of one whose worker died before it recorded the upload, if the
+    batch was cancelled before another worker took it: it stays until it expires (docs/security.md)."""
+    batches, found = {f"autotag-{row['id']}.jsonl": row for row in books.batches}, []
+    for file in books.openai_files:
+        batch = batches.get(file["filename"], {})
+        if (batch.get("state"), batch.get("input_file_id", "")) != ("cancelled", None):
+            found.append(f"file {file['id']} ({file['filename']}, batch: {batch}) was left at OpenAI")
+    return found
 
 
 def _images(books: Books) -> list[str]:
@@ -260,7 +271,7 @@ def read_books(
         return Books(
             requests=stack.simulator.request_log,
             openai_batches=stack.simulator.batches.describe_all(),
-            openai_files=list(stack.simulator.files),
+            openai_files=list(stack.simulator.files.values()),
             assets=rows("""select a.id::text, a.tagging_stage as stage, a.tags, a.tagging_error as error, t.code
                 from public.assets a left join (
                   select distinct on (asset_id) asset_id, error_code as code from autotag.tasks
@@ -271,7 +282,7 @@ def read_books(
                   as batched,
                 count(*) filter (where t.stage = 'failed') as tasks_failed, count(t.id) as tasks
                 from autotag.jobs j left join autotag.tasks t on t.job_id = j.id group by j.id"""),
-            batches=rows("select id::text, openai_batch_id, state from autotag.batches"),
+            batches=rows("select id::text, openai_batch_id, input_file_id, state from autotag.batches"),
             usage=rows("""select coalesce(sum(requests), 0)::bigint as requests,
                 coalesce(sum(input_tokens + output_tokens), 0)::bigint as tokens from autotag.usage""")[0],
             sent=[batch for batch in public if batch],

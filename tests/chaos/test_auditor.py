@@ -50,7 +50,7 @@ def books() -> Books:
                "tasks_failed": 0, "tasks": 0, "batched": True},
               {"id": "job-2", "image_count": 1, "completed": 0, "failed": 1, "finished": True,
                "tasks_failed": 1, "tasks": 1, "batched": False}],
-        batches=[{"id": "row-1", "openai_batch_id": "batch_1", "state": "done"}],
+        batches=[{"id": "row-1", "openai_batch_id": "batch_1", "input_file_id": "file-1", "state": "done"}],
         usage={"requests": 4, "tokens": 440},
         sent=["batch_1"],
         received=["batch_1"],
@@ -67,6 +67,13 @@ def books() -> Books:
 
 
 def test_books_that_agree_pass(books: Books) -> None:
+    assert compare_books(books) == []
+
+
+def test_a_file_that_nobody_knows_of_is_no_fault(books: Books) -> None:
+    """Its worker died before it recorded the upload, and the batch was cancelled before another worker took it."""
+    books.batches.append({"id": "row-2", "openai_batch_id": None, "input_file_id": None, "state": "cancelled"})
+    books.openai_files.append({"id": "file-9", "filename": "autotag-row-2.jsonl"})
     assert compare_books(books) == []
 
 
@@ -153,7 +160,8 @@ SEEDED: dict[str, Callable[[Books], None]] = {
     "never heard of batch_1": lambda books: books.received.clear(),
     "0 batch-complete without a batch for 1 to 2": lambda books: setattr(books, "sent_without_batch", 0),
     "3 batch-complete without a batch for 1 to 2": lambda books: setattr(books, "sent_without_batch", 3),
-    "file file-1 was left": add("openai_files", "file-1"),
+    "file file-1 (autotag-row-1.jsonl": add("openai_files", {"id": "file-1", "filename": "autotag-row-1.jsonl"}),
+    "file file-2 (output.jsonl": add("openai_files", {"id": "file-2", "filename": "output.jsonl"}),
 }
 
 

@@ -168,6 +168,12 @@ async def test_an_image_whose_tags_are_refused_fails_alone(
     check_money(library.stack)
 
 
+def described(library: Library) -> str:
+    """What describe_assets() returns."""
+    [row] = library.sql("select pg_get_function_result('autotag.describe_assets'::regproc) as type")
+    return str(row["type"])
+
+
 @pytest.mark.parametrize("images", [8, 60], ids=["single calls", "batch"])
 async def test_an_image_whose_row_cannot_be_read_ends_alone(library: Library, neighbour: Library, images: int) -> None:
     """A damaged page of the table, a view that raises, an adapter that is being changed: that may pass, but it need not."""
@@ -177,7 +183,7 @@ async def test_an_image_whose_row_cannot_be_read_ends_alone(library: Library, ne
     library.sql(f"""
         alter function autotag.describe_assets(autotag.asset_id[]) rename to describe_assets_before;
         create function autotag.describe_assets(p_asset_ids autotag.asset_id[])
-        returns table (asset_id autotag.asset_id, workspace_id autotag.workspace_id, bucket text, path text, url text, refused text, mark uuid, stage text)
+        returns {described(library)}
         language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
         begin
           if '{assets[2]}' = any (p_asset_ids) then
@@ -264,7 +270,7 @@ async def test_an_image_whose_row_ends_the_session_that_reads_it_fails_alone(
     library.sql(f"""
         alter function autotag.describe_assets(autotag.asset_id[]) rename to describe_assets_before;
         create function autotag.describe_assets(p_asset_ids autotag.asset_id[])
-        returns table (asset_id autotag.asset_id, workspace_id autotag.workspace_id, bucket text, path text, url text, refused text, mark uuid, stage text)
+        returns {described(library)}
         language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
         begin
           if '{assets[-1]}' = any (p_asset_ids) then
