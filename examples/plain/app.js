@@ -62,6 +62,9 @@ function gallery(workspaceId) {
   })
 
   function show() {
+    // What a person is typing stays, with its cursor: each image keeps its field.
+    const fields = new Map([...$('images').children].map((item) => [item.dataset.id, item.querySelector('input')]))
+    const typing = document.activeElement
     const rows = [...images.values()].sort((a, b) => b.created_at.localeCompare(a.created_at) || a.id.localeCompare(b.id))
     $('images').replaceChildren(...rows.slice(0, SHOWN).map((image) => {
       const { text, progress, live, error } = describeStage(image)
@@ -72,15 +75,18 @@ function gallery(workspaceId) {
       if (error) item.append(element('span', { textContent: error }))
       const tags = element('ul', { ariaLabel: 'Tags' }, ...(image.tags ?? []).map((tag) => element('li', {}, `${tag} `,
         element('button', { textContent: '×', ariaLabel: `Remove ${tag}`, onclick: () => edit(image, (all) => all.filter((other) => other !== tag)) }))))
-      const form = element('form', {}, element('input', { name: 'tag', ariaLabel: 'Add a tag' }), element('button', { textContent: 'Add' }))
+      const field = fields.get(image.id) ?? element('input', { name: 'tag', ariaLabel: 'Add a tag' })
+      const form = element('form', {}, field, element('button', { textContent: 'Add' }))
       form.onsubmit = (event) => {
         event.preventDefault()
-        const tag = form.elements.tag.value.trim()
+        const tag = field.value.trim()
+        field.value = ''
         if (tag) edit(image, (all) => all.includes(tag) ? all : [...all, tag])
       }
       item.append(tags, form)
       return item
     }))
+    if (typing.isConnected) typing.focus()
   }
 
   function showJob(job, over) {

@@ -369,7 +369,7 @@ DEFERRED = """
         (NO_TOKEN, "error", "not authenticated", False),
         (SILENT, "error", "did not change", False),
         (SILENT.replace("return null", "return old"), "error", "did not change", False),
-        (SILENT.replace("return null", "new.tags := old.tags; return new"), "error", "did not keep one", False),
+        (SILENT.replace("return null", "new.tags := old.tags; return new"), "error", "kept none of ten", False),
         (SILENT.replace("return null", "new.tags := new.tags[:5]; return new"), "warning", "kept 3 of ten", False),
         ("alter table public.assets add check (not 'Barn' = any (tags))", "warning", "a capital", True),
         (
