@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import re
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from autotag.install.host import Choices, Host, HostError
 from autotag.install.migrations import apply_migrations, write_migrations
 from autotag.install.preview import show_examples
 from autotag.install.survey import Survey, refuse_to_ask, survey
+from autotag.install.written import recorded_answers
 from conftest import BARE_TEMPLATE, copied_database
 from lab.postgres import LocalPostgres
 
@@ -208,13 +208,32 @@ OTHER: dict[str, Any] = {
 }  # fmt: skip
 
 
+#: What `init` says of those that this project cannot have.
+REFUSED = {
+    "table": "Set --workspace-column", "id": "not unique by itself", "workspace": "set --members-table",
+    "path": "autotag needs text", "tags": "Rename tags instead", "members_table": "(--members-table)",
+    "members_function": "There is no function private.f(uuid)", "editors": "The project has changed autotag.is_editor",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("option", CHOICES)
 def test_no_option_is_ignored(installed: str, option: str) -> None:
-    """Another value than that of the installed adapter changes it, or `init` stops."""
-    with suppress(HostError):
-        change = look(installed, Choices(**{option: OTHER[option]})).change
-        assert change
-        assert json.dumps(OTHER[option]).strip('"').removeprefix("https://") in change.sql
+    """Another value than that of the installed adapter changes it, or `init` stops and says why."""
+    choices = Choices(**{option: OTHER[option]})
+    if option in REFUSED:
+        with pytest.raises(HostError, match=re.escape(REFUSED[option])):
+            look(installed, choices)
+        return
+    change = look(installed, choices).change
+    assert change
+    told = recorded_answers(change.sql)
+    assert told
+    recorded = {
+        **told["choices"],
+        "file_rule": told["files"]["name"],
+        "project_url": "https://" + "".join(told["storage_hosts"]),
+    }
+    assert recorded[option] == OTHER[option]
 
 
 def test_a_host_that_the_environment_names_is_said(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ def storage_hosts(
     Raises:
         HostError: ``project_url`` is not the URL of an API.
     """
-    named = project_url or (_in_environment() if environment else None)
+    named = project_url or (_in_environment()[1] if environment else "")
     hosts = [host_of(named)] if named else []
     linked = folder.parent / ".temp" / "project-ref" if folder else None
     refs = [linked.read_text("utf-8").strip()] if linked and linked.is_file() else []
@@ -56,10 +56,9 @@ def note_on_environment(answers: Mapping[str, Any] | None) -> tuple[str, ...]:
     Args:
         answers: what the adapter was told; None: there is no adapter yet.
     """
-    name = next((one for one in ENVIRONMENT if os.environ.get(one)), None)
-    if answers is None or name is None:
+    name, named = _in_environment()
+    if answers is None or not named:
         return ()
-    named = os.environ[name]
     try:
         if host_of(named) in answers["storage_hosts"]:
             return ()
@@ -71,8 +70,9 @@ def note_on_environment(answers: Mapping[str, Any] | None) -> tuple[str, ...]:
     )
 
 
-def _in_environment() -> str | None:
-    return next((value for name in ENVIRONMENT if (value := os.environ.get(name))), None)
+def _in_environment() -> tuple[str, str]:
+    """The variable that names the project's URL, and that URL; two empty strings: there is none."""
+    return next(((name, value) for name in ENVIRONMENT if (value := os.environ.get(name))), ("", ""))
 
 
 def push_command(database_url: str) -> str:

@@ -71,11 +71,9 @@ def told_answers(facts: Facts) -> dict[str, Any]:
 
 def forgotten(choices: Choices, told: Mapping[str, Any], facts: Facts) -> set[str]:
     """The answers that no longer hold, because a choice changes one that they are about."""
-    chosen = {name: value for name, value in asdict(choices).items() if value is not None}
+    chosen = _chosen(choices)
     changed = {name for name, value in chosen.items() if _same_form(name, value, facts) != told.get(name)}
-    replaced = {
-        name for group in EXCLUSIVE if any(one in chosen for one in group) for name in group if name not in chosen
-    } & set(told)
+    replaced = _replaced(chosen) & set(told)
     lost: set[str] = set()
     while True:
         gone = changed | replaced | lost
@@ -92,12 +90,19 @@ def forgotten(choices: Choices, told: Mapping[str, Any], facts: Facts) -> set[st
 
 def with_remembered(choices: Choices, told: Mapping[str, Any], lost: Collection[str]) -> Choices:
     """The choices, with what the installed adapter was told where nothing else is chosen now."""
-    replaced = {
-        name for group in EXCLUSIVE if any(getattr(choices, one) is not None for one in group) for name in group
-    }
+    chosen = _chosen(choices)
     # a rule for files is more than its name (`with_kept_files`)
-    gone = {*lost, *replaced, "file_rule"}
-    return replace(choices, **{n: v for n, v in told.items() if n not in gone and getattr(choices, n) is None})
+    gone = {*lost, *_replaced(chosen), *chosen, "file_rule"}
+    return replace(choices, **{name: value for name, value in told.items() if name not in gone})
+
+
+def _chosen(choices: Choices) -> dict[str, Any]:
+    return {name: value for name, value in asdict(choices).items() if value is not None}
+
+
+def _replaced(chosen: Collection[str]) -> set[str]:
+    """The answers that others replace which are chosen now."""
+    return {name for group in EXCLUSIVE if any(one in chosen for one in group) for name in group if name not in chosen}
 
 
 def _same_form(name: str, value: Any, facts: Facts) -> Any:
