@@ -80,14 +80,12 @@ def compare_books(books: Books) -> list[str]:
 
 
 def _files(books: Books) -> list[str]:
-    """The files that were left at OpenAI. Nobody knows of one whose worker died before it recorded the upload, if the
-    batch was cancelled before another worker took it: it stays until it expires (docs/security.md)."""
-    batches, found = {f"autotag-{row['id']}.jsonl": row for row in books.batches}, []
-    for file in books.openai_files:
-        batch = batches.get(file["filename"], {})
-        if (batch.get("state"), batch.get("input_file_id", "")) != ("cancelled", None):
-            found.append(f"file {file['id']} ({file['filename']}, batch: {batch}) was left at OpenAI")
-    return found
+    """The files that were left at OpenAI."""
+    batches = {f"autotag-{row['id']}.jsonl": row for row in books.batches}
+    return [
+        f"file {file['id']} ({file['filename']}, batch: {batches.get(file['filename'])}) was left at OpenAI"
+        for file in books.openai_files
+    ]
 
 
 def _images(books: Books) -> list[str]:

@@ -517,6 +517,7 @@ create table autotag.batches (
   openai_batch_id text unique,
   openai_status text,
   input_file_id text,
+  unrecorded_files integer not null default 0,   -- input files whose upload began and whose id was never recorded: found by name
   output_file_id text,
   error_file_id text,
   request_total integer not null default 0,
@@ -543,7 +544,8 @@ create table autotag.batches (
 create index batches_live_idx on autotag.batches (state, created_at, ordinal) where state not in ('done', 'cancelled');
 create index batches_worker_idx on autotag.batches (worker_id) where worker_id is not null;
 create index batches_leftover_files_idx on autotag.batches (id) where state in ('done', 'cancelled')
-  and (input_file_id is not null or output_file_id is not null or error_file_id is not null);
+  and (input_file_id is not null or output_file_id is not null or error_file_id is not null
+    or unrecorded_files > 0);
 create index batches_reserved_idx on autotag.batches (workspace_id) include (reserved_tokens) where reserved_tokens > 0;
 create index batches_workspace_planned_idx on autotag.batches (workspace_id) where state = 'planned';
 create index batches_unannounced_idx on autotag.batches (id) where state = 'done' and not stored;
@@ -6426,6 +6428,7 @@ $$;
 --   poll: [{id, since}] of all batches in flight if a poll is due, else null.
 --   cancel: ids of those to cancel at OpenAI now (take_cancellations).
 --   files: ids of files to delete at OpenAI (reported with files_deleted).
+--   unrecorded: [{batch, since}] of batches that are over and may have input files at OpenAI under their names (files_deleted, too).
 --   question: as in claim().
 --   look_up: name of the model to check at the provider now (provider_checked), else null.
 --   wait: seconds until the next call; null: wait for a notification.
@@ -6434,7 +6437,7 @@ $$;
 create or replace function autotag.claim_batches(
   p_worker uuid, p_slots integer, p_claim integer,
   out batches jsonb, out poll jsonb, out cancel jsonb, out files jsonb, out wait double precision,
-  p_question bigint default null, out question jsonb, out look_up text
+  p_question bigint default null, out question jsonb, out look_up text, out unrecorded jsonb
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -6481,6 +6484,7 @@ begin
   perform pg_notify('autotag', 'realtime') where v_provider.proven_at is null;  -- that lane sends the probe
   v_polls := autotag.assign_poll(p_worker, v_provider, v_settings, v_now);
   poll := v_polls.poll; cancel := v_polls.cancel; files := v_polls.files; look_up := v_polls.look_up;
+  unrecorded := v_polls.unrecorded;
   v_provider.next_poll_at := v_polls.next_poll_at;
   update autotag.provider_limits p
   set next_poll_at = v_provider.next_poll_at,
@@ -6492,11 +6496,11 @@ begin
     else autotag.real_seconds(autotag.next_batch_claim(v_provider, files <> '[]', v_now) - v_now) end;
 end $$;
 
--- Assigns the poll of the provider to a worker if it is due (claim_batches: poll, cancel, files, look_up). next_poll_at: of the
+-- Assigns the poll of the provider to a worker if it is due (claim_batches: poll, cancel, files, unrecorded, look_up). next_poll_at: of the
 -- provider's row from now on. Called by claim_batches(), which holds that row and the worker's.
 create or replace function autotag.assign_poll(
   p_worker uuid, p_provider autotag.provider_limits, p_settings autotag.settings, p_now timestamptz,
-  out poll jsonb, out cancel jsonb, out files jsonb, out look_up text, out next_poll_at timestamptz
+  out poll jsonb, out cancel jsonb, out files jsonb, out unrecorded jsonb, out look_up text, out next_poll_at timestamptz
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -6508,8 +6512,8 @@ begin
   end if;
   cancel := autotag.take_cancellations(next_poll_at <= p_now, p_now);
   if next_poll_at <= p_now then
-    select l.poll, l.files into poll, files from autotag.list_polls() l;
-    next_poll_at := case when poll is null and files = '[]' then '-infinity' else p_now + p_settings.batch_poll_interval end;
+    select l.poll, l.files, l.unrecorded into poll, files, unrecorded from autotag.list_polls(p_now - p_settings.batch_create_grace) l;
+    next_poll_at := case when poll is null and files = '[]' and unrecorded is null then '-infinity' else p_now + p_settings.batch_poll_interval end;
   end if;
   -- Somebody waits for the end of a cancelled batch. (OpenAI takes up to ten minutes.)
   if cancel is not null or exists (
@@ -6520,7 +6524,7 @@ begin
   if p_provider.proven_at is not null and p_provider.checked_at <= p_now - p_settings.model_check_interval then
     look_up := p_provider.question ->> 'model';
   end if;
-  if poll is not null or files <> '[]' or look_up is not null or cancel is not null then
+  if poll is not null or files <> '[]' or unrecorded is not null or look_up is not null or cancel is not null then
     -- Allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked). A poll that does not find
     -- a batch counts by this time, so a cancellation does not change it.
     update autotag.workers w
@@ -6567,8 +6571,9 @@ begin
   return v_ids;
 end $$;
 
--- The batches to poll, and the files to delete at OpenAI (claim_batches: poll, files).
-create or replace function autotag.list_polls(out poll jsonb, out files jsonb)
+-- The batches to poll, and the files to delete at OpenAI (claim_batches: poll, files, unrecorded). p_over: the unrecorded files of a
+-- batch that was over then have arrived.
+create or replace function autotag.list_polls(p_over timestamptz, out poll jsonb, out files jsonb, out unrecorded jsonb)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -6584,6 +6589,10 @@ begin
       and (b.input_file_id is not null or b.output_file_id is not null or b.error_file_id is not null)
     order by b.id limit 300) f
   where f.id is not null;
+  select jsonb_agg(jsonb_build_object('batch', f.id, 'since', autotag.real_epoch(f.created_at))) into unrecorded
+  from (
+    select b.id, b.created_at from autotag.batches b
+    where b.state in ('done', 'cancelled') and b.unrecorded_files > 0 and b.finished_at <= p_over order by b.id limit 100) f;
 end $$;
 
 -- When a worker should call claim_batches() again: for the next poll, or when a delayed batch is due; null: only after a
@@ -6600,6 +6609,9 @@ begin
     select min(b.not_before) from autotag.batches b
     where b.worker_id is null and b.not_before > p_now and b.not_before < 'infinity'
       and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting')
+    union all
+    select greatest(p_provider.next_poll_at, p_provider.ask_after, min(b.finished_at) + (select s.batch_create_grace from autotag.settings s))
+    from autotag.batches b where b.state in ('done', 'cancelled') and b.unrecorded_files > 0 having count(*) > 0
   ) due_times (due));
 end $$;
 
@@ -6710,7 +6722,9 @@ begin
       'The order is preparing, uploading, creating; creating needs the id of the input file.', jsonb_build_object('batch', p_batch));
   end if;
   update autotag.batches b
-  set state = p_state, input_file_id = coalesce(p_input_file_id, b.input_file_id)
+  set state = p_state, input_file_id = coalesce(p_input_file_id, b.input_file_id),
+      unrecorded_files = b.unrecorded_files
+        + case when p_state = 'uploading' then 1 when p_state = 'creating' and b.state = 'uploading' then -1 else 0 end
   where b.id = p_batch;
   if p_state = 'preparing' then
     -- Errors that an earlier worker recorded while it built the file are void, because the images are prepared again.
@@ -7265,24 +7279,28 @@ begin
   return (autotag.describe_shutdown()) ->> 'message';
 end $$;
 
--- Removes the ids of files that were deleted at OpenAI, so that they are not deleted again. Only for batches that have ended:
--- after a false report OpenAI keeps the files until they expire, and nothing else happens. Locks: batches by id.
-create or replace function autotag.files_deleted(p_worker uuid, p_files text[]) returns void
+-- Removes the ids of files that were deleted at OpenAI, so that they are not deleted again. p_unrecorded: batches whose unrecorded
+-- files were deleted. Only for batches that have ended: after a false report OpenAI keeps the files until they expire, and nothing
+-- else happens. Locks: batches by id.
+create or replace function autotag.files_deleted(p_worker uuid, p_files text[], p_unrecorded uuid[] default '{}') returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform autotag.check_ids(cardinality(p_files));
+  perform autotag.check_ids(cardinality(p_unrecorded));
   if not autotag.is_own_worker(p_worker) then
     return;
   end if;
   update autotag.batches b
   set input_file_id = case when b.input_file_id = any (p_files) then null else b.input_file_id end,
       output_file_id = case when b.output_file_id = any (p_files) then null else b.output_file_id end,
-      error_file_id = case when b.error_file_id = any (p_files) then null else b.error_file_id end
+      error_file_id = case when b.error_file_id = any (p_files) then null else b.error_file_id end,
+      unrecorded_files = case when b.id = any (p_unrecorded) then 0 else b.unrecorded_files end
   where b.id in (
     select d.id from autotag.batches d
     where d.state in ('done', 'cancelled')
-      and (d.input_file_id = any (p_files) or d.output_file_id = any (p_files) or d.error_file_id = any (p_files))
+      and (d.input_file_id = any (p_files) or d.output_file_id = any (p_files) or d.error_file_id = any (p_files)
+        or d.id = any (p_unrecorded))
     order by d.id for update);
 end $$;
 

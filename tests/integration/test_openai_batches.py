@@ -407,6 +407,28 @@ async def test_a_batch_cancelled_before_openai_has_it_leaves_nothing_there(few: 
     assert (job["failed"], batches(few), leftover_files(few)) == (8, [], [])
 
 
+@pytest.mark.parametrize("cancelled", [True, False], ids=["cancelled", "given up"])
+async def test_input_files_that_nobody_recorded_are_deleted_when_their_batch_is_over(
+    few: Library, cancelled: bool
+) -> None:
+    """The provider stored them, and its answers were lost."""
+    few.stack.configure(batch_create_grace="0.2 s", max_failures=1)
+    few.stack.simulator.faults.add(Fault(where="POST /v1/files", after=True, times=1000))
+    assets = await few.upload(8)
+    async with worker(few.stack):
+        told = few.enqueue(assets)
+        await until(lambda: leftover_files(few) != [], "the upload")
+        if cancelled:
+            few.rpc("public.cancel_tagging", told["job_id"])
+        [job] = await few.finished(told)
+        await until(lambda: leftover_files(few) == [], "the files to be deleted")
+        await until(
+            lambda: few.sql("select 1 from autotag.batches where unrecorded_files > 0") == [],
+            "no file to be looked for",
+        )
+    assert (job["completed"] == 8, batches(few)) == (not cancelled, [])
+
+
 async def test_a_stuck_batch_falls_back_to_single_calls(few: Library) -> None:
     """No progress for batch_stuck_after: it is cancelled, and what it did not do is asked at once."""
     few.stack.configure(batch_stuck_after="0.5 s")

@@ -11,9 +11,9 @@ import pytest
 from openai.types import Batch as ListedBatch
 
 from autotag.db import BatchClaim, DatabaseSettings, Question
-from autotag.db.messages import ErrorReport, PolledBatch, Submitted
+from autotag.db.messages import ErrorReport, PolledBatch, Submitted, Unrecorded
 from autotag.errors import TaggingError
-from autotag.openai.records import ProviderBatch, read_batch
+from autotag.openai.records import ProviderBatch, ProviderFile, read_batch
 from autotag.worker.files import Files
 from autotag.worker.poll import MAX_POLLED, Poller
 
@@ -31,7 +31,9 @@ class FakeProvider:
 
     def __init__(self, listed: list[str]) -> None:
         self.listed = listed
+        self.files: list[str] = []
         self.list_error: TaggingError | None = None
+        self.delete_errors: dict[str, TaggingError] = {}
         self.retrieve_errors: dict[str, TaggingError] = {}
         self.cancel_errors: dict[str, TaggingError] = {}
         self.calls: list[str] = []
@@ -57,6 +59,14 @@ class FakeProvider:
 
     async def delete_file(self, name: str) -> None:
         self.calls.append(f"delete {name}")
+        if name in self.delete_errors:
+            raise self.delete_errors[name]
+
+    async def files_since(self, _: float) -> AsyncIterator[ProviderFile]:
+        for number, name in enumerate(self.files):
+            yield ProviderFile(f"file-{number}", name, 1)
+        if self.list_error:
+            raise self.list_error
 
 
 class FakeDatabase:
@@ -66,6 +76,7 @@ class FakeDatabase:
         self.refused: dict[tuple[str, str], Exception] = {}
         self.states: dict[str, str] = {}
         self.failures: list[ErrorReport] = []
+        self.gone: list[str] = []
 
     async def record_poll(self, polled: list[PolledBatch]) -> list[str]:
         for batch in polled:
@@ -77,8 +88,8 @@ class FakeDatabase:
     async def report_poll_failure(self, error: ErrorReport) -> None:
         self.failures.append(error)
 
-    async def files_deleted(self, _: list[str]) -> None:
-        pass
+    async def files_deleted(self, files: list[str], unrecorded: Sequence[Unrecorded] = ()) -> None:
+        self.gone += [*files, *(batch.batch for batch in unrecorded)]
 
 
 class NoStages:
@@ -141,6 +152,40 @@ async def test_a_provider_that_asks_to_wait_keeps_what_it_had_said() -> None:
         assert [error["retry_after"] for error in db.failures] == [3]
         first.add(provider.calls[1])
     assert len(first) > 1
+
+
+UNRECORDED = [Unrecorded("one", 5), Unrecorded("two", 9)]
+BUSY = TaggingError("rate_limit", "rate_limited", "m", status=429, retry_after=3)
+GONE = TaggingError("account", "http_404", "m", status=404)
+
+
+@pytest.mark.parametrize(
+    ("listing", "deleting", "gone", "failures"),
+    [
+        (None, None, ["one", "two"], 0),
+        (None, GONE, ["one", "two"], 0),
+        (BUSY, None, [], 1),
+        (None, BUSY, [], 1),
+        (TaggingError("transient", "provider_unreachable", "m"), None, [], 1),
+        (TaggingError("account", "bad_key", "m", status=401), None, [], 1),
+        *(
+            (TaggingError("account", "x", "m", status=status), None, ["one", "two"], 0)
+            for status in (403, 404, 405, 501)
+        ),
+    ],
+)
+async def test_files_that_nobody_recorded_are_deleted_by_name(
+    listing: TaggingError | None, deleting: TaggingError | None, gone: list[str], failures: int
+) -> None:
+    """Theirs alone. A provider that cannot list files is not asked again; one that is busy is asked at a later poll."""
+    provider, db = FakeProvider(IDS), FakeDatabase()
+    provider.files = ["autotag-two.jsonl", "autotag-three.jsonl", "two.jsonl", "autotag-one.jsonl", "autotag-two.jsonl"]
+    provider.list_error = listing
+    provider.delete_errors = {"file-0": deleting} if deleting else {}
+    await poller(provider, db).poll(BatchClaim([], None, SETTINGS, unrecorded=UNRECORDED))
+    assert (db.gone, len(db.failures)) == (gone, failures)
+    if listing is None and deleting is not BUSY:
+        assert provider.calls == ["delete file-0", "delete file-3", "delete file-4"]
 
 
 @pytest.mark.parametrize("error", [psycopg.errors.DivisionByZero("x"), TypeError("surrogates not allowed")])

@@ -26,6 +26,7 @@ $$;
 --   poll: [{id, since}] of all batches in flight if a poll is due, else null.
 --   cancel: ids of those to cancel at OpenAI now (take_cancellations).
 --   files: ids of files to delete at OpenAI (reported with files_deleted).
+--   unrecorded: [{batch, since}] of batches that are over and may have input files at OpenAI under their names (files_deleted, too).
 --   question: as in claim().
 --   look_up: name of the model to check at the provider now (provider_checked), else null.
 --   wait: seconds until the next call; null: wait for a notification.
@@ -34,7 +35,7 @@ $$;
 create or replace function autotag.claim_batches(
   p_worker uuid, p_slots integer, p_claim integer,
   out batches jsonb, out poll jsonb, out cancel jsonb, out files jsonb, out wait double precision,
-  p_question bigint default null, out question jsonb, out look_up text
+  p_question bigint default null, out question jsonb, out look_up text, out unrecorded jsonb
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -81,6 +82,7 @@ begin
   perform pg_notify('autotag', 'realtime') where v_provider.proven_at is null;  -- that lane sends the probe
   v_polls := autotag.assign_poll(p_worker, v_provider, v_settings, v_now);
   poll := v_polls.poll; cancel := v_polls.cancel; files := v_polls.files; look_up := v_polls.look_up;
+  unrecorded := v_polls.unrecorded;
   v_provider.next_poll_at := v_polls.next_poll_at;
   update autotag.provider_limits p
   set next_poll_at = v_provider.next_poll_at,
@@ -92,11 +94,11 @@ begin
     else autotag.real_seconds(autotag.next_batch_claim(v_provider, files <> '[]', v_now) - v_now) end;
 end $$;
 
--- Assigns the poll of the provider to a worker if it is due (claim_batches: poll, cancel, files, look_up). next_poll_at: of the
+-- Assigns the poll of the provider to a worker if it is due (claim_batches: poll, cancel, files, unrecorded, look_up). next_poll_at: of the
 -- provider's row from now on. Called by claim_batches(), which holds that row and the worker's.
 create or replace function autotag.assign_poll(
   p_worker uuid, p_provider autotag.provider_limits, p_settings autotag.settings, p_now timestamptz,
-  out poll jsonb, out cancel jsonb, out files jsonb, out look_up text, out next_poll_at timestamptz
+  out poll jsonb, out cancel jsonb, out files jsonb, out unrecorded jsonb, out look_up text, out next_poll_at timestamptz
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -108,8 +110,8 @@ begin
   end if;
   cancel := autotag.take_cancellations(next_poll_at <= p_now, p_now);
   if next_poll_at <= p_now then
-    select l.poll, l.files into poll, files from autotag.list_polls() l;
-    next_poll_at := case when poll is null and files = '[]' then '-infinity' else p_now + p_settings.batch_poll_interval end;
+    select l.poll, l.files, l.unrecorded into poll, files, unrecorded from autotag.list_polls(p_now - p_settings.batch_create_grace) l;
+    next_poll_at := case when poll is null and files = '[]' and unrecorded is null then '-infinity' else p_now + p_settings.batch_poll_interval end;
   end if;
   -- Somebody waits for the end of a cancelled batch. (OpenAI takes up to ten minutes.)
   if cancel is not null or exists (
@@ -120,7 +122,7 @@ begin
   if p_provider.proven_at is not null and p_provider.checked_at <= p_now - p_settings.model_check_interval then
     look_up := p_provider.question ->> 'model';
   end if;
-  if poll is not null or files <> '[]' or look_up is not null or cancel is not null then
+  if poll is not null or files <> '[]' or unrecorded is not null or look_up is not null or cancel is not null then
     -- Allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked). A poll that does not find
     -- a batch counts by this time, so a cancellation does not change it.
     update autotag.workers w
@@ -167,8 +169,9 @@ begin
   return v_ids;
 end $$;
 
--- The batches to poll, and the files to delete at OpenAI (claim_batches: poll, files).
-create or replace function autotag.list_polls(out poll jsonb, out files jsonb)
+-- The batches to poll, and the files to delete at OpenAI (claim_batches: poll, files, unrecorded). p_over: the unrecorded files of a
+-- batch that was over then have arrived.
+create or replace function autotag.list_polls(p_over timestamptz, out poll jsonb, out files jsonb, out unrecorded jsonb)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
@@ -184,6 +187,10 @@ begin
       and (b.input_file_id is not null or b.output_file_id is not null or b.error_file_id is not null)
     order by b.id limit 300) f
   where f.id is not null;
+  select jsonb_agg(jsonb_build_object('batch', f.id, 'since', autotag.real_epoch(f.created_at))) into unrecorded
+  from (
+    select b.id, b.created_at from autotag.batches b
+    where b.state in ('done', 'cancelled') and b.unrecorded_files > 0 and b.finished_at <= p_over order by b.id limit 100) f;
 end $$;
 
 -- When a worker should call claim_batches() again: for the next poll, or when a delayed batch is due; null: only after a
@@ -200,6 +207,9 @@ begin
     select min(b.not_before) from autotag.batches b
     where b.worker_id is null and b.not_before > p_now and b.not_before < 'infinity'
       and b.state in ('planned', 'preparing', 'uploading', 'creating', 'ended', 'harvesting')
+    union all
+    select greatest(p_provider.next_poll_at, p_provider.ask_after, min(b.finished_at) + (select s.batch_create_grace from autotag.settings s))
+    from autotag.batches b where b.state in ('done', 'cancelled') and b.unrecorded_files > 0 having count(*) > 0
   ) due_times (due));
 end $$;
 

@@ -57,24 +57,28 @@ begin
   return (autotag.describe_shutdown()) ->> 'message';
 end $$;
 
--- Removes the ids of files that were deleted at OpenAI, so that they are not deleted again. Only for batches that have ended:
--- after a false report OpenAI keeps the files until they expire, and nothing else happens. Locks: batches by id.
-create or replace function autotag.files_deleted(p_worker uuid, p_files text[]) returns void
+-- Removes the ids of files that were deleted at OpenAI, so that they are not deleted again. p_unrecorded: batches whose unrecorded
+-- files were deleted. Only for batches that have ended: after a false report OpenAI keeps the files until they expire, and nothing
+-- else happens. Locks: batches by id.
+create or replace function autotag.files_deleted(p_worker uuid, p_files text[], p_unrecorded uuid[] default '{}') returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform autotag.check_ids(cardinality(p_files));
+  perform autotag.check_ids(cardinality(p_unrecorded));
   if not autotag.is_own_worker(p_worker) then
     return;
   end if;
   update autotag.batches b
   set input_file_id = case when b.input_file_id = any (p_files) then null else b.input_file_id end,
       output_file_id = case when b.output_file_id = any (p_files) then null else b.output_file_id end,
-      error_file_id = case when b.error_file_id = any (p_files) then null else b.error_file_id end
+      error_file_id = case when b.error_file_id = any (p_files) then null else b.error_file_id end,
+      unrecorded_files = case when b.id = any (p_unrecorded) then 0 else b.unrecorded_files end
   where b.id in (
     select d.id from autotag.batches d
     where d.state in ('done', 'cancelled')
-      and (d.input_file_id = any (p_files) or d.output_file_id = any (p_files) or d.error_file_id = any (p_files))
+      and (d.input_file_id = any (p_files) or d.output_file_id = any (p_files) or d.error_file_id = any (p_files)
+        or d.id = any (p_unrecorded))
     order by d.id for update);
 end $$;
 

@@ -81,7 +81,9 @@ begin
       'The order is preparing, uploading, creating; creating needs the id of the input file.', jsonb_build_object('batch', p_batch));
   end if;
   update autotag.batches b
-  set state = p_state, input_file_id = coalesce(p_input_file_id, b.input_file_id)
+  set state = p_state, input_file_id = coalesce(p_input_file_id, b.input_file_id),
+      unrecorded_files = b.unrecorded_files
+        + case when p_state = 'uploading' then 1 when p_state = 'creating' and b.state = 'uploading' then -1 else 0 end
   where b.id = p_batch;
   if p_state = 'preparing' then
     -- Errors that an earlier worker recorded while it built the file are void, because the images are prepared again.

@@ -33,6 +33,7 @@ create table autotag.batches (
   openai_batch_id text unique,
   openai_status text,
   input_file_id text,
+  unrecorded_files integer not null default 0,   -- input files whose upload began and whose id was never recorded: found by name
   output_file_id text,
   error_file_id text,
   request_total integer not null default 0,
@@ -59,7 +60,8 @@ create table autotag.batches (
 create index batches_live_idx on autotag.batches (state, created_at, ordinal) where state not in ('done', 'cancelled');
 create index batches_worker_idx on autotag.batches (worker_id) where worker_id is not null;
 create index batches_leftover_files_idx on autotag.batches (id) where state in ('done', 'cancelled')
-  and (input_file_id is not null or output_file_id is not null or error_file_id is not null);
+  and (input_file_id is not null or output_file_id is not null or error_file_id is not null
+    or unrecorded_files > 0);
 create index batches_reserved_idx on autotag.batches (workspace_id) include (reserved_tokens) where reserved_tokens > 0;
 create index batches_workspace_planned_idx on autotag.batches (workspace_id) where state = 'planned';
 create index batches_unannounced_idx on autotag.batches (id) where state = 'done' and not stored;

@@ -209,6 +209,14 @@ class Submitted:
 
 
 @dataclass(frozen=True)
+class Unrecorded:
+    """A batch whose input files may be at the provider under its name. since: as in `Batch`."""
+
+    batch: str
+    since: float
+
+
+@dataclass(frozen=True)
 class BatchClaim:
     """Batches to submit or harvest, and what to do at the provider now.
 
@@ -218,6 +226,7 @@ class BatchClaim:
         poll: batches to poll.
         cancel: OpenAI's ids of batches to cancel.
         files: files to delete.
+        unrecorded: batches that are over and may have input files that nobody recorded.
         look_up: the model to check at the provider; None: no check is due.
     """
 
@@ -227,6 +236,7 @@ class BatchClaim:
     poll: list[Submitted] = field(default_factory=list)
     cancel: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    unrecorded: list[Unrecorded] = field(default_factory=list)
     look_up: str | None = None
 
 

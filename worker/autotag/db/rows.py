@@ -16,8 +16,8 @@ class ClaimRow(TypedDict):
 
 
 class BatchClaimRow(TypedDict):
-    """The row of ``autotag.claim_batches``; the worker makes a `BatchClaim` of it. poll, cancel: None: no poll is
-    due."""
+    """The row of ``autotag.claim_batches``; the worker makes a `BatchClaim` of it. poll, cancel, unrecorded: None:
+    nothing is due."""
 
     batches: list[Mapping[str, object]]
     poll: list[Mapping[str, object]] | None
@@ -26,3 +26,4 @@ class BatchClaimRow(TypedDict):
     wait: float | None
     question: Mapping[str, object] | None
     look_up: str | None
+    unrecorded: list[Mapping[str, object]] | None

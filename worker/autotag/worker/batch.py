@@ -94,7 +94,7 @@ class BatchLane:
                 cancelling = asyncio.create_task(self._poller.cancel(claim.cancel))
                 self._cancelling.add(cancelling)
                 cancelling.add_done_callback(self._cancelling.discard)
-            if (claim.poll or claim.files or claim.look_up) and (polling is None or polling.done()):
+            if (claim.poll or claim.files or claim.unrecorded or claim.look_up) and (polling is None or polling.done()):
                 polling = asyncio.create_task(self._poller.poll(claim))
             await self._wake.wait("batch", claim.wait if self._slots.free else None)
         for task in (*self._cancelling, *([polling] if polling else [])):

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import structlog
 
 from autotag.db import Batch, Database
+from autotag.db.messages import Unrecorded
 from autotag.errors import TaggingError
+from autotag.openai.errors import NO_SUCH_ROUTE
 from autotag.openai.provider import Provider
 
 log = structlog.get_logger(__name__)
@@ -20,16 +22,38 @@ class Files:
         self._db = db
         self._provider = provider
 
-    async def delete_leftovers(self, batch: Batch) -> None:
-        """Deletes input files of this batch whose upload was not recorded, because the worker ended before.
+    async def delete_unrecorded(self, batches: Sequence[Batch | Unrecorded]) -> None:
+        """Deletes the input files of these batches whose upload was not recorded, because the worker ended before.
 
         Raises:
             TaggingError: the provider returned an error.
         """
-        async for file in self._provider.files_since(batch.since):
-            if file.name == input_file_name(batch):
+        names = {input_file_name(batch): batch.batch for batch in batches}
+        files = self._provider.files_since(min(batch.since for batch in batches))
+        for file in [file async for file in files if file.name in names]:  # first all: a page begins after a file
+            try:
                 await self._provider.delete_file(file.id)
-                log.info("leftover_file_deleted", batch=batch.batch, file=file.id)
+            except TaggingError as error:
+                if error.status != 404:
+                    raise
+            log.info("unrecorded_file_deleted", batch=names[file.name], file=file.id)
+
+    async def delete_of_ended(self, batches: Sequence[Unrecorded]) -> None:
+        """Deletes unrecorded input files of batches that are over, and reports that. A provider that refuses to list files
+        or to delete one is not asked again.
+
+        Raises:
+            TaggingError: the provider is unavailable or busy; a later poll deletes them.
+        """
+        if not batches:
+            return
+        try:
+            await self.delete_unrecorded(batches)
+        except TaggingError as error:
+            if error.status not in (403, *NO_SUCH_ROUTE):
+                raise
+            log.warning("files_not_listed", batches=[batch.batch for batch in batches], error=error.code)
+        await self._db.files_deleted([], batches)
 
     async def delete(self, file_ids: Sequence[str]) -> None:
         """Deletes files. Those that the provider does not delete now are left for a later poll."""
@@ -50,6 +74,6 @@ class Files:
             await self._db.files_deleted(deleted)
 
 
-def input_file_name(batch: Batch) -> str:
+def input_file_name(batch: Batch | Unrecorded) -> str:
     """The name of a batch's input file at the provider."""
     return f"autotag-{batch.batch}.jsonl"

@@ -39,6 +39,7 @@ class Poller:
         await self._take_steps(
             lambda: self._poll_batches(claim.poll),
             lambda: self._files.delete(claim.files),
+            lambda: self._files.delete_of_ended(claim.unrecorded),
             lambda: self._check_model(claim.look_up),
         )
 

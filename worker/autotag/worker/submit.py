@@ -83,7 +83,7 @@ class Submitter:
                 return
         else:
             if batch.state == "uploading":
-                await self._files.delete_leftovers(batch)
+                await self._files.delete_unrecorded([batch])
             input_file_id = await self._build_and_upload(batch, settings)
         if input_file_id is None:
             await self._slots.retry(
