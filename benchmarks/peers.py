@@ -47,7 +47,8 @@ def _client(url: str, key: str) -> httpx.AsyncClient:
         base_url=url,
         headers={"authorization": f"Bearer {key}"},
         timeout=None,
-        limits=httpx.Limits(max_connections=None),
+        # shorter than the server's 5 s, so that no request meets the end of its connection
+        limits=httpx.Limits(max_connections=None, keepalive_expiry=1),
     )
 
 

@@ -112,7 +112,6 @@ def test_workers_that_are_killed_again_and_again_fail_no_image(engine: Crashing)
         engine.crash()
     assert failed(engine) == []
     [(failures,)] = engine.sql("select max(failures) from autotag.tasks")
-    print("FAIL", failures)
     assert failures < 4, "they take turns"
 
 

@@ -39,8 +39,8 @@ class Files:
             log.info("unrecorded_file_deleted", batch=names[file.name], file=file.id)
 
     async def delete_of_ended(self, batches: Sequence[Unrecorded]) -> None:
-        """Deletes unrecorded input files of batches that are over, and reports that. A provider that refuses to list files
-        or to delete one is not asked again.
+        """Deletes unrecorded input files of batches that are over, and reports that. A provider that refuses to list
+        files or to delete one is not asked again.
 
         Raises:
             TaggingError: the provider is unavailable or busy; a later poll deletes them.
