@@ -22,7 +22,9 @@ as $$
 declare
   v_job autotag.jobs := autotag.visible_job(p_job_id);
   v_retry autotag.jobs;
-  v_failed autotag.asset_id[];    -- those that can be tagged now
+  v_images autotag.asset_id[];    -- those that can be tagged now,
+  v_marks bigint[];               -- the marks of their pictures,
+  v_suspects autotag.picture[];   -- and those that may have been enqueued again
   v_assets autotag.asset_id[];
   v_visible_marks uuid[];
   v_reply jsonb;
@@ -34,17 +36,22 @@ begin
     and v_retry.id is not null then
     return autotag.describe_repeat(v_retry, v_retry.image_count);
   end if;
-  v_failed := array(
-    select d.asset_id from autotag.describe_assets(autotag.failed_assets(v_job.id)) d
-    where d.workspace_id = v_job.workspace_id and d.refused is null and d.stage is distinct from 'completed');
+  with found as materialized (
+    select d.asset_id, d.stage, hash_record_extended(row(d.asset_id, d.mark), 0) as mark
+    from autotag.describe_assets(array(select unnest(p_asset_ids) intersect select unnest(autotag.failed_assets(v_job.id)))) d
+    where d.workspace_id = v_job.workspace_id and d.refused is null and d.stage is distinct from 'completed'
+  )
+  select array(select f.asset_id from found f), array(select f.mark from found f),
+    array(select row(f.asset_id, f.mark)::autotag.picture from found f where f.stage <> 'failed')
+  into v_images, v_marks, v_suspects;
   select array_agg(a.id order by a.i), array_agg(a.visible_mark order by a.i) into v_assets, v_visible_marks
   from unnest(p_asset_ids, p_visible_marks) with ordinality a (id, visible_mark, i)
-  where a.id in (select unnest(v_failed));
+  where a.id in (select unnest(v_images));
   if v_assets is null then
     perform autotag.refuse(409, 'nothing_to_retry', 'This upload has no failed image that can be tagged now.',
       'Check tagging_job() before you retry.');
   end if;
-  v_reply := autotag.enqueue(v_assets, v_visible_marks);
+  v_reply := autotag.start_once(v_job.workspace_id, v_assets, v_visible_marks, v_images, v_marks, v_suspects);
   update autotag.jobs j set retry_of = v_job.id
   where j.id = (v_reply ->> 'job_id')::uuid and (v_reply ->> 'image_count')::integer > 0;
   return v_reply;
