@@ -31,6 +31,7 @@ from lab.chaos.hostile_triggers import ALL_KINDS
 from lab.chaos.hostile_uploads import Storm
 from lab.chaos.hostilities import Friendly, Hostility, happen_often, wait_for
 from lab.chaos.tenants import Project, Tenant, open_project, widen
+from lab.machine import processor_time
 from lab.pictures import Drawing, draw
 from lab.postgres import install_autotag, local_postgres, machine_binaries
 from lab.proxy import Proxy
@@ -51,6 +52,10 @@ POLL = 0.05  # seconds
 LEASE = 6.0  # seconds within which the work of a killed worker goes on
 DRAIN = 90.0  # seconds after a phase in which everything has to end
 FIRST = 1.0  # seconds between the workers' start and a phase
+#: The share of the machine's processor time that friendly neighbours may take. What hostile ones do costs more, and a
+#: machine that is busy all the time would show that, and not who waits for whom.
+BUSY = 0.5
+TRIAL = 10.0  # seconds of friendly traffic that show how busy the machine is
 
 
 @dataclass
@@ -61,6 +66,7 @@ class Phase:
     seconds: list[float] = field(default_factory=list)  # from the call of enqueue_tagging to the last tags of an upload
     calm: list[float] = field(default_factory=list)  # the same for uploads during which no worker was dead
     drained: float | None = None  # seconds until everything had ended; None: it did not
+    busy: float = 0.0  # share of the machine's processor time during its traffic
 
     def as_json(self) -> dict[str, Any]:
         """For the details."""
@@ -68,6 +74,7 @@ class Phase:
             "neighbours": "hostile" if self.hostile else "friendly", "uploads": len(self.seconds),
             "p50": round(quantile(self.seconds, 0.5), 3), "p99": round(quantile(self.seconds, 0.99), 3),
             "slowest": round(max(self.seconds), 3), "calm p99": round(quantile(self.calm or [0.0], 0.99), 3),
+            "busy": round(self.busy, 2),
             "drained after": None if self.drained is None else round(self.drained, 1),
         }  # fmt: skip
 
@@ -91,6 +98,7 @@ class Street:
         self.hostile: list[Hostility] = []
         self.friendly: list[Hostility] = []
         self.phases: list[Phase] = []
+        self.pace = 1.0  # all pauses of tenants are longer by this
         self.troubles: list[str] = []  # what a tenant's own calls ran into
         self._watched: list[Watched] = []
 
@@ -109,10 +117,17 @@ class Street:
         await tenant.store(drawings)
         return tenant
 
+    async def find_pace(self) -> None:
+        """Lets the tenants do less until friendly ones leave enough of the machine's processor time."""
+        for _ in range(5):
+            trial = await self.phase(0, TRIAL, hostile=False)
+            if trial.busy <= BUSY:
+                return
+            self.pace *= trial.busy / BUSY
+
     async def phase(self, number: int, seconds: float, *, hostile: bool) -> Phase:
         """Traffic for a time, and then until everything has ended."""
         phase = Phase(hostile)
-        self.phases.append(phase)
         ending = asyncio.Event()
         # Both phases of a pair draw the same random numbers.
         neighbours = self.hostile if hostile else self.friendly
@@ -125,7 +140,10 @@ class Street:
             self._break(random.Random(f"{self._seed} {number // 2} breaks"), ending),
         ]  # fmt: skip
         tasks = [asyncio.create_task(job) for job in work]
+        before = processor_time()
         await asyncio.sleep(seconds)
+        used, all_of_it = (now - then for now, then in zip(processor_time(), before, strict=True))
+        phase.busy = used / all_of_it
         ending.set()
         await asyncio.gather(*tasks)
         phase.drained = await self._drain()
@@ -151,13 +169,14 @@ class Street:
         if isinstance(neighbour, Friendly) and neighbour.images >= Storm.images:
             await self._spread(neighbour, ending)
         else:
-            await happen_often(neighbour, rng, ending, pause=PAUSE, told=self.troubles.append)
+            pause = (PAUSE[0] * self.pace, PAUSE[1] * self.pace)
+            await happen_often(neighbour, rng, ending, pause=pause, told=self.troubles.append)
 
     async def _spread(self, neighbour: Hostility, ending: asyncio.Event) -> None:
         """As many images as in a storm, little by little."""
         for _ in range(neighbour.images // 10):
             await neighbour.tenant.upload(10)
-            if await wait_for(ending, 0.4):
+            if await wait_for(ending, 0.4 * self.pace):
                 return
         await ending.wait()
 
@@ -181,7 +200,7 @@ class Street:
     async def _upload_quietly(self, tenant: Tenant, rng: random.Random, ending: asyncio.Event) -> None:
         tenant.rng = rng
         uploads: set[asyncio.Task[None]] = set()
-        while not await wait_for(ending, rng.expovariate(1 / QUIET_PAUSE)):
+        while not await wait_for(ending, rng.expovariate(1 / QUIET_PAUSE) * self.pace):
             task = asyncio.create_task(self._upload_one(tenant, rng.choice(QUIET_SIZES)))
             uploads.add(task)
             task.add_done_callback(uploads.discard)
@@ -254,10 +273,13 @@ async def measure(
             await street.move_in(kinds)
             async with proxy.serve(), project.ticks(), crew.work():
                 await asyncio.sleep(FIRST)
+                await street.find_pace()
+                console.print(f"pauses are {street.pace:.2f} times as long")
                 for number in range(2 * pairs):
                     # In turn, so that a machine that slows down does not favour one kind: ABBA.
                     hostile = (number % 4) in (1, 2)
-                    phase = await street.phase(number, seconds, hostile=hostile)
+                    phase = await street.phase(number, seconds * street.pace, hostile=hostile)
+                    street.phases.append(phase)
                     console.print(phase.as_json())
                     if phase.drained is None:
                         break  # what is left would disturb the phases that follow
@@ -282,7 +304,7 @@ def evaluate(street: Street, crew: Crew, violations: list[str], happened: dict[s
         "quiet_p50_ratio": round(_ratio(hostile, friendly, 0.5), 3),
         # without uploads that may have waited for the lease of a dead worker
         "calm_p99_ratio": round(_ratio(hostile, friendly, 0.99, calm=True), 3),
-        **_noise(hostile, friendly),
+        **_noise(hostile, friendly), "pace": round(street.pace, 2),
         "phases": [phase.as_json() for phase in street.phases],
         "happened": happened, "broken": dict(crew.breaks), "kinds of violations": dict(kinds),
         "violations": violations[:40], "troubles of tenants": street.troubles[:20],

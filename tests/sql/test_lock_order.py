@@ -393,6 +393,7 @@ def test_a_circle_is_noticed(server: Server) -> None:
     assert lock in source
     try:
         server.looker.execute(source.replace(lock, "").encode())
-        assert "register a dead worker and tick" in deadlocks(server, "the provider")[1]
+        # up to three times, because the two go on at the same moment only by chance
+        assert any("register a dead worker and tick" in deadlocks(server, "the provider")[1] for _ in range(3))
     finally:
         server.looker.execute(source.encode())
