@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from autotag.cli import options
-from autotag.cli.console import count, fail, say, say_json
+from autotag.cli.console import count, fail, note_json, say, say_json
 from autotag.cli.errors import FAILED, LOCAL_DATABASE, WRONG_USAGE, explain_install_errors
 from autotag.cli.questions import on_terminal
 from autotag.install.uninstall import DROP_ROLES, InUse, Plan, drop_autotag, make_plan
@@ -23,7 +23,7 @@ HELP_END = options.help_end(
 )  # fmt: skip
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be dropped.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Drop without asking.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON. Drops nothing without --yes.")]
+Json = Annotated[bool, typer.Option("--json", callback=note_json, help="Print JSON. Drops nothing without --yes.")]
 KeepStages = Annotated[
     bool, typer.Option("--keep-stages", help="Keep the columns tagging_stage, _progress, _eta and _error.")
 ]
