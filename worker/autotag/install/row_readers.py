@@ -40,7 +40,7 @@ _LEAVES = """
             select from pg_depend d where d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.deptype = 'e'))"""
 #: Functions that may take rows of the table: of its triggers, and those that name it. With what they return.
 _FUNCTIONS = """
-    select p.oid::regprocedure::text, l.lanname::text, p.prosrc, p.prorettype = %(table)s::regclass::regtype,
+    select p.oid::regprocedure::text, l.lanname::text, p.prosrc, p.prorettype = (select c.reltype from pg_class c where c.oid = %(table)s::regclass),
       (select string_agg(format('trigger %%I', t.tgname), ', ' order by t.tgname) from pg_trigger t
        where t.tgfoid = p.oid and t.tgrelid = %(table)s::regclass and not t.tgisinternal and t.tgenabled <> 'D')
     from pg_proc p join pg_language l on l.oid = p.prolang join pg_namespace n on n.oid = p.pronamespace
@@ -189,8 +189,8 @@ def _try(
     alter = "\n".join(re.findall(r"^alter table .*?;$", adapter, re.MULTILINE | re.DOTALL))
     table = table_name(host.table)
     body = _BODY.format(
-        functions=f"array[{', '.join(map(literal, functions))}]" if functions else "'{}'", alter=alter, id=quote(host.id),
-        table=table.replace("'", "''").replace("%", "%%"), table_text=literal(table), tries=str(tries).lower(),
+        functions=f"array[{', '.join(map(literal, functions))}]" if functions else "'{}'", alter=alter,
+        id=_in_format(quote(host.id)), table=_in_format(table), table_text=literal(table), tries=str(tries).lower(),
     )  # fmt: skip
     try:
         connection.execute(_TRIAL.format(body=literal(body)).encode())
@@ -202,6 +202,11 @@ def _try(
     finally:
         connection.rollback()
     return {"functions": [], "error": None}
+
+
+def _in_format(name: str) -> str:
+    """A name inside of a string that is the first argument of format()."""
+    return name.replace("'", "''").replace("%", "%%")
 
 
 def _refuse(host: Host, told: dict[str, Any]) -> None:
