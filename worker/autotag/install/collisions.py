@@ -16,7 +16,7 @@ from autotag.texts import name_some, printable
 STAGES = ("tagging_stage", "tagging_progress", "tagging_eta", "tagging_error")
 RESULT = "tagging_result"
 #: How the comment begins that autotag puts on the columns that it adds: their values are its own.
-MARK = "autotag"
+MARK = "autotag: "
 #: The types of these columns in which every value of autotag's fits, as Postgres prints them.
 _FITTING = {
     "tagging_stage": ("text", "character varying"), "tagging_progress": ("integer", "smallint", "bigint"),
@@ -130,7 +130,8 @@ def check_columns(connection: Connection[Any], table: str) -> list[str]:
         if has:
             raise HostError(
                 f"{table} has a column {column} of its own ({has}), and autotag would write its own values there; rename"
-                f" yours (alter table {table_name(table)} rename column {column} to …), then run this again."
+                f" yours (alter table {table_name(table)} rename column {column} to …), or empty it if nothing of yours"
+                " needs it, then run this again."
             )
         if column != RESULT:
             taken.append(column)

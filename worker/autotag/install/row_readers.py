@@ -89,7 +89,7 @@ declare
       and a.attidentity <> 'a');
 begin
   begin
-    {alter}
+    execute {columns};
     foreach v_oid in array v_functions loop
       begin
         perform pg_catalog.fmgr_sql_validator(v_oid);
@@ -186,10 +186,10 @@ def check_rows(connection: Connection[Any], host: Host, adapter: str) -> list[st
 def _try(
     connection: Connection[Any], host: Host, adapter: str, functions: Sequence[str], *, tries: bool
 ) -> dict[str, Any]:
-    alter = "\n".join(re.findall(r"^alter table .*?;$", adapter, re.MULTILINE | re.DOTALL))
+    columns = adapter.partition("create or replace function")[0]  # what stands in front of them changes the table
     table = table_name(host.table)
     body = _BODY.format(
-        functions=f"array[{', '.join(map(literal, functions))}]" if functions else "'{}'", alter=alter,
+        functions=f"array[{', '.join(map(literal, functions))}]" if functions else "'{}'", columns=literal(columns),
         id=_in_format(quote(host.id)), table=_in_format(table), table_text=literal(table), tries=str(tries).lower(),
     )  # fmt: skip
     try:
