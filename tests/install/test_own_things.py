@@ -123,6 +123,48 @@ def test_files_are_not_applied_to_a_database_with_such_a_column(project: Project
     assert (done.exit_code, "with values such as done" in done.output) == (2, True), done.output
 
 
+@pytest.mark.parametrize(
+    ("columns", "value", "refused"),
+    [
+        ("", "'{6f1c2d3e-0000-4000-8000-000000000001}'", True),
+        ("labels jsonb", "'[1, 2]'", True),
+        ("labels jsonb", "'[\"6F1C2D3E-0000-4000-8000-000000000001\"]'", True),
+        ("labels jsonb", "'[\"barn\"]'", False),
+        ("", "'{barn,2024}'", False),
+        ("labels json", "'[]'", False),
+    ],
+)
+def test_lists_of_ids_are_no_tags(project: Project, columns: str, value: str, refused: bool) -> None:
+    name = columns.partition(" ")[0] or "tags"
+    drop = "alter table public.assets drop column tags;" if columns else ""
+    url = project(columns, f"{drop} update public.assets set {name} = {value};")
+    if refused:
+        assert f"public.assets.{name} has lists of ids" in refusal(url)
+    else:
+        assert surveyed(url).host.tags == name
+
+
+@pytest.mark.parametrize("own", ["20991231000000_my-thing.sql", "20991231000000_my thing (2).sql"])
+def test_files_are_later_than_all_that_the_supabase_cli_applies(project: Project, own: str, tmp_path: Path) -> None:
+    (tmp_path / own).touch()
+    written = install.write_migrations(tmp_path, surveyed(project("")).host, {})
+    assert min(written) > own, written
+
+
+def test_a_version_that_leaves_none_behind_it_is_told(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "99991231235959_last.sql").touch()
+    with pytest.raises(HostError, match="version 99991231235959, which leaves none behind it"):
+        install.write_migrations(tmp_path, surveyed(project("")).host, {})
+
+
+def test_a_database_that_cannot_be_written_is_told(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "supabase").mkdir()
+    (tmp_path / "supabase" / "config.toml").touch()
+    url = project("") + "?options=-cdefault_transaction_read_only%3Don"
+    done = CliRunner().invoke(app, ["init", "--yes", "--members-table=workspace_members", f"--database-url={url}", str(tmp_path)])
+    assert (done.exit_code, "the database is read-only" in done.output) == (1, True), done.output
+
+
 EMPTY = "tagging_stage varchar, tagging_progress smallint, tagging_eta timestamptz, tagging_error varchar, tagging_result jsonb"
 
 

@@ -97,6 +97,12 @@ def explain_install_errors(url: str, failed: str = "The migrations were not appl
             f"The login may not do this ({error.diag.message_primary}); connect as the database's owner (postgres).",
             FAILED,
         ) from None
+    except psycopg.errors.ReadOnlySqlTransaction:
+        raise fail(
+            f"{failed}: the database is read-only (a replica, or it has no space left); connect to one that can be"
+            " written.",
+            FAILED,
+        ) from None
     except psycopg.errors.InvalidSchemaName as error:
         raise fail(
             f"{failed} ({error.diag.message_primary}); the database must be that of a Supabase project.",

@@ -90,6 +90,7 @@ declare
 begin
   begin
     execute {columns};
+    set local check_function_bodies = on;  -- the adapter turns it off
     foreach v_oid in array v_functions loop
       begin
         perform pg_catalog.fmgr_sql_validator(v_oid);
@@ -159,8 +160,10 @@ def check_rows(connection: Connection[Any], host: Host, adapter: str) -> list[st
                 f"Whether {host.table} takes new columns was not tried, because another session holds it, or because"
                 " its triggers take long; to try it, run this again."
             )
-        except psycopg.errors.InsufficientPrivilege:
-            pass  # the adapter cannot be applied, either, and what tries it says so
+        except (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction):
+            raise
+        except psycopg.Error:
+            pass  # the adapter cannot be applied, either, and what tries it says why (preview.py)
         else:
             _refuse(host, told)
             failed = told["functions"]

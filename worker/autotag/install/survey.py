@@ -16,7 +16,7 @@ from autotag.install.adapter import TEMPLATE, record_answers, render
 from autotag.install.callers import note_on_tokens, with_caller
 from autotag.install.changes import plan_change
 from autotag.install.collisions import check_columns
-from autotag.install.conditions import check_condition, check_tags, check_users
+from autotag.install.conditions import check_condition, check_tag_ids, check_tags, check_users
 from autotag.install.evidence import users_join, writes_unchecked
 from autotag.install.facts import Facts, adapter_version, read_facts
 from autotag.install.files import find_full_paths, find_rule, users_see_files
@@ -192,8 +192,10 @@ def _check_host(url: str, facts: Facts, host: Host) -> None:
     members = host.members
     if not host.caller and members.user_type != "uuid" and (members.table or members.owner):
         check_users(url, *((host.table, host.workspace) if members.owner else (members.table, members.user)))
-    if host.tags_type in ("json", "jsonb") and host.tags in images.columns and facts.adapter is None:
-        check_tags(url, host.table, host.tags, images.defaults.get(host.tags))
+    if host.tags in images.columns and facts.adapter is None:
+        if host.tags_type in ("json", "jsonb"):
+            check_tags(url, host.table, host.tags, images.defaults.get(host.tags))
+        check_tag_ids(url, host.table, host.tags)
 
 
 def _notes_on_edits(file: Written, answers: Mapping[str, Any]) -> tuple[str, ...]:
