@@ -40,14 +40,16 @@ def shared(postgres: LocalPostgres) -> Iterator[str]:
 
 def make(url: str, columns: str, statements: str = "", *, row: bool = True) -> str:
     with psycopg.connect(url, autocommit=True) as owner:
-        owner.execute(f"""
+        owner.execute(
+            f"""
             drop schema if exists public, private, autotag cascade;
             drop table if exists supabase_migrations.schema_migrations;
             create schema public;
             create table public.workspace_members (workspace_id uuid, user_id uuid, primary key (workspace_id, user_id));
             create table public.assets (id uuid primary key default gen_random_uuid(), workspace_id uuid not null,
-              image_url text, tags text[]{columns and ', '}{columns});
-            {ROW if row else ''} {statements}""".encode())
+              image_url text, tags text[]{columns and ", "}{columns});
+            {ROW if row else ""} {statements}""".encode()
+        )
     return url
 
 
@@ -107,7 +109,9 @@ def test_nothing_is_written_then(project: Project, tmp_path: Path) -> None:
     (tmp_path / "supabase").mkdir()
     (tmp_path / "supabase" / "config.toml").touch()
     for command in ("init", "migrate"):
-        done = CliRunner().invoke(app, [command, "--yes", "--members-table=workspace_members", f"--database-url={url}", str(tmp_path)])
+        done = CliRunner().invoke(
+            app, [command, "--yes", "--members-table=workspace_members", f"--database-url={url}", str(tmp_path)]
+        )
         assert (done.exit_code, "rename column tagging_stage to" in done.output) == (2, True), done.output
     assert not (tmp_path / "supabase" / "migrations").exists()
 
@@ -161,7 +165,9 @@ def test_a_database_that_cannot_be_written_is_told(project: Project, tmp_path: P
     (tmp_path / "supabase").mkdir()
     (tmp_path / "supabase" / "config.toml").touch()
     url = project("") + "?options=-cdefault_transaction_read_only%3Don"
-    done = CliRunner().invoke(app, ["init", "--yes", "--members-table=workspace_members", f"--database-url={url}", str(tmp_path)])
+    done = CliRunner().invoke(
+        app, ["init", "--yes", "--members-table=workspace_members", f"--database-url={url}", str(tmp_path)]
+    )
     assert (done.exit_code, "the database is read-only" in done.output) == (1, True), done.output
 
 
@@ -174,7 +180,9 @@ def test_empty_columns_are_used(project: Project) -> None:
     assert [note for note in found.notes if "As it is empty, autotag uses it" in note]
     apply_migrations(url, host=found.host)
     with psycopg.connect(url, autocommit=True) as owner:
-        assert owner.execute("select (public.enqueue_tagging(array(select id from public.assets))).image_count").fetchone() == (1,)
+        assert owner.execute(
+            "select (public.enqueue_tagging(array(select id from public.assets))).image_count"
+        ).fetchone() == (1,)
         owner.execute(STORE.encode(), (WORKSPACE, json.dumps(ANSWER)))
         shown = owner.execute("select tagging_stage, tagging_progress, tags from public.assets").fetchone()
         assert shown == ("completed", 100, ["barn"])
@@ -328,13 +336,15 @@ def test_of_several_sessions_one_applies_and_the_others_have_nothing_to_do(proje
 
 def test_a_lock_on_realtimes_messages_stops_nobody_else(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """migrate gives up after a second, so that inserts do not queue behind it, and says whose lock it was."""
-    url = project("")
+    url = project("") + "?options=-cstatement_timeout%3D20s"  # rather than to wait for ever
     monkeypatch.setattr(install._apply.retry, "stop", install.stop_after_attempt(1))
     command = ["migrate", "--yes", "--members-table=workspace_members", "--file-rule=any", f"--database-url={url}"]
     with psycopg.connect(url, application_name="a reader") as reader:
         reader.execute("select count(*) from realtime.messages")
         done = CliRunner().invoke(app, command)
     assert done.exit_code == 1, done.output
-    assert re.search(r"session \d+ \(a reader\) locks realtime\.messages; run the command again", done.output), done.output
+    assert re.search(r"session \d+ \(a reader\) locks realtime\.messages; run the command again", done.output), (
+        done.output
+    )
     done = CliRunner().invoke(app, command)
     assert (done.exit_code, "Applied: 0_1_0" in done.output) == (0, True), done.output

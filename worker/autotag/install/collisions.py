@@ -27,13 +27,14 @@ _OWN_RESULT = f"jsonb_typeof({RESULT} -> 'given') = 'array' and {RESULT} ?& '{{m
 _CREATED = re.compile(r"^create (?:or replace )?(?P<kind>\w+) public\.(?P<name>\w+)", re.MULTILINE)
 _TAKEN = """
     select case c.relkind when 'v' then 'view' when 'm' then 'materialized view' when 'S' then 'sequence'
-      when 'i' then 'index' when 'I' then 'index' when 'c' then 'type' when 'f' then 'foreign table' else 'table' end
+      when 'c' then 'type' when 'f' then 'foreign table' else 'table' end
       || ' ' || c.relname
-    from pg_class c where c.relnamespace = %(schema)s::regnamespace and (%(names)s::text[] is null or c.relname = any (%(names)s))
-      and c.relkind not in ('i', 'I', 't')
+    from pg_class c where c.relnamespace = %(schema)s::regnamespace and c.relkind not in ('i', 'I', 't')
+      and (%(names)s::text[] is null or c.relname = any (%(names)s))
     union all
     select 'function ' || p.proname || '(' || pg_get_function_identity_arguments(p.oid) || ')'
-    from pg_proc p where p.pronamespace = %(schema)s::regnamespace and (%(names)s::text[] is null or p.proname = any (%(names)s))
+    from pg_proc p where p.pronamespace = %(schema)s::regnamespace
+      and (%(names)s::text[] is null or p.proname = any (%(names)s))
     union all
     select 'type ' || t.typname from pg_type t where t.typnamespace = %(schema)s::regnamespace and t.typrelid = 0
       and t.typelem = 0 and (%(names)s::text[] is null or t.typname = any (%(names)s))
@@ -62,13 +63,15 @@ def check_names(connection: Connection[Any], missing: Sequence[str], present: Se
     Raises:
         HostError: there are some. (A function with other arguments counts: autotag's rights are given by name.)
     """
-    names, own = ({found["name"] for text in texts for found in _CREATED.finditer(text)} for texts in (missing, present))
+    names, own = (
+        {found["name"] for text in texts for found in _CREATED.finditer(text)} for texts in (missing, present)
+    )
     taken = _taken(connection, "public", sorted(names - own))
     if taken:
         raise HostError(
             f"The schema public has {name_some(taken)}, and autotag needs {'these names' if taken[1:] else 'this name'}"
-            " for its own; rename yours (alter … rename to …) or move it to another schema, then run this again. Nothing"
-            " was changed. (If an autotag that somebody removed by hand left it: autotag uninstall drops it.)"
+            " for its own; rename yours (alter … rename to …) or move it to another schema, then run this again."
+            " Nothing was changed. (If an autotag that somebody removed by hand left it: autotag uninstall drops it.)"
         )
 
 
@@ -118,9 +121,9 @@ def check_columns(connection: Connection[Any], table: str) -> list[str]:
             kinds = _FITTING[column]
             to = f"alter table {table_name(table)} alter column {column} type {kinds[0]};"
             raise HostError(
-                f"{table}.{column} is {kind}; autotag needs a column of this name that is {kinds[0]}. If nothing else of"
-                f" yours uses it: {to} otherwise rename it (alter table {table_name(table)} rename column {column} to"
-                " …), then run this again."
+                f"{table}.{column} is {kind}; autotag needs a column of this name that is {kinds[0]}. If nothing else"
+                f" of yours uses it: {to} otherwise rename it (alter table {table_name(table)} rename column {column}"
+                " to …), then run this again."
             )
         has = (
             f"the default {printable(default, 100)}" if default else
@@ -129,9 +132,9 @@ def check_columns(connection: Connection[Any], table: str) -> list[str]:
         )  # fmt: skip
         if has:
             raise HostError(
-                f"{table} has a column {column} of its own ({has}), and autotag would write its own values there; rename"
-                f" yours (alter table {table_name(table)} rename column {column} to …), or empty it if nothing of yours"
-                " needs it, then run this again."
+                f"{table} has a column {column} of its own ({has}), and autotag would write its own values there;"
+                f" rename yours (alter table {table_name(table)} rename column {column} to …), or empty it if nothing"
+                " of yours needs it, then run this again."
             )
         if column != RESULT:
             taken.append(column)

@@ -161,8 +161,8 @@ def check_tag_ids(url: str, table: str, column: str) -> None:
         connection.execute("set default_transaction_read_only = on")
         if connection.execute(statement.encode(), (ids,)).fetchone() == (True,):
             raise HostError(
-                f"{table}.{column} has lists of ids (numbers or uuids), and autotag's tags are texts; name another column"
-                " with --tags-column (ai_tags, for example: autotag adds it if it does not exist)."
+                f"{table}.{column} has lists of ids (numbers or uuids), and autotag's tags are texts; name another"
+                " column with --tags-column (ai_tags, for example: autotag adds it if it does not exist)."
             )
 
 

@@ -38,8 +38,8 @@ _PACKAGED = Path(__file__).parent.parent / "migrations"
 #: In the installed package, or in a checkout.
 MIGRATIONS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3] / "supabase" / "migrations"
 MAX_LOCK_TRIES = 10  # a migration waits one second for a lock, so that no session of the project queues behind it
-#: Held while a migration is looked up and applied, so that of two `autotag migrate` the second waits. Of a transaction: a
-#: pooler gives a session to others.
+#: Held while a migration is looked up and applied, so that of two `autotag migrate` the second waits. Until the end of
+#: a transaction, because a pooler gives the session to others then.
 ONE_AT_A_TIME = "select pg_advisory_xact_lock(hashtextextended('autotag migrate', 0))"
 SPENDING_LIMIT_SQL = """\
 -- What a workspace may spend in a month, in dollars. To change it, or to give one workspace another limit:
@@ -62,7 +62,8 @@ where v.version between 1 and 1000000   -- users may be able to write results
 having max(v.version) is not null;
 """
 VERSION = "%Y%m%d%H%M%S"
-PROJECT_FILE = re.compile(r"(\d{14})_.*\.sql")  # as the Supabase CLI knows a migration; autotag's own have plainer names
+#: A migration as the Supabase CLI knows it; autotag's own have plainer names.
+PROJECT_FILE = re.compile(r"(\d{14})_.*\.sql")
 _ADAPTER_VERSION = re.compile(r"autotag\.adapter_version\(\).*?select (\d+)", re.DOTALL)
 
 
@@ -281,7 +282,8 @@ def _who_locks(connection: psycopg.Connection[Any]) -> str:
           string_agg(distinct l.relation::regclass::text, ', '))
         from pg_locks l join pg_class c on c.oid = l.relation and c.relkind in ('r', 'p')
         left join pg_stat_activity s on s.pid = l.pid
-        where l.granted and l.pid <> pg_backend_pid() and l.database = (select oid from pg_database where datname = current_database())
+        where l.granted and l.pid <> pg_backend_pid()
+          and l.database = (select oid from pg_database where datname = current_database())
           and c.relnamespace::regnamespace::text not in ('pg_catalog', 'information_schema', 'pg_toast')
         group by l.pid, s.application_name, s.xact_start order by s.xact_start nulls last limit 3""").fetchall()
     return name_some([text for (text,) in held]) or "another session locked a table"

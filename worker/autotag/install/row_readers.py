@@ -35,12 +35,14 @@ _LEAVES = """
     select exists (select from pg_extension where extname <> all (%s)) or exists (select from pg_foreign_server)
       or exists (
         select from pg_proc p join pg_language l on l.oid = p.prolang
-        where p.pronamespace <> 'pg_catalog'::regnamespace and not l.lanpltrusted and l.lanname not in ('internal', 'sql')
+        where p.pronamespace <> 'pg_catalog'::regnamespace
+          and not l.lanpltrusted and l.lanname not in ('internal', 'sql')
           and not exists (
             select from pg_depend d where d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.deptype = 'e'))"""
 #: Functions that may take rows of the table: of its triggers, and those that name it. With what they return.
 _FUNCTIONS = """
-    select p.oid::regprocedure::text, l.lanname::text, p.prosrc, p.prorettype = (select c.reltype from pg_class c where c.oid = %(table)s::regclass),
+    select p.oid::regprocedure::text, l.lanname::text, p.prosrc,
+      p.prorettype = (select c.reltype from pg_class c where c.oid = %(table)s::regclass),
       (select string_agg(format('trigger %%I', t.tgname), ', ' order by t.tgname) from pg_trigger t
        where t.tgfoid = p.oid and t.tgrelid = %(table)s::regclass and not t.tgisinternal and t.tgenabled <> 'D')
     from pg_proc p join pg_language l on l.oid = p.prolang join pg_namespace n on n.oid = p.pronamespace
@@ -55,7 +57,8 @@ _FUNCTIONS = """
 #: Has triggers that an update fires.
 _FIRES = """
     select exists (
-      select from pg_trigger where tgrelid = %s::regclass and not tgisinternal and tgtype & 16 <> 0 and tgenabled <> 'D')"""
+      select from pg_trigger
+      where tgrelid = %s::regclass and not tgisinternal and tgtype & 16 <> 0 and tgenabled <> 'D')"""
 #: A trigger's row as a list of columns; and where such a list depends on no other: compared with another row, or as the
 #: argument of a function (to_jsonb(new.*)).
 _WHOLE_ROW = re.compile(r"(?:\b(?:old|new)|\(\s*(?:old|new|\$\d+)\s*\))\s*\.\s*\*", re.IGNORECASE)
@@ -67,7 +70,8 @@ _HARMLESS = re.compile(
 )
 _COMMENT = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
 TRIED = "AT003"  # the sqlstate that takes the trial back
-#: Adds the columns, and reports what fails then and does not without them: {functions: [name], update: [error, context]}.
+#: Adds the columns, and reports what fails then and does not without them, as JSON: functions, and an update's error
+#: with its context.
 _TRIAL = """
 begin;
 set local statement_timeout = '5s';
@@ -179,9 +183,9 @@ def check_rows(connection: Connection[Any], host: Host, adapter: str) -> list[st
     ]
     if doubtful:
         notes.append(
-            f"Attention: {name_some(doubtful)} takes whole rows of {host.table} (old.*, new.*, select *). If these go to"
-            " a table or a result with just as many columns, that fails once autotag has added its own; let it name its"
-            " columns before you apply the files."
+            f"Attention: {name_some(doubtful)} takes whole rows of {host.table} (old.*, new.*, select *). If these go"
+            " to a table or a result with just as many columns, that fails once autotag has added its own; let it name"
+            " its columns before you apply the files."
         )
     return notes
 
