@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import MAXYEAR, UTC, datetime, timedelta
 from pathlib import Path
@@ -38,8 +39,8 @@ _PACKAGED = Path(__file__).parent.parent / "migrations"
 #: In the installed package, or in a checkout.
 MIGRATIONS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3] / "supabase" / "migrations"
 MAX_LOCK_TRIES = 10  # a migration waits one second for a lock, so that no session of the project queues behind it
-#: Held while a migration is looked up and applied, so that of two `autotag migrate` the second waits. Until the end of
-#: a transaction, because a pooler gives the session to others then.
+#: Held while migrations are looked up and applied, so that of two `autotag migrate` the second waits. Until the end of a
+#: transaction, because a pooler gives the session to others then.
 ONE_AT_A_TIME = "select pg_advisory_xact_lock(hashtextextended('autotag migrate', 0))"
 SPENDING_LIMIT_SQL = """\
 -- What a workspace may spend in a month, in dollars. To change it, or to give one workspace another limit:
@@ -161,7 +162,7 @@ def apply_migrations(
         psycopg.errors.LockNotAvailable: another session kept the host's table locked for all tries.
         psycopg.Error: a migration failed and was rolled back. Earlier migrations stay applied.
     """
-    with psycopg.connect(url, autocommit=True) as connection:
+    with _one_at_a_time(url), psycopg.connect(url, autocommit=True) as connection:
         planned = _planned(adapter_version(connection), extra, with_host_baseline=with_host_baseline)
         check_free(connection)
         return _apply_missing(connection, [replace(one, sql=one.text(host or Host())) for one in planned])
@@ -181,7 +182,7 @@ def apply_written(url: str, written: Mapping[str, Written]) -> list[str]:
         HostError: the folder lacks a migration, or the database has one under another version.
         psycopg.Error: as in `apply_migrations`.
     """
-    with psycopg.connect(url, autocommit=True) as connection:
+    with _one_at_a_time(url), psycopg.connect(url, autocommit=True) as connection:
         applied = applied_migrations(connection)
         check_versions(written, applied)
         adapter = _version_of(written[HOST_ADAPTER]) if HOST_ADAPTER in written else adapter_version(connection)
@@ -210,22 +211,30 @@ def _continue_profile_versions(connection: psycopg.Connection[Any]) -> None:
             connection.execute(PROFILE_VERSIONS_SQL.format(table=table, result=quote(Host().result)).encode())
 
 
+@contextmanager
+def _one_at_a_time(url: str) -> Iterator[None]:
+    """Waits for another `autotag migrate`, and lets the next one wait: a connection of its own holds the lock."""
+    with psycopg.connect(url) as guard:
+        guard.execute("set local idle_in_transaction_session_timeout = 0")
+        guard.execute(ONE_AT_A_TIME)
+        yield
+
+
 def check_free(connection: psycopg.Connection[Any]) -> None:
-    """Refuses objects of the project that have the names of what the missing migrations create.
+    """Refuses objects of the project that have the names of what the missing migrations create. The caller holds
+    `ONE_AT_A_TIME`, because what another session is applying is not the project's.
 
     Raises:
         HostError: there are some.
     """
     engine = [one for one in migrations() if one.name != HOST_ADAPTER]
-    with connection.transaction():
-        connection.execute(ONE_AT_A_TIME)  # what another session is applying is not the project's
-        applied = applied_migrations(connection)
-        if adapter_version(connection) is None:
-            check_schema(connection)
-        elif not any(one.name in applied for one in engine) and _has_engine(connection):
-            return  # other tools have applied the files
-        missing, present = ([one.sql for one in engine if (one.name in applied) is there] for there in (False, True))
-        check_names(connection, missing, present)
+    applied = applied_migrations(connection)
+    if adapter_version(connection) is None:
+        check_schema(connection)
+    elif not any(one.name in applied for one in engine) and _has_engine(connection):
+        return  # other tools have applied the files
+    missing, present = ([one.sql for one in engine if (one.name in applied) is there] for there in (False, True))
+    check_names(connection, missing, present)
 
 
 def _has_engine(connection: psycopg.Connection[Any]) -> bool:
@@ -243,15 +252,17 @@ def _check_image_table(connection: psycopg.Connection[Any], adapter: Written) ->
 
 def _apply_missing(connection: psycopg.Connection[tuple[str, ...]], planned: Sequence[Migration]) -> list[str]:
     """Applies the migrations that the history has not, and returns their names."""
-    with connection.transaction():
-        connection.execute(ONE_AT_A_TIME)
-        connection.execute(
-            "create schema if not exists supabase_migrations;"
-            "create table if not exists supabase_migrations.schema_migrations"
-            " (version text primary key, statements text[], name text)"
-        )
+    connection.execute(
+        "create schema if not exists supabase_migrations;"
+        "create table if not exists supabase_migrations.schema_migrations"
+        " (version text primary key, statements text[], name text)"
+    )
+    existing = applied_migrations(connection)
+    missing = [migration for migration in planned if migration.name not in existing]
     try:
-        return [migration.name for migration in planned if _apply(connection, migration)]
+        for migration in missing:
+            _apply(connection, migration)
+        return [migration.name for migration in missing]
     except psycopg.errors.LockNotAvailable as error:
         error.add_note(_who_locks(connection))
         raise
@@ -261,18 +272,13 @@ def _apply_missing(connection: psycopg.Connection[tuple[str, ...]], planned: Seq
     retry=retry_if_exception_type(psycopg.errors.LockNotAvailable),
     stop=stop_after_attempt(MAX_LOCK_TRIES), wait=wait_random_exponential(0.5, max=5), reraise=True,
 )  # fmt: skip
-def _apply(connection: psycopg.Connection[tuple[str, ...]], migration: Migration) -> bool:
-    """Applies a migration, unless the history has it by now."""
+def _apply(connection: psycopg.Connection[tuple[str, ...]], migration: Migration) -> None:
     with connection.transaction():
-        connection.execute(ONE_AT_A_TIME)
-        if migration.name in applied_migrations(connection):
-            return False
         connection.execute(migration.sql.encode())
         connection.execute(
             "insert into supabase_migrations.schema_migrations (version, name) values (%s, %s)",
             (migration.version, f"autotag_{migration.name}"),
         )
-    return True
 
 
 def _who_locks(connection: psycopg.Connection[Any]) -> str:

@@ -23,6 +23,7 @@ from autotag.install.files import find_full_paths, find_rule, users_see_files
 from autotag.install.host import Ask, Choices, FileRule, Host, HostError, notes_on_rows, notes_on_tags, propose
 from autotag.install.migrations import (
     HOST_ADAPTER,
+    ONE_AT_A_TIME,
     SPENDING_LIMIT,
     Migration,
     check_free,
@@ -81,9 +82,10 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
         psycopg.OperationalError: the database cannot be reached.
         HostError: the tables cannot be used, or a question has no answer.
     """
-    facts = read_facts(url)
-    with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
+    with psycopg.connect(url, connect_timeout=10) as connection:
+        connection.execute(ONE_AT_A_TIME)
         check_free(connection)
+    facts = read_facts(url)
     files = written_migrations(folder)
     if HOST_ADAPTER in facts.applied and choices == Choices():
         return _kept(facts, choices, files)
@@ -129,9 +131,11 @@ def _notes_on_table(url: str, host: Host) -> tuple[str, ...]:
         HostError: it has such columns of its own, or cannot be written with more columns.
     """
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
-        if adapter_version(connection) is not None:  # another session has just applied it
-            return ()
-        notes = check_columns(connection, host.table)
+        with connection.transaction():
+            connection.execute(ONE_AT_A_TIME)
+            if adapter_version(connection) is not None:  # another session has just applied it
+                return ()
+            notes = check_columns(connection, host.table)
         return (*notes, *check_rows(connection, host, render(TEMPLATE.read_text("utf-8"), host)))
 
 
