@@ -39,7 +39,7 @@ _PACKAGED = Path(__file__).parent.parent / "migrations"
 #: In the installed package, or in a checkout.
 MIGRATIONS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3] / "supabase" / "migrations"
 MAX_LOCK_TRIES = 10  # a migration waits one second for a lock, so that no session of the project queues behind it
-#: Held while migrations are looked up and applied, so that of two `autotag migrate` the second waits. Until the end of a
+#: Held while migrations are looked up and applied, so that of two `autotag migrate` the second waits. It ends with its
 #: transaction, because a pooler gives the session to others then.
 ONE_AT_A_TIME = "select pg_advisory_xact_lock(hashtextextended('autotag migrate', 0))"
 SPENDING_LIMIT_SQL = """\
