@@ -12,6 +12,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from tenacity import stop_after_attempt
 from typer.testing import CliRunner
 
 from autotag.cli.app import app
@@ -337,7 +338,7 @@ def test_of_several_sessions_one_applies_and_the_others_have_nothing_to_do(proje
 def test_a_lock_on_realtimes_messages_stops_nobody_else(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """migrate gives up after a second, so that inserts do not queue behind it, and says whose lock it was."""
     url = project("") + "?options=-cstatement_timeout%3D20s"  # rather than to wait for ever
-    monkeypatch.setattr(install._apply.retry, "stop", install.stop_after_attempt(1))
+    monkeypatch.setattr(install._apply.retry, "stop", stop_after_attempt(1))
     command = ["migrate", "--yes", "--members-table=workspace_members", "--file-rule=any", f"--database-url={url}"]
     with psycopg.connect(url, application_name="a reader") as reader:
         reader.execute("select count(*) from realtime.messages")
