@@ -261,6 +261,8 @@ async def test_versions_of_profiles_go_on_after_a_new_installation(url: str, tmp
         connection.execute("update public.assets set tagging_result = '{\"profile\": 2}'")
         connection.execute("insert into public.assets (workspace_id, tagging_result) values (gen_random_uuid(),"
                            " '{\"profile\": 2000000000}'), (gen_random_uuid(), '{\"profile\": \"9\"}')")  # fmt: skip
+        own = '{"given": [], "confidence": {}, "caption": "c", "model": "m"}'
+        connection.execute("update public.assets set tagging_result = tagging_result || %s::jsonb", (own,))
     drop_autotag(url)
     (tmp_path / "supabase").mkdir()
     (tmp_path / "supabase" / "config.toml").write_text('project_id = "test"\n')

@@ -154,7 +154,7 @@ begin
            -- the mark is the file's where the row has its place in the plain form, and a hash costs 4 µs
            case when d.refused is null then case when d.plain then d.mark else autotag.file_mark(d.bucket, d.path) end end, d.stage
     from (
-      select a.{{ id }}::autotag.asset_id as id, a.{{ workspace }}::autotag.workspace_id as workspace, f.bucket, f.path, f.url, a.tagging_stage as stage,
+      select a.{{ id }}::autotag.asset_id as id, a.{{ workspace }}::autotag.workspace_id as workspace, f.bucket, f.path, f.url, a.tagging_stage::text as stage,
              case when not c.counts then 'filtered'
              when c.too_long then 'location_too_long'
              when f.path is not null and not coalesce(
@@ -396,7 +396,7 @@ begin
       case when coalesce(pg_column_size(a.{{ tags }}), 0) <= 65536 then array(
         select t.tag #>> '{}' from jsonb_path_query({{ tags_json }}, 'strict $[*] ? (@.type() == "string")', '{}', true)
           with ordinality t (tag, i) order by t.i) end,
-      case when pg_column_size(a.{{ result }}) <= 200000 then a.{{ result }} end, a.tagging_stage, a.tagging_error
+      case when pg_column_size(a.{{ result }}) <= 200000 then a.{{ result }} end, a.tagging_stage::text, a.tagging_error::text
     from {{ table }} a where a.{{ id }} = any (p_asset_ids);
 end $$;
 
