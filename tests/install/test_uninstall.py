@@ -12,8 +12,8 @@ import pytest
 from autotag.install.answers import HostError
 from autotag.install.host import Choices
 from autotag.install.migrations import apply_migrations
-from autotag.install.survey import refuse_to_ask, survey
 from autotag.install.own import of_engine
+from autotag.install.survey import refuse_to_ask, survey
 from autotag.install.uninstall import InUse, drop_autotag, make_plan
 from cli_tools import supabase
 from forked import run_command

@@ -18,6 +18,7 @@ from autotag.install.remains import POLICY, RESULT_COLUMN, STAGE_COLUMNS, Connec
 DROP_ROLES = "drop role <the workers' logins>, autotag_worker, autotag_operator;"
 LOCK_TIMEOUT = "2s"  # for the table of images, so that no session queues behind this one for long
 REMOVED = "autotag was removed from this project before the image was tagged."
+_HAS_TASKS = "select to_regclass('autotag.tasks') is not null"
 _UNFINISHED = "select count(*) from autotag.tasks where finished_at is null"
 #: The columns of the stages stay: an image that is being tagged has to say that nobody will.
 _FAIL_UNFINISHED = """
@@ -179,7 +180,7 @@ def _plan(connection: Connection, found: Remains, *, keep_stages: bool, drop_res
         migrations=found.migrations,
         yours=[],
         unmarked=[f"{found.table}.{column}" for column in others if column in gone and column not in found.made],
-        unfinished=int(one(connection, _UNFINISHED)) if found.engine else 0,
+        unfinished=int(one(connection, _UNFINISHED)) if found.engine and one(connection, _HAS_TASKS) else 0,
         losses=find_losses(connection) if found.engine else [],
     )  # fmt: skip
     return plan if plan.empty else replace(plan, yours=_users(connection, found, gone))
