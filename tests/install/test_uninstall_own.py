@@ -10,9 +10,10 @@ import pytest
 
 from autotag.install.answers import HostError
 from autotag.install.facts import is_own_name
-from autotag.install.host import Host
+from autotag.install.host import Choices, Host
 from autotag.install.migrations import apply_migrations, apply_written, migrations
 from autotag.install.own import of_adapter, of_engine
+from autotag.install.survey import refuse_to_ask, survey
 from autotag.install.uninstall import InUse, drop_autotag, make_plan
 from autotag.install.written import written_migrations
 from forked import run_command
@@ -227,8 +228,7 @@ RENAMED = {
 }
 
 
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("kind", RENAMED)
+@pytest.mark.parametrize(("kind", "keep"), [("a plain rename", True), *((kind, False) for kind in RENAMED)])
 def test_a_renamed_table_loses_its_columns_too(url: str, kind: str, keep: bool) -> None:
     assert apply_migrations(url)
     run(url, "select public.enqueue_tagging(array(select id from public.assets))",
@@ -276,3 +276,25 @@ async def test_a_migration_of_the_projects_own_is_not_autotags(url: str, tmp_pat
     code, out, err = await run_command("uninstall", "--yes", "--json", environment=environment)
     assert (code, json.loads(out)["dropped"]) == (0, False), "and its row in the history is no sign of autotag"
     assert apply_written(url, written_migrations(folder))
+
+
+def test_odd_names_are_quoted(url: str) -> None:
+    run(url, """create schema "Büro"; create table "Büro"."ta'ble %s" ("größe" uuid primary key, "order" uuid not null,
+        image_url text, "tagging_eta" timestamptz)""")  # fmt: skip
+    assert apply_migrations(url, host=Host("Büro.ta'ble %s", id="größe", workspace="order", path=None, bucket=None))
+    run(url, """alter table "Büro"."ta'ble %s" rename to "t.x""y" """)
+    plan = make_plan(url, drop_results=True)
+    assert (plan.yours, plan.unmarked) == ([], ['"Büro"."t.x""y".tagging_eta'])
+    drop_autotag(url, drop_results=True)
+    columns = run(url, "select array_agg(column_name::text order by column_name collate \"C\") from information_schema.columns"
+                       " where table_schema = 'Büro'")  # fmt: skip
+    assert columns == [(["größe", "image_url", "order", "tagging_eta", "tags"],)]
+
+
+def test_columns_that_a_change_of_the_adapter_adds_are_autotags(url: str) -> None:
+    assert apply_migrations(url)
+    run(url, "alter table public.assets drop column tags, drop column tagging_result")
+    found = survey(url, Choices(tags="ai_tags"), refuse_to_ask, may_ask=False)
+    assert found.change
+    apply_migrations(url, host=found.host, extra=[found.change])
+    assert "assets.tagging_result" in make_plan(url, drop_results=True).columns
