@@ -28,6 +28,7 @@ ALLOWED = {
         "losses",
         "migrations",
         "preview",
+        "remains",
         "tag_index",
         "uninstall",
         "user_type",

@@ -17,19 +17,43 @@ create domain autotag.user_id as uuid;
 create type autotag.keys as (
   asset_id uuid, asset_ids uuid[], workspace_id uuid, user_id uuid);
 
--- What your app reads to show the state of an image. Adding nullable columns does not rewrite the table, and the checks are
--- NOT VALID because existing rows satisfy them by being null.
-alter table public.assets
-  add column if not exists tags text[],
-  add column if not exists tagging_result jsonb,
-  add column if not exists tagging_stage text,
-  add column if not exists tagging_progress integer,
-  add column if not exists tagging_eta timestamptz,
-  add column if not exists tagging_error text;
-alter table public.assets
-  add constraint assets_tagging_stage_check check (tagging_stage in
-    ('queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed')) not valid,
-  add constraint assets_tagging_progress_check check (tagging_progress between 0 and 100) not valid;
+-- What your app reads to show the state of an image. Adding nullable columns does not rewrite the table. A column that is new gets a
+-- comment that says that it is autotag's, and `autotag uninstall` drops no column without that comment: one that you had before stays
+-- yours. Only autotag's columns get a check, NOT VALID because existing rows satisfy it by being null.
+do $$
+declare
+  v_comments constant jsonb := '{"tagging_result": "autotag: what the model answered about this image, and which tags are autotag''s", "tagging_stage": "autotag: how far the tagging of this image is", "tagging_progress": "autotag: percent of the tagging that is done", "tagging_eta": "autotag: when the tagging of this image will probably be done", "tagging_error": "autotag: why this image could not be tagged"}';
+  v_new constant name[] := array(
+    select n.name from jsonb_object_keys(v_comments) k (name) cross join lateral (select k.name::name) n (name)
+    where not exists (select from pg_attribute a where a.attrelid = 'public.assets'::regclass and a.attname = n.name and not a.attisdropped));
+  v_name name;
+  v_own name[];
+begin
+  alter table public.assets
+    add column if not exists tags text[],
+    add column if not exists tagging_result jsonb,
+    add column if not exists tagging_stage text,
+    add column if not exists tagging_progress integer,
+    add column if not exists tagging_eta timestamptz,
+    add column if not exists tagging_error text;
+  foreach v_name in array v_new loop
+    execute format('comment on column %s.%I is %L', 'public.assets', v_name, v_comments ->> v_name::text);
+  end loop;
+  v_own := array(
+    select a.attname from pg_attribute a where a.attrelid = 'public.assets'::regclass and not a.attisdropped
+      and col_description(a.attrelid, a.attnum) = v_comments ->> a.attname::text);
+  if 'tagging_stage' = any (v_own) and not exists (
+    select from pg_constraint c where c.conrelid = 'public.assets'::regclass and c.conname = 'assets_tagging_stage_check') then
+    alter table public.assets add constraint assets_tagging_stage_check check (tagging_stage in
+      ('queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed')) not valid;
+    comment on constraint assets_tagging_stage_check on public.assets is 'autotag: belongs to the column that autotag has added';
+  end if;
+  if 'tagging_progress' = any (v_own) and not exists (
+    select from pg_constraint c where c.conrelid = 'public.assets'::regclass and c.conname = 'assets_tagging_progress_check') then
+    alter table public.assets add constraint assets_tagging_progress_check check (tagging_progress between 0 and 100) not valid;
+    comment on constraint assets_tagging_progress_check on public.assets is 'autotag: belongs to the column that autotag has added';
+  end if;
+end $$;
 
 -- Functions that use the host's tables have its schemas in their search_path (`public, extensions`), because your triggers and
 -- policies run inside them. pg_temp is last everywhere: if it is not listed, Postgres looks there first for types, and a caller

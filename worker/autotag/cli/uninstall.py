@@ -77,7 +77,8 @@ def uninstall(
         say_json({**asdict(plan), "blocked_by": blocked, "dropped": drops})
     elif drops:
         say("autotag is uninstalled. autotag init or autotag migrate installs it again.")
-        say("Now delete the files supabase/migrations/*_autotag_*.sql, or supabase db push installs it again.")
+        files = ", ".join(f"{name}.sql" for name in plan.migrations) or "that autotag init has written"
+        say(f"Now delete the files in supabase/migrations, or supabase db push installs it again: {files}.")
         say("The roles belong to the whole server and stay; to drop them:")
         say(f"  {DROP_ROLES}")
     if blocked and not dry_run:
@@ -102,6 +103,8 @@ def _show(plan: Plan, blocked: list[str]) -> None:
         for line in lines:
             say(f"  {name:<18} {line}")
     say(f"This stays: your tags{''.join(f', {name}' for name in plan.kept)}.")
+    if plan.unmarked:
+        say(f"Without autotag's comment, so they stay as yours: {', '.join(plan.unmarked)}.")
     for loss in plan.losses:
         say(f"This is lost: {loss.what}.{' To keep that, first run:' if loss.keep else ''}")
         for command in loss.keep:
@@ -111,3 +114,5 @@ def _show(plan: Plan, blocked: list[str]) -> None:
         say(f"Not finished: {waiting}, whose answers are lost. Batches at the provider go on, and are billed.")
     for name in plan.yours:
         say(f"  yours              {name}{'' if name in blocked else '  (--cascade)'}")
+    if any(" autotag." in name for name in blocked):
+        say("What of yours is in the schema autotag can move to another one: alter table … set schema public.")
