@@ -79,6 +79,8 @@ class Client {
     return made
   }
 
+  getChannels() { return this.channels.filter((channel) => !channel.removed) }
+
   async removeChannel(channel) { channel.removed = true; channel.say?.('CLOSED'); return 'ok' }
 }
 
