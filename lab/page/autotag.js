@@ -66,7 +66,7 @@ function userOf(token) {
 		return token;
 	}
 }
-const isId = (id) => typeof id === "string" || typeof id === "number" && (Number.isSafeInteger(id) || !Number.isInteger(id));
+const isId = (id) => typeof id === "string" || Number.isSafeInteger(id);
 var Live = class {
 	status = "connecting";
 	error = null;

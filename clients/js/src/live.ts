@@ -31,7 +31,7 @@ export function userOf(token: string | null | undefined): string | null {
 }
 
 /** Whether it can be the key of a row. A number that JSON has rounded is another row's by now. */
-const isId = (id: unknown): boolean => typeof id === 'string' || typeof id === 'number' && (Number.isSafeInteger(id) || !Number.isInteger(id))
+const isId = (id: unknown): boolean => typeof id === 'string' || Number.isSafeInteger(id)
 
 /**
  * The one private channel of a workspace, shared by all parts of a page. It joins with the newest token, joins again when the

@@ -118,7 +118,7 @@ export class JobList {
     const unsettled = this.#shown.filter((job) => !isSettled(job)).length
     const [live, recent] = await Promise.all([
       this.#autotag.jobs({ onlyLive: true, limit: MOST }),
-      this.#autotag.jobs({ limit: this.#since === null ? 1 : Math.min(Math.max(unsettled, RECENT), MOST) }),
+      this.#autotag.jobs({ limit: Math.min(Math.max(unsettled, this.#since === null ? 1 : RECENT), MOST) }),
     ])
     const fetched = new Map<string, LiveJob>(live.map((job) => [job.job_id, job]))
     if (users !== this.#users) return fetched
