@@ -20,6 +20,7 @@ ALLOWED = {
     for name in (
         "adapter",
         "changes",
+        "collisions",
         "conditions",
         "details",
         "evidence",
@@ -29,6 +30,7 @@ ALLOWED = {
         "migrations",
         "preview",
         "remains",
+        "row_readers",
         "tag_index",
         "uninstall",
         "user_type",
