@@ -45,8 +45,11 @@ def test_a_help_page_says_what_the_command_does_reads_and_returns(name: str) -> 
 
 @pytest.mark.parametrize("url", ["postgresql://nobody@127.0.0.1:1/x?connect_timeout=1", "://"])
 @pytest.mark.parametrize("command", [name for name in NAMES if name != "worker"])
-def test_with_json_an_error_is_json_too(command: str, url: str, tmp_path: Path) -> None:
+def test_with_json_an_error_is_json_too(
+    command: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One document on stdout, and the sentence for people on stderr."""
+    monkeypatch.setattr("autotag.cli.doctor.configure_logs", lambda *_: None)  # for the process, not for one test
     (tmp_path / "tags.csv").write_text("tag\ncat\n")
     more = {
         "compare": ["--workspace", "w", "--model", "gpt-5", "--yes"], "enqueue": ["--workspace", "w", "--yes"],
