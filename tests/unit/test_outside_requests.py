@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from autotag import db
 from autotag.errors import TaggingError
-from autotag.images import urls
+from autotag.images import files, urls
 from autotag.images.addresses import is_public, public_address
 from autotag.images.load import Images
 
@@ -240,7 +240,7 @@ class Dripping(httpx.AsyncByteStream):
 
 
 async def test_a_host_that_drips_holds_no_place_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(urls, "MAX_FETCH_SECONDS", 0.1)
+    monkeypatch.setattr(files, "MAX_SECONDS", 0.1)
     with pytest.raises(TaggingError) as caught:
         await load(START, lambda _: httpx.Response(200, stream=Dripping()), ALLOWED)
     assert (caught.value.kind, caught.value.code) == ("transient", "fetch_failed")
