@@ -230,6 +230,23 @@ async def test_no_encoding_is_asked_for_and_an_honest_one_is_understood() -> Non
     assert seen == ["identity"]
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("cut", [1, 100])
+async def test_gzip_may_have_several_parts(parts: int, cut: int) -> None:
+    """And anything behind them."""
+    whole = picture(Pillow.effect_noise((300, 300), 90), "PNG")
+    size = -(-len(whole) // parts)
+    packed = b"".join(gzip.compress(whole[at : at + size]) for at in range(0, len(whole), size)) + b"\0\0rest"
+
+    class Stream(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            for at in range(0, len(packed), cut):
+                yield packed[at : at + cut]
+
+    answer = httpx.Response(200, headers={"content-encoding": "gzip"}, stream=Stream())
+    assert (await load(START, lambda _: answer, ALLOWED)).startswith(b"\xff\xd8")
+
+
 class Dripping(httpx.AsyncByteStream):
     """A byte now and then, for ever."""
 

@@ -7,6 +7,7 @@ which it could open another file.
 from __future__ import annotations
 
 import base64
+import math
 import re
 from functools import partial
 from typing import Any
@@ -16,8 +17,9 @@ from autotag.images import vips
 from autotag.images.jpeg import open_jpeg
 from autotag.images.kinds import kind_of, without_utf16
 from autotag.images.levels import scale_numbers
-from autotag.images.opened import FIXED_COST, Decoded, Opened, damaged, unsupported
+from autotag.images.opened import FIXED_COST, Decoded, Opened, damaged, oversampling, unsupported
 from autotag.images.png import open_png
+from autotag.images.shape import fit
 
 #: Drawings have no pixels. Their size counts as this multiple of what is sent, so that they are never too small.
 SHARPER = 4
@@ -68,8 +70,10 @@ def open_pdf(data: bytes, side: int) -> Opened:
             pictures += width * height * 8
             if number > MAX_OBJECTS:
                 break
-        cost = FIXED_COST + PDF_COST + 3 * len(data) + pictures
-        return Opened("PDF", *size, cost, partial(_render_page, data, pages), silent=True)
+        shape = fit(*size, side)
+        drawn = math.ceil(shape.width * shape.height * oversampling(shape.width, shape.height) ** 2)
+        held = FIXED_COST + PDF_COST + 3 * len(data) + pictures + 4 * drawn
+        return Opened("PDF", *size, held + 4 * drawn, partial(_render_page, data, pages), silent=True, held=held)
     finally:
         document.close()
 
@@ -85,9 +89,12 @@ def _render_page(data: bytes, pages: int, width: int, height: int) -> Decoded:
         document.init_forms()
         page = document[0]
         points = page.get_size()
-        scale = 2 * max(width / points[0], height / points[1])  # twice the size: thin lines become smoother
-        image = page.render(scale=scale, no_smoothtext=False, may_draw_forms=True).to_pil()
-        return Decoded(image.convert("RGB"), None, {"kind": "PDF", "pages": pages})
+        # larger than it is sent: thin lines become smoother
+        scale = oversampling(width, height) * max(width / points[0], height / points[1])
+        bitmap = page.render(scale=scale, no_smoothtext=False, may_draw_forms=True)
+        image = bitmap.to_pil().convert("RGB")
+        bitmap.close()
+        return Decoded(image, None, {"kind": "PDF", "pages": pages})
     finally:
         document.close()
 

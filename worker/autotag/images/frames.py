@@ -26,6 +26,7 @@ from autotag.images.shape import fit
 
 #: Bytes per pixel that Pillow needs at its peak: the frame, the one before it, and conversions.
 STILL, ANIMATED = 10, 20
+HELD = 8  # of these, what a still picture keeps: the decoded one and its copy
 MAX_FRAMES = 100  # frames that are looked at for one that is not blank
 CONTRAST = 8.0  # standard deviation of grey; a frame with less is taken for blank if another one has more
 #: Plugins that fill the picture from top to bottom, so that the rows of a truncated file can be counted.
@@ -37,8 +38,10 @@ def open_frames(kind: str, data: bytes, side: int, opener: Opener) -> Opened:
     """Opens a file with one of Pillow's plugins."""
     image = opener(io.BytesIO(data))
     animated = getattr(image, "n_frames", 1) > 1
-    cost = FIXED_COST + 3 * len(data) + image.width * image.height * (ANIMATED if animated else STILL)
-    return Opened(kind, image.width, image.height, cost, partial(_decode, data, opener, animated))
+    pixels = image.width * image.height
+    cost = FIXED_COST + 3 * len(data) + pixels * (ANIMATED if animated else STILL)
+    held = None if animated else FIXED_COST + len(data) + pixels * HELD
+    return Opened(kind, image.width, image.height, cost, partial(_decode, data, opener, animated), held=held)
 
 
 def open_jpeg2000(data: bytes, side: int) -> Opened:

@@ -20,6 +20,7 @@ from autotag.images.shape import fit
 PER_PIXEL, PER_WIDE_PIXEL = 10, 16
 #: Bytes per pixel of a tile, and of what is put together of the tiles, with Pillow's copy.
 PER_TILE_PIXEL, PER_SCALED_PIXEL = 40, 7
+HELD = 5  # of these, what a decoded picture keeps
 DRAFT = 1.25  # a thumbnail must be so much larger than what is sent
 
 options.DECODE_THREADS = 1  # each thread would hold a tile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 from PIL import Image as Pillow
@@ -11,7 +12,8 @@ from autotag.images import exif, vips
 from autotag.images.finish import MAX_ICC
 from autotag.images.frames import open_frames
 from autotag.images.levels import scale_numbers
-from autotag.images.opened import ENOUGH_ROWS, FIXED_COST, Decoded, Opened, damaged
+from autotag.images.opened import ENOUGH_ROWS, FIXED_COST, Decoded, Opened, damaged, oversampling
+from autotag.images.shape import fit
 
 PIXELS = (b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")
 ICC_FLAG, EXIF_FLAG, XMP_FLAG, ANIMATED_FLAG = 0x20, 0x08, 0x04, 0x02
@@ -50,7 +52,9 @@ def open_webp(data: bytes, side: int) -> Opened:
         opened = open_frames("WebP", clean, side, WebPImagePlugin.WebPImageFile)
         return Opened("WebP", width, height, opened.cost, opened.decode, orientation)
     lossless = any(kind in (b"VP8L", b"ALPH") for kind, _ in chunks)
-    cost = FIXED_COST + 3 * len(data) + (width * height * 5 if lossless else width * 4 * 300)
+    shape = fit(*((height, width) if orientation >= 5 else (width, height)), side)
+    scaled = min(width * height, math.ceil(shape.width * shape.height * oversampling(shape.width, shape.height) ** 2))
+    cost = FIXED_COST + 3 * len(data) + 4 * scaled + (width * height * 5 if lossless else width * 4 * 300)
     return Opened("WebP", width, height, cost, partial(_decode, clean, icc, notes, (width, height)), orientation)
 
 
@@ -81,7 +85,7 @@ def _written(chunks: list[tuple[bytes, bytes]], header: bytes) -> bytes:
 def _decode(
     data: bytes, icc: bytes | None, notes: dict[str, float], size: tuple[int, int], width: int, height: int
 ) -> Decoded:
-    scale = min(1.0, 2 * max(width / size[0], height / size[1]))
+    scale = min(1.0, oversampling(width, height) * max(width / size[0], height / size[1]))
     image: Pillow.Image = scale_numbers(lambda: vips.load("webp", data, scale=scale), width, height)
     if "truncated" in notes:
         image = image.crop((0, 0, image.width, max(1, int(image.height * notes["truncated"]))))
