@@ -20,12 +20,14 @@ LIMIT = 300_000_000
 #: Of the longer side: as ``image_detail`` low and high have it, and the most of ``image_side``.
 SIDES = (512, 2048, 2500)
 CHILD = """
-import json, resource, sys
+import json, re, sys
 from pathlib import Path
 from autotag.images.prepare import measure, prepare
 from autotag.errors import TaggingError
 path, limit = Path(sys.argv[1]), int(sys.argv[2])
-idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # not ru_maxrss, which has the peak of the process that started this one
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+idle = peak()
 for side in sys.argv[3:]:
     measured = measure(path, int(side))
     try:
@@ -33,8 +35,7 @@ for side in sys.argv[3:]:
         code = None
     except TaggingError as error:
         code = error.code
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) * 1024
-    print(json.dumps({"side": side, "cost": measured.cost, "grown": grown, "code": code}))
+    print(json.dumps({"side": side, "cost": measured.cost, "grown": peak() - idle, "code": code}))
 """
 
 
@@ -62,27 +63,28 @@ FILES: dict[str, Callable[[], bytes]] = {
     "interlaced PNG": lambda: adam7(drawn(300, 200)),
     "TIFF": lambda: saved("TIFF", drawn(2600, 2600), compression="tiff_adobe_deflate"),
     "WebP": lambda: saved("WEBP", drawn(3000, 3000), method=0),
-    "WebP of 64 megapixels": lambda: saved("WEBP", Pillow.new("RGB", (8000, 8000), "red"), method=0, quality=10),
+    "WebP of 64 megapixels": lambda: saved("WEBP", Pillow.new("RGB", (8000, 8000)), method=0, quality=0),
     "lossless WebP": lambda: saved("WEBP", drawn(2600, 2600), method=0, quality=0, lossless=True),
     "animated WebP": lambda: frames("WEBP", method=0),
     "animated PNG": lambda: frames("PNG", compress_level=1),
-    "GIF": lambda: saved("GIF", drawn(2600, 2600)),
+    "GIF": lambda: saved("GIF", drawn(1800, 1800)),
     "BMP": lambda: saved("BMP", drawn(2600, 2600)),
     "AVIF": lambda: saved("AVIF", drawn(2600, 2600), speed=10),
-    "HEIC": lambda: heic(2600, 2600),
-    "HEIC of tiles": lambda: heic(2560, 2560, tile_size=512),
+    "HEIC": lambda: heic(1400, 1400),
+    "HEIC of tiles": lambda: heic(2048, 1536, tile_size=512),
     "JPEG 2000": lambda: saved("JPEG2000", drawn(1500, 1000)),
-    "PDF": lambda: saved("PDF", drawn(2000, 2000)),
-    "PDF of A4": lambda: saved("PDF", drawn(1000, 1414)),
+    "PDF": lambda: saved("PDF", drawn(1000, 1000)),
+    "PDF of a scan": lambda: saved("PDF", drawn(2480, 3508), resolution=300),
     "SVG": lambda: b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><circle r="5"/></svg>',
 }
+HUGE = {"JPEG of 200 megapixels", "PNG of 100 megapixels"}  # at one size only, to save time
 #: Drawings and photographs for which the default AUTOTAG_MEMORY has to be enough, whatever is asked for.
 ORDINARY = {
     "PNG with transparency",
     "WebP",
     "WebP of 64 megapixels",
     "PDF",
-    "PDF of A4",
+    "PDF of a scan",
     "SVG",
     "HEIC of tiles",
     "TIFF",
@@ -96,7 +98,10 @@ def test_no_file_takes_more_than_it_says(tmp_path: Path, name: str, monkeypatch:
     path = tmp_path / "file"
     path.write_bytes(FILES[name]())
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, path, str(LIMIT), *map(str, SIDES)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", CHILD, path, str(LIMIT), *map(str, SIDES[:1] if name in HUGE else SIDES)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for line in done.stdout.splitlines():
         found = json.loads(line)

@@ -14,6 +14,8 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image as Pillow
+from test_images import encoded as picture
 
 from autotag import db
 from autotag.errors import TaggingError
@@ -216,9 +218,6 @@ async def test_other_encodings_are_the_images_error(data: bytes, encoding: str, 
 
 
 async def test_no_encoding_is_asked_for_and_an_honest_one_is_understood() -> None:
-    from PIL import Image as Pillow
-    from test_images import encoded as picture
-
     seen: list[str] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
