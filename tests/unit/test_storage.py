@@ -19,6 +19,7 @@ from autotag.errors import TaggingError
 from autotag.http.serve import serve
 from autotag.images import storage
 from autotag.images.files import Download, Space
+from autotag.images.render import Renderer
 from autotag.images.storage import Storage, key_role
 from lab.edge import tokens
 from lab.postgres import free_port
@@ -53,6 +54,8 @@ class Server:
         if path == "/storage/v1/bucket":
             await asyncio.sleep(0.05)
             return self.buckets
+        if path.startswith("/storage/v1/render/") and self.file:
+            return self.file
         assert path.startswith("/storage/v1/object/authenticated/")
         return self.files.get(path.rpartition("/")[2]) or self.file or Response(request.path_params["path"].encode())
 
@@ -148,6 +151,15 @@ async def test_an_error_that_cannot_be_read_counts_by_its_status(status: int, ki
         server.buckets = unreadable(200, how)
         source._buckets_valid_until = 0
         assert (await trouble(source)).code == "no_storage"
+
+
+@pytest.mark.parametrize("how", ["br", "gzip", "deep"])
+async def test_a_transformation_that_fails_unreadably_fails_no_image_and_is_not_asked_for_again(how: str) -> None:
+    async with serving() as (server, source), Download(Space(1000), 1000) as download:
+        server.file, renderer = unreadable(500, how), Renderer(source)
+        for name in "abc":
+            assert await renderer.read("assets", name, 512, download) is None
+        assert len(server.asked) == 1
 
 
 async def test_a_key_of_an_unknown_kind_works_while_it_reads_what_it_read() -> None:

@@ -22,6 +22,9 @@ MAX_BETWEEN = 6_500_000
 ENOUGH_ROWS = 0.95
 
 
+MAX_SIDE = 10_000_000  # pixels of a file's side; a header that says more is damaged
+
+
 @dataclass(frozen=True)
 class Decoded:
     """A picture that was decoded.
@@ -66,7 +69,7 @@ class Opened:
     held: int | None = None
 
     def __post_init__(self) -> None:
-        if self.width < 1 or self.height < 1:
+        if not (1 <= self.width <= MAX_SIDE and 1 <= self.height <= MAX_SIDE):
             raise damaged()
 
     @property

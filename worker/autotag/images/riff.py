@@ -31,6 +31,8 @@ def open_webp(data: bytes, side: int) -> Opened:
         kind, length = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
         body = data[at + 8 : at + 8 + length]
         if kind in PIXELS:
+            if len(body) < length and any(earlier == b"ANMF" for earlier, _ in chunks):
+                break  # the last frame of an animation; the others count
             if len(body) < length:  # the decoder wants the length that is promised
                 there = min(there, len(body) / length)
                 body += b"\0" * (min(length, 2 * len(body)) - len(body))
@@ -49,7 +51,7 @@ def open_webp(data: bytes, side: int) -> Opened:
     width, height = _size(header, *chunks[0])
     notes = {"truncated": round(there, 4)} if there < 1 else {}
     if animated:
-        opened = open_frames("WebP", clean, side, WebPImagePlugin.WebPImageFile)
+        opened = open_frames("WebP", clean, side, WebPImagePlugin.WebPImageFile, icc)
         return Opened("WebP", width, height, opened.cost, opened.decode, orientation)
     lossless = any(kind in (b"VP8L", b"ALPH") for kind, _ in chunks)
     shape = fit(*((height, width) if orientation >= 5 else (width, height)), side)
