@@ -85,8 +85,8 @@ def open_pdf(data: bytes, side: int) -> Opened:
         shape = fit(*size, side)
         drawn = math.ceil(shape.width * shape.height * oversampling(shape.width, shape.height) ** 2)
         drawing = FIXED_COST + 3 * len(data) + 4 * drawn
-        cost, held = drawing + PDF_COST + pictures, drawing + PDF_COST // 2
-        return Opened("PDF", *size, cost, partial(_render_page, data, pages), silent=True, held=held)
+        cost = drawing + PDF_COST + pictures
+        return Opened("PDF", *size, cost, partial(_render_page, data, pages), silent=True, held=drawing)
     finally:
         document.close()
 
@@ -133,7 +133,7 @@ def open_svg(data: bytes, side: int) -> Opened:
     natural = (image.width, image.height)
     cost = FIXED_COST + SVG_COST + 20 * len(data) + sum(_cost(encoded, side) for encoded in _EMBEDDED.findall(data))
     size = _nominal(image.width, image.height, side)
-    return Opened("SVG", *size, cost, partial(_draw, data, natural, has_html, side))
+    return Opened("SVG", *size, cost, partial(_draw, data, natural, has_html, side), held=FIXED_COST + 20 * len(data))
 
 
 def _without_html(data: bytes) -> bytes:

@@ -15,7 +15,7 @@ from autotag.errors import TaggingError, image_error
 FIXED_COST = 24_000_000
 #: Bytes that a pixel of the sent picture takes while it is finished: before and after scaling, without its
 #: transparency, sharpened. `FIXED_COST` has those of the first pixels.
-FINISH_PER_PIXEL, FINISH_INCLUDED = 14, 512 * 512
+FINISH_PER_PIXEL, FINISH_INCLUDED = 20, 512 * 512
 #: Pixels of a large picture between decoding and scaling. Smaller ones are decoded at twice the size, for smooth edges.
 MAX_BETWEEN = 6_500_000
 #: Min share of a file's rows that must be there.
