@@ -310,7 +310,7 @@ TABLE: list[tuple[str, str, Callable[[], bytes], Any]] = [
     ("SVG", "variables of CSS", lambda: variables(svg()), SHOWN),
     ("SVG", "HTML with something else in its place", lambda: svg().replace(b"<rect", b"<switch>" + HTML + b"<g><rect", 1).replace(b"</svg>", b"</g></switch></svg>"), SHOWN),
     ("SVG", "HTML alone", lambda: re.sub(rb"<rect.*/>", HTML, svg()), ("unsupported_format", "foreignObject")),
-    *(("SVG", f"{kind} in it", lambda kind=kind, label=label: with_picture(kind, label), SHOWN)
+    *(("SVG", f"{kind} in it as {label}", lambda kind=kind, label=label: with_picture(kind, label), SHOWN)
       for kind, label in [("WEBP", "image/webp;"), ("GIF", "image/gif;"), ("AVIF", "image/avif;"), ("BMP", "image/bmp;"),
                           ("WEBP", ""), ("PNG", "image/png;charset=utf-8;"), ("JPEG", ";"), ("GIF", "image/gif; ")]),
     ("SVG", "small", svg, {**SHOWN, "size": (512, 384)}),

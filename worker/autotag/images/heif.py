@@ -53,13 +53,17 @@ def open_heif(data: bytes, side: int) -> Opened:
         return Opened("HEIC", width, height, cost, partial(_decode, data), cheaper=cheaper)
     tiles = heif_tiles.grid(data)
     if tiles is None:
-        return Opened("HEIC", width, height, fixed + width * height * each, partial(_decode, data), cheaper=cheaper)
+        cost, held = fixed + width * height * each, fixed + width * height * HELD
+        return Opened("HEIC", width, height, cost, partial(_decode, data), cheaper=cheaper, held=held)
     size = (shape.height, shape.width) if tiles.orientation >= 5 else (shape.width, shape.height)
     by = heif_tiles.scale(tiles, _draft(*size))
     cost = fixed + tiles.tile_width * tiles.tile_height * PER_TILE_PIXEL
-    cost += tiles.width * tiles.height * PER_SCALED_PIXEL // by**2
+    scaled = tiles.width * tiles.height // by**2
+    cost += scaled * PER_SCALED_PIXEL
     decode = partial(_decode_tiles, data, tiles, _icc(image))
-    return Opened("HEIC", tiles.width, tiles.height, cost, decode, tiles.orientation, cheaper)
+    return Opened(
+        "HEIC", tiles.width, tiles.height, cost, decode, tiles.orientation, cheaper, held=fixed + scaled * HELD
+    )
 
 
 def _draft(width: int, height: int) -> tuple[int, int]:
