@@ -61,9 +61,8 @@ def open_heif(data: bytes, side: int) -> Opened:
     scaled = tiles.width * tiles.height // by**2
     cost += scaled * PER_SCALED_PIXEL
     decode = partial(_decode_tiles, data, tiles, _icc(image))
-    return Opened(
-        "HEIC", tiles.width, tiles.height, cost, decode, tiles.orientation, cheaper, held=fixed + scaled * HELD
-    )
+    held = fixed + scaled * HELD
+    return Opened("HEIC", tiles.width, tiles.height, cost, decode, tiles.orientation, cheaper, held=held)
 
 
 def _draft(width: int, height: int) -> tuple[int, int]:
