@@ -183,6 +183,7 @@ def next_migration(version: str) -> str:
 
 
 LATE = """\
+set local lock_timeout = '1s';  -- so that no query of yours waits behind it; run the file again then
 set local check_function_bodies = off;  -- a function may stand before what it calls
 set local client_min_messages = warning;  -- without a notice for each %type"""
 HEADER = "-- autotag {version}. Made by scripts/release from supabase/schemas; what is released never changes."

@@ -47,10 +47,11 @@ async function open(user) {
 function gallery(workspaceId) {
   const autotag = createAutotag(supabase, { workspaceId })
   const images = new Map()
+  const shownOf = new Map() // images of an upload that are done; Infinity: it is over
 
-  const refresh = oneAtATime(async (ids) => {
+  const refresh = oneAtATime(async (ids, signal) => {
     let query = supabase.from('assets').select(COLUMNS).eq('workspace_id', workspaceId)
-      .order('created_at', { ascending: false }).order('id').limit(SHOWN)
+      .order('created_at', { ascending: false }).order('id').limit(SHOWN).abortSignal(signal)
     if (ids && ids.length > 100) ids = null // an address has its limits
     if (ids) query = query.in('id', ids)
     if ($('tag').value) query = query.contains('tags', quote([$('tag').value]))
@@ -90,6 +91,9 @@ function gallery(workspaceId) {
   }
 
   function showJob(job, over) {
+    const done = over ? Infinity : job.completed + job.failed
+    if (done < shownOf.get(job.job_id)) return // an answer that a message has overtaken
+    shownOf.set(job.job_id, done)
     document.getElementById(job.job_id)?.remove()
     const cancel = element('button', { textContent: 'Cancel', onclick: () => autotag.cancel(job.job_id).catch(complain) })
     $('jobs').append(element('li', { id: job.job_id }, `${job.completed + job.failed} of ${job.image_count} images `, ...over ? [] : [cancel]))

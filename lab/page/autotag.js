@@ -22,12 +22,40 @@ function fromRest(error, status) {
 	} catch {}
 	return new AutotagError(typeof details["code"] === "string" ? details["code"] : error.code || (status ? `http_${status}` : "network"), error.message, error.hint ?? "", details);
 }
+// dist/limit.js
+const REQUEST_LIMIT = 3e4;
+async function within(limit, who, run) {
+	const control = new AbortController();
+	let timer;
+	const late = new Promise((_, reject) => {
+		timer = setTimeout(() => {
+			reject(new AutotagError("timeout", `${who} has not answered within ${limit / 1e3} seconds.`, "Try again."));
+			control.abort();
+		}, limit);
+	});
+	try {
+		return await Promise.race([run(control.signal), late]);
+	} finally {
+		clearTimeout(timer);
+	}
+}
+async function answerTo(query) {
+	const builder = query;
+	return await within(REQUEST_LIMIT, "The server", (signal) => {
+		if (!builder.signal) builder.abortSignal?.(signal);
+		return query;
+	});
+}
 // dist/live.js
 const LINGER = 1e3;
 const FIRST_DELAY = 1e3;
 const LONGEST_DELAY = 3e4;
 const STEADY = 1e4;
+const TOKEN_LIMIT = 1e4;
+const PROVIDER = "The provider of the access token";
+const MOST_JOBS = 1e3;
 const LONG_HIDDEN = 3e4;
+const own = new WeakSet();
 function userOf(token) {
 	if (!token || token.startsWith("sb_publishable_")) return null;
 	try {
@@ -38,6 +66,7 @@ function userOf(token) {
 		return token;
 	}
 }
+const isId = (id) => typeof id === "string" || Number.isSafeInteger(id);
 var Live = class {
 	status = "connecting";
 	error = null;
@@ -59,6 +88,7 @@ var Live = class {
 	#hasAuth = false;
 	#hiddenAt = 0;
 	#listsIds = false;
+	#counted = new Map();
 	#checked = Promise.resolve();
 	constructor(supabase, workspaceId, accessToken) {
 		this.#supabase = supabase;
@@ -66,18 +96,18 @@ var Live = class {
 		this.accessToken = accessToken;
 	}
 	listen(listener) {
-		const own = { ...listener };
-		this.#listeners.add(own);
+		const added = { ...listener };
+		this.#listeners.add(added);
 		clearTimeout(this.#lastListener);
 		if (!this.#stopWatching) {
 			this.#stopWatching = this.#watch();
 			this.#watchAuth();
 			this.connect();
 		}
-		own.onStatus?.(this.status, this.error);
-		if (this.status === "live") own.onSync?.();
+		added.onStatus?.(this.status, this.error);
+		if (this.status === "live") added.onSync?.();
 		return () => {
-			if (!this.#listeners.delete(own) || this.#listeners.size) return;
+			if (!this.#listeners.delete(added) || this.#listeners.size) return;
 			clearTimeout(this.#lastListener);
 			this.#lastListener = setTimeout(() => this.#stop(), LINGER);
 		};
@@ -93,7 +123,7 @@ var Live = class {
 		try {
 			user = userOf(await this.#authorize());
 		} catch (error) {
-			if (turn === this.#turn) this.#fail(String(error));
+			if (turn === this.#turn) this.#failWith(error);
 			return;
 		}
 		if (turn !== this.#turn) return;
@@ -104,11 +134,13 @@ var Live = class {
 			return;
 		}
 		if (this.status === "signed-out") this.#say("connecting");
+		const others = this.#supabase.getChannels().filter((channel) => !own.has(channel));
 		const channel = this.#supabase.channel(this.#topic, { config: { private: true } });
-		if (channel.state !== "closed") {
+		if (others.includes(channel) || channel.state !== "closed") {
 			this.#fail(`Another part of this page uses the topic ${this.#topic}.`, "topic_in_use", "Let it use subscribe() of supabase-autotag, too.");
 			return;
 		}
+		own.add(channel);
 		this.#channel = channel;
 		channel.on("broadcast", { event: "*" }, (message) => {
 			if (turn === this.#turn) this.#receive(message);
@@ -140,25 +172,34 @@ var Live = class {
 			if (userOf(token) === this.#user) this.#deliver(message);
 			else this.connect();
 		}).catch((error) => {
-			if (turn === this.#turn) this.#fail(String(error));
+			if (turn === this.#turn) this.#failWith(error);
 		});
 	}
 	#deliver({ event, payload }) {
 		if (!payload || typeof payload !== "object") return;
 		let told = payload;
-		this.#listsIds ||= told.asset_ids !== void 0;
-		if (told.asset_ids?.some((id) => Number.isInteger(id) && !Number.isSafeInteger(id))) told = {
+		const ids = told.asset_ids;
+		this.#listsIds ||= ids !== void 0;
+		if (ids != null && !(Array.isArray(ids) && ids.every(isId))) told = {
 			...told,
 			asset_ids: null,
 			many: true
 		};
+		const counts = event.startsWith("job-") && typeof told.job_id === "string" && this.#isNewest(event, told);
 		this.#tell((listener) => {
-			if (event === "job-progress") listener.onProgress?.(told);
-			else if (event === "job-complete") listener.onJobComplete?.(told);
+			if (event === "job-progress" && counts) listener.onProgress?.(told);
+			else if (event === "job-complete" && counts) listener.onJobComplete?.(told);
 			else if (event === "batch-complete") listener.onBatchComplete?.(told);
 		});
 		if (told.asset_ids === void 0 && this.#listsIds && event === "batch-complete") return;
 		if (told.asset_ids?.length !== 0) this.changed(told.asset_ids ?? null, told.job_id ?? null);
+	}
+	#isNewest(event, { job_id, completed, failed }) {
+		const count = event === "job-complete" ? 1e400 : completed + failed;
+		if (count < this.#counted.get(job_id)) return false;
+		this.#counted.set(job_id, count);
+		if (this.#counted.size > MOST_JOBS) this.#counted.delete(this.#counted.keys().next().value);
+		return true;
 	}
 	#tell(say) {
 		for (const listener of [...this.#listeners]) try {
@@ -177,17 +218,20 @@ var Live = class {
 	}
 	async #token() {
 		const realtime = this.#supabase.realtime;
-		return this.accessToken ? await this.accessToken() : await realtime.accessToken?.() ?? realtime.accessTokenValue;
+		return await within(TOKEN_LIMIT, PROVIDER, async () => this.accessToken ? await this.accessToken() : await realtime.accessToken?.() ?? realtime.accessTokenValue);
 	}
 	async #authorize() {
 		const realtime = this.#supabase.realtime;
-		if (!this.accessToken) {
-			await realtime.setAuth();
-			return realtime.accessTokenValue;
-		}
-		const token = await this.accessToken();
-		if (token) await realtime.setAuth(token);
-		return token;
+		const { accessToken } = this;
+		return await within(TOKEN_LIMIT, PROVIDER, async (signal) => {
+			if (!accessToken) {
+				await realtime.setAuth();
+				return realtime.accessTokenValue;
+			}
+			const token = await accessToken();
+			if (token && !signal.aborted) await realtime.setAuth(token);
+			return token;
+		});
 	}
 	#meet(user) {
 		const former = this.#user;
@@ -214,6 +258,10 @@ var Live = class {
 		if (this.#offline()) this.#say("offline");
 		else this.#say("connecting", new AutotagError(code, message, hint));
 		this.#again(this.#delay());
+	}
+	#failWith(error) {
+		if (error instanceof AutotagError) this.#fail(error.message, error.code, error.hint);
+		else this.#fail(String(error));
 	}
 	#delay() {
 		return Math.min(FIRST_DELAY * 2 ** this.#failures++, LONGEST_DELAY) * (.75 + Math.random() / 2);
@@ -298,23 +346,21 @@ var Live = class {
 	}
 };
 // dist/changes.js
-function oneAtATime(fetch) {
+function oneAtATime(fetch, limit = REQUEST_LIMIT) {
 	let changed;
 	let running = null;
 	function add(assetIds) {
 		changed = assetIds && changed !== null ? new Set([...changed ?? [], ...assetIds]) : null;
-	}
-	async function begin(ids) {
-		await fetch(ids && [...ids]);
 	}
 	async function run() {
 		try {
 			while (changed !== void 0) {
 				const now = changed;
 				changed = void 0;
-				await begin(now).catch((error) => {
+				await within(limit, "The fetch", (signal) => fetch(now && [...now], signal)).catch((error) => {
+					const goesOn = changed !== void 0 && error instanceof AutotagError && error.code === "timeout";
 					add(now);
-					throw error;
+					if (!goesOn) throw error;
 				});
 			}
 		} finally {
@@ -386,13 +432,19 @@ function createAutotag(supabase, options) {
 	const { workspaceId, accessToken } = options;
 	const live = liveOf(supabase, workspaceId, accessToken);
 	async function call(name, args) {
-		const { data, error, status } = await supabase.rpc(name, args);
+		return await result(supabase.rpc(name, args));
+	}
+	async function read(name, args) {
+		return await result(answerTo(supabase.rpc(name, args)));
+	}
+	async function result(answer) {
+		const { data, error, status } = await answer;
 		if (error) throw fromRest(error, status);
 		return data;
 	}
 	async function jobs({ onlyLive = false, before, limit = 50 } = {}) {
 		const until = before instanceof Date ? before.toISOString() : before;
-		return await call("tagging_jobs", {
+		return await read("tagging_jobs", {
 			workspace_id: workspaceId,
 			only_live: onlyLive,
 			limit,
@@ -422,13 +474,13 @@ function createAutotag(supabase, options) {
 			return made;
 		},
 		jobs,
-		job: (jobId) => call("tagging_job", { job_id: jobId }),
-		strategy: (imageCount) => call("tagging_strategy", { image_count: imageCount }),
-		usage: (period = {}) => call("tagging_usage", {
+		job: (jobId) => read("tagging_job", { job_id: jobId }),
+		strategy: (imageCount) => read("tagging_strategy", { image_count: imageCount }),
+		usage: (period = {}) => read("tagging_usage", {
 			workspace_id: workspaceId,
 			...period
 		}),
-		peekRateLimit: (requestType, imageCount) => call("peek_rate_limit", {
+		peekRateLimit: (requestType, imageCount) => read("peek_rate_limit", {
 			workspace_id: workspaceId,
 			request_type: requestType,
 			image_count: imageCount

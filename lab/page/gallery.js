@@ -46,8 +46,11 @@ function show(asset) {
   $('count').textContent = `(${assets.size})`
 }
 
+const doneOf = (job) => (job?.completed ?? 0) + (job?.failed ?? 0)
+
 function showJob(job) {
-  const current = { ...jobs.get(job.job_id), ...job }
+  const known = jobs.get(job.job_id)
+  const current = doneOf(job) < doneOf(known) ? { ...job, ...known } : { ...known, ...job } // a message may have overtaken an answer
   jobs.set(job.job_id, current)
   let item = document.querySelector(`[data-job="${job.job_id}"]`)
   if (!item) {
@@ -56,7 +59,7 @@ function showJob(job) {
     item.querySelector('.cancel').onclick = () => cancel(job.job_id)
     $('jobs').append(item)
   }
-  const done = (current.completed ?? 0) + (current.failed ?? 0)
+  const done = doneOf(current)
   item.querySelector('.name').textContent = `${done} of ${current.image_count} images`
   const progress = item.querySelector('progress')
   progress.value = current.progress ?? 0
@@ -73,9 +76,9 @@ function showJob(job) {
 // -- fetching: after each broadcast and each (re)subscription, never by polling
 
 /** Fetches these rows, or (null) all that are shown. */
-export const refresh = oneAtATime(async (changed) => {
+export const refresh = oneAtATime(async (changed, signal) => {
   const ids = changed && changed.length <= MOST_IDS ? changed : null
-  const query = supabase.from('assets').select(COLUMNS).eq('workspace_id', workspace).order('created_at', { ascending: false }).limit(MAX_SHOWN)
+  const query = supabase.from('assets').select(COLUMNS).eq('workspace_id', workspace).order('created_at', { ascending: false }).limit(MAX_SHOWN).abortSignal(signal)
   const { data, error } = await (ids ? query.in('id', ids) : query)
   if (error) return showError(error)
   const missing = data.filter((asset) => !assets.has(asset.id) && asset.storage_path)

@@ -17,19 +17,43 @@ create domain autotag.user_id as uuid;
 create type autotag.keys as (
   asset_id uuid, asset_ids uuid[], workspace_id uuid, user_id uuid);
 
--- What your app reads to show the state of an image. Adding nullable columns does not rewrite the table, and the checks are
--- NOT VALID because existing rows satisfy them by being null.
-alter table public.assets
-  add column if not exists tags text[],
-  add column if not exists tagging_result jsonb,
-  add column if not exists tagging_stage text,
-  add column if not exists tagging_progress integer,
-  add column if not exists tagging_eta timestamptz,
-  add column if not exists tagging_error text;
-alter table public.assets
-  add constraint assets_tagging_stage_check check (tagging_stage in
-    ('queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed')) not valid,
-  add constraint assets_tagging_progress_check check (tagging_progress between 0 and 100) not valid;
+-- What your app reads to show the state of an image. Adding nullable columns does not rewrite the table. A column that is new gets a
+-- comment that says that it is autotag's, and `autotag uninstall` drops no column without that comment: one that you had before stays
+-- yours. Only autotag's columns get a check, NOT VALID because existing rows satisfy it by being null.
+do $$
+declare
+  v_comments constant jsonb := '{"tagging_result": "autotag: what the model answered about this image, and which tags are autotag''s", "tagging_stage": "autotag: how far the tagging of this image is", "tagging_progress": "autotag: percent of the tagging that is done", "tagging_eta": "autotag: when the tagging of this image will probably be done", "tagging_error": "autotag: why this image could not be tagged"}';
+  v_new constant name[] := array(
+    select n.name from jsonb_object_keys(v_comments) k (name) cross join lateral (select k.name::name) n (name)
+    where not exists (select from pg_attribute a where a.attrelid = 'public.assets'::regclass and a.attname = n.name and not a.attisdropped));
+  v_name name;
+  v_own name[];
+begin
+  alter table public.assets
+    add column if not exists tags text[],
+    add column if not exists tagging_result jsonb,
+    add column if not exists tagging_stage text,
+    add column if not exists tagging_progress integer,
+    add column if not exists tagging_eta timestamptz,
+    add column if not exists tagging_error text;
+  foreach v_name in array v_new loop
+    execute format('comment on column %s.%I is %L', 'public.assets', v_name, v_comments ->> v_name::text);
+  end loop;
+  v_own := array(
+    select a.attname from pg_attribute a where a.attrelid = 'public.assets'::regclass and not a.attisdropped
+      and col_description(a.attrelid, a.attnum) = v_comments ->> a.attname::text);
+  if 'tagging_stage' = any (v_own) and not exists (
+    select from pg_constraint c where c.conrelid = 'public.assets'::regclass and c.conname = 'assets_tagging_stage_check') then
+    alter table public.assets add constraint assets_tagging_stage_check check (tagging_stage in
+      ('queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed')) not valid;
+    comment on constraint assets_tagging_stage_check on public.assets is 'autotag: belongs to the column that autotag has added';
+  end if;
+  if 'tagging_progress' = any (v_own) and not exists (
+    select from pg_constraint c where c.conrelid = 'public.assets'::regclass and c.conname = 'assets_tagging_progress_check') then
+    alter table public.assets add constraint assets_tagging_progress_check check (tagging_progress between 0 and 100) not valid;
+    comment on constraint assets_tagging_progress_check on public.assets is 'autotag: belongs to the column that autotag has added';
+  end if;
+end $$;
 
 -- Functions that use the host's tables have its schemas in their search_path (`public, extensions`), because your triggers and
 -- policies run inside them. pg_temp is last everywhere: if it is not listed, Postgres looks there first for types, and a caller
@@ -155,7 +179,7 @@ begin
            -- the mark is the file's where the row has its place in the plain form, and a hash costs 4 µs
            case when d.refused is null then case when d.plain then d.mark else autotag.file_mark(d.bucket, d.path) end end, d.stage
     from (
-      select a.id::autotag.asset_id as id, a.workspace_id::autotag.workspace_id as workspace, f.bucket, f.path, f.url, a.tagging_stage as stage,
+      select a.id::autotag.asset_id as id, a.workspace_id::autotag.workspace_id as workspace, f.bucket, f.path, f.url, a.tagging_stage::text as stage,
              case when not c.counts then 'filtered'
              when c.too_long then 'location_too_long'
              when f.path is not null and not coalesce(
@@ -398,7 +422,7 @@ begin
       case when coalesce(pg_column_size(a.tags), 0) <= 65536 then array(
         select t.tag #>> '{}' from jsonb_path_query(to_jsonb(a.tags), 'strict $[*] ? (@.type() == "string")', '{}', true)
           with ordinality t (tag, i) order by t.i) end,
-      case when pg_column_size(a.tagging_result) <= 200000 then a.tagging_result end, a.tagging_stage, a.tagging_error
+      case when pg_column_size(a.tagging_result) <= 200000 then a.tagging_result end, a.tagging_stage::text, a.tagging_error::text
     from public.assets a where a.id = any (p_asset_ids);
 end $$;
 
@@ -538,7 +562,7 @@ end $$;
 create or replace function autotag.adapter_answers() returns jsonb
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$
-  select '{"choices": {"table": "public.assets", "id": "id", "workspace": "workspace_id", "path": "storage_path", "bucket": "assets", "url": "image_url", "full_paths": false, "tags": "tags", "where": "true", "members_table": "public.workspace_members", "members_workspace": "workspace_id", "members_user": "user_id", "members_where": "true", "caller_claim": "auth.uid()", "editors": "none"}, "storage_hosts": [], "users_see_files": true, "files": {"name": "workspace-folder", "buckets": ["assets"], "prefix": "", "depth": 1, "uploader": null}, "functions": {"caller": "f830ed77bb91839e0f5c8f2ce1e04423", "nobody": "6c5d38b139b353965449926c78d12f4a", "is_member": "19796b8302d5a46b3911e77265efac71", "is_editor": "1c0b95fc17b9b3f6469e454482cb4a49", "image_table": "d24db7aeb8883ff34d9163c517e0cd7b", "file_rule": "e5132e61b36ed3b88aff49205110856a", "users_see_files": "12121c1c821d63ac9833861df2e81850", "storage_hosts": "030502eb0822a627e8578437ebce8ccd", "storage_file": "8ee31e1e47aa52b15be0280750f52608", "percent_decode": "a0eccfadc1e55a87ef193dd340c278b9", "describe_assets": "ee5a778ba664ee3b38e3d457c219fa2a", "check_files": "6d2a870f1edd26973549942173a47764", "file_mark": "219cdc87aec8cb6caf2f18b3adf94d53", "files_to_check": "81fb42a9b8f50e69aa4c1f24985d102c", "visible_file_marks": "0425b07b12c2cbe7f4108e2f81125508", "may_read_images": "4d6ea3cce6c38918ce65b70bcd3596e5", "has_to_see": "3de1be9e0cc38b7a0434fa71b232aad1", "visible_assets": "edcae4bd969eb375a050f8c6bdeb106c", "list_assets": "8e7328ed4b7fee1627641f1a91b1dd89", "tagged_assets": "369dfcb2bc1a94ba8cea34b82e714162", "tags_in_use": "0cb437f5fc8dc68e0004407ee0cf8356", "stored_tags": "dc60c88dfa83a7950bf544ec27916f6c", "store_tags": "5274b378f10164138fbdd671ab534e38", "show_stage": "7f9f955eb762fb06c13b042ef1033f08", "held_assets": "74439428a2a7b5d3c9cdd0f84e7c9f20", "collect_inserted": "b662386d76dd1f40ff0a940f5e000201", "set_automatic": "df63c22abd345745a09ee933b92e9fe7", "adapter_version": "6ebceba1516d1b8c52d508dc3039fc26"}}'::jsonb
+  select '{"choices": {"table": "public.assets", "id": "id", "workspace": "workspace_id", "path": "storage_path", "bucket": "assets", "url": "image_url", "full_paths": false, "tags": "tags", "where": "true", "members_table": "public.workspace_members", "members_workspace": "workspace_id", "members_user": "user_id", "members_where": "true", "caller_claim": "auth.uid()", "editors": "none"}, "storage_hosts": [], "users_see_files": true, "files": {"name": "workspace-folder", "buckets": ["assets"], "prefix": "", "depth": 1, "uploader": null}, "functions": {"caller": "f830ed77bb91839e0f5c8f2ce1e04423", "nobody": "6c5d38b139b353965449926c78d12f4a", "is_member": "19796b8302d5a46b3911e77265efac71", "is_editor": "1c0b95fc17b9b3f6469e454482cb4a49", "image_table": "d24db7aeb8883ff34d9163c517e0cd7b", "file_rule": "e5132e61b36ed3b88aff49205110856a", "users_see_files": "12121c1c821d63ac9833861df2e81850", "storage_hosts": "030502eb0822a627e8578437ebce8ccd", "storage_file": "8ee31e1e47aa52b15be0280750f52608", "percent_decode": "a0eccfadc1e55a87ef193dd340c278b9", "describe_assets": "5af494ba64149192dd3218c52a8a6b24", "check_files": "6d2a870f1edd26973549942173a47764", "file_mark": "219cdc87aec8cb6caf2f18b3adf94d53", "files_to_check": "81fb42a9b8f50e69aa4c1f24985d102c", "visible_file_marks": "0425b07b12c2cbe7f4108e2f81125508", "may_read_images": "4d6ea3cce6c38918ce65b70bcd3596e5", "has_to_see": "3de1be9e0cc38b7a0434fa71b232aad1", "visible_assets": "edcae4bd969eb375a050f8c6bdeb106c", "list_assets": "8e7328ed4b7fee1627641f1a91b1dd89", "tagged_assets": "369dfcb2bc1a94ba8cea34b82e714162", "tags_in_use": "0cb437f5fc8dc68e0004407ee0cf8356", "stored_tags": "ec090ba123f9257f9a6a0f7b0137a764", "store_tags": "5274b378f10164138fbdd671ab534e38", "show_stage": "7f9f955eb762fb06c13b042ef1033f08", "held_assets": "74439428a2a7b5d3c9cdd0f84e7c9f20", "collect_inserted": "b662386d76dd1f40ff0a940f5e000201", "set_automatic": "df63c22abd345745a09ee933b92e9fe7", "adapter_version": "6ebceba1516d1b8c52d508dc3039fc26"}}'::jsonb
 $$;
 
 -- Version of the adapter; `autotag init` of a newer release adds what is missing.

@@ -1,4 +1,5 @@
 -- autotag 0.1.0. Made by scripts/release from supabase/schemas; what is released never changes.
+set local lock_timeout = '1s';  -- so that no query of yours waits behind it; run the file again then
 set local check_function_bodies = off;  -- a function may stand before what it calls
 set local client_min_messages = warning;  -- without a notice for each %type
 -- autotag: every image of public.assets gets tags.
@@ -6435,7 +6436,7 @@ $$;
 --   poll: [{id, since}] of all batches in flight if a poll is due, else null.
 --   cancel: ids of those to cancel at OpenAI now (take_cancellations).
 --   files: ids of files to delete at OpenAI (reported with files_deleted).
---   unrecorded: [{batch, since}] of batches that are over and may have input files at OpenAI under their names (files_deleted, too).
+--   unrecorded: [{id, since}] of batches that are over and may have input files at OpenAI under their names (files_deleted, too).
 --   question: as in claim().
 --   look_up: name of the model to check at the provider now (provider_checked), else null.
 --   wait: seconds until the next call; null: wait for a notification.
@@ -6596,7 +6597,7 @@ begin
       and (b.input_file_id is not null or b.output_file_id is not null or b.error_file_id is not null)
     order by b.id limit 300) f
   where f.id is not null;
-  select jsonb_agg(jsonb_build_object('batch', f.id, 'since', autotag.real_epoch(f.created_at))) into unrecorded
+  select jsonb_agg(jsonb_build_object('id', f.id, 'since', autotag.real_epoch(f.created_at))) into unrecorded
   from (
     select b.id, b.created_at from autotag.batches b
     where b.state in ('done', 'cancelled') and b.unrecorded_files > 0 and b.finished_at <= p_over order by b.id limit 100) f;
@@ -8161,7 +8162,9 @@ end $$;
 
 -- The memory of a row as it is after its tags were stored, because triggers of the host can change what autotag writes. p_tags: the texts
 -- in the column; null: it is too large. A tag that was stored and is not there was not given, and no person removed it. One that is spelled
--- in another way than it was given is given as it is spelled. What else is there is a person's. Null: the memory is right as it is.
+-- in another way than it was given is given as it is spelled. Where given tags are not there, and people's are, what else is there came
+-- in their place (a trigger that knows synonyms), so it is given, too; otherwise it is a person's. A given tag that became one that people
+-- have or removed is remembered as removed: each run would bring it once more. Null: the memory is right as it is.
 create or replace function autotag.kept_tags(p_tags text[], p_memory jsonb) returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -8170,6 +8173,8 @@ declare
   v_added text[];
   v_given_keys text[];
   v_lost text[];               -- the keys of people's tags that are not there as they were spelled
+  v_gone text[];               -- the keys of given tags that are not there
+  v_removed text[] := autotag.recall_tags(p_memory, 'removed');
   v_named text[];              -- the tags with a confidence
 begin
   if ((p_memory -> 'given') || coalesce(p_memory -> 'added', '[]') <@ to_jsonb(p_tags)) is not false
@@ -8180,11 +8185,18 @@ begin
   v_added := autotag.recall_tags(p_memory, 'added');
   v_given_keys := autotag.tag_keys(v_given);
   v_lost := autotag.tag_keys(array(select a from unnest(v_added) a where a <> all (p_tags)));
+  v_gone := array(select k from unnest(v_given_keys) k except select unnest(autotag.tag_keys(p_tags)));
+  if exists (
+      select from unnest(p_tags, autotag.tag_keys(p_tags)) u (tag, key) where u.tag <> '' group by u.tag
+      having count(*) > greatest((select count(*) from unnest(v_added) a where a = u.tag), 1)
+        or min(u.key) = any (v_removed) and u.tag <> all (v_added)) then
+    v_removed := array(select k from unnest(v_removed || v_gone) k group by k order by k);
+  end if;
   select coalesce(array_agg(t.tag order by t.i) filter (where t.given), '{}'), array_agg(t.tag order by t.i) filter (where not t.given)
   into v_given, v_added
   from (
-    select u.tag, u.i, u.tag <> all (v_added) and u.key = any (v_given_keys) and u.key <> all (v_lost)
-      and count(*) over (partition by u.tag) = 1 as given
+    select u.tag, u.i, u.tag <> all (v_added) and u.key <> all (v_lost) and count(*) over (partition by u.tag) = 1
+      and (u.key = any (v_given_keys) or v_lost = '{}' and v_gone <> '{}') as given
     from unnest(p_tags, autotag.tag_keys(p_tags)) with ordinality u (tag, key, i) where u.tag <> '') t;
   v_named := array(select jsonb_object_keys(p_memory -> 'confidence'));
   return autotag.remember_tags(p_memory - '{added,removed}'::text[] || jsonb_build_object('confidence', (
@@ -8192,7 +8204,7 @@ begin
       from unnest(v_named, autotag.tag_keys(v_named)) c (tag, key)
       left join unnest(v_given, autotag.tag_keys(v_given)) g (tag, key) on g.key = c.key
       where c.key = any (autotag.tag_keys(p_tags)))),
-    v_given, v_added, autotag.recall_tags(p_memory, 'removed'));
+    v_given, v_added, v_removed);
 end $$;
 
 -- An answer without its tags, with the three lists.
@@ -10567,8 +10579,8 @@ declare
     else format('Let its triggers keep the tags: %s.', autotag.name_some(v_triggers)) end;
 begin
   if v_triggers <> '{}' and p_triggers is not true then
-    return autotag.finding('write', 'ok', format('Not tried, because triggers of %s would run (%s): autotag doctor --try-write tries it.',
-      v_table, autotag.name_some(v_triggers)));
+    return autotag.finding('write', 'skipped', format('Not tried, because triggers of %s would run (%s).',
+      v_table, autotag.name_some(v_triggers)), 'autotag doctor --try-write');
   end if;
   v_try := autotag.try_write('barn');
   v_capital := v_try;
@@ -10576,7 +10588,8 @@ begin
     v_capital := autotag.try_write('Barn');
   end if;
   return case
-    when not v_try.tried then autotag.finding('write', 'ok', 'There is no image yet whose row could be written.')
+    when not v_try.tried then autotag.finding('write', 'skipped', 'There is no image yet whose row could be written.',
+      'Run autotag doctor again once there is one.')
     when autotag.is_lock_error(v_capital.state) then autotag.finding('write', 'warning',
       'The row that was tried is locked by another transaction.', 'Run autotag doctor again.')
     when v_try.state is not null then autotag.finding('write', 'error',
@@ -11349,10 +11362,11 @@ select pg_notify('autotag', 'version');  -- running workers compare versions
 --
 -- New functions are executable by everyone (and by anon through the default privileges of Supabase projects), so everything is
 -- revoked first.
-revoke all on schema autotag from public;
+revoke all on schema autotag from public, anon;
 grant usage on schema autotag to authenticated, service_role, autotag_worker, autotag_operator;
 revoke all on all functions in schema autotag from public, anon, authenticated, service_role;
 revoke all on all tables in schema autotag from public, anon, authenticated, service_role;
+revoke all on all sequences in schema autotag from public, anon, authenticated, service_role;
 revoke all on public.workspace_rate_limits from anon, authenticated;
 grant select on autotag.windows, public.workspace_rate_limits to authenticated;
 grant all on autotag.windows, public.workspace_rate_limits to service_role;

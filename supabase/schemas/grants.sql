@@ -2,10 +2,11 @@
 --
 -- New functions are executable by everyone (and by anon through the default privileges of Supabase projects), so everything is
 -- revoked first.
-revoke all on schema autotag from public;
+revoke all on schema autotag from public, anon;
 grant usage on schema autotag to authenticated, service_role, autotag_worker, autotag_operator;
 revoke all on all functions in schema autotag from public, anon, authenticated, service_role;
 revoke all on all tables in schema autotag from public, anon, authenticated, service_role;
+revoke all on all sequences in schema autotag from public, anon, authenticated, service_role;
 revoke all on public.workspace_rate_limits from anon, authenticated;
 grant select on autotag.windows, public.workspace_rate_limits to authenticated;
 grant all on autotag.windows, public.workspace_rate_limits to service_role;

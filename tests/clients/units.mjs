@@ -79,10 +79,12 @@ class Client {
     return made
   }
 
+  getChannels() { return this.channels.filter((channel) => !channel.removed) }
+
   async removeChannel(channel) { channel.removed = true; channel.say?.('CLOSED'); return 'ok' }
 }
 
-const settled = async () => { for (let i = 0; i < 20; i++) await Promise.resolve() }
+const settled = async () => { for (let i = 0; i < 60; i++) await Promise.resolve() }
 
 describe('the channel', () => {
   async function listening(options, live = null) {
@@ -236,6 +238,54 @@ describe('the channel', () => {
     over()
   })
 
+  test('a part of the page that has made a channel of the topic keeps it, also before it subscribes', async () => {
+    const theirs = {}
+    const { client, heard, stop } = await listening({}, (client) => {
+      Object.assign(theirs, client.channel('tagging:w'))
+      const make = client.channel
+      client.channel = function (topic) { return client.channels[0].removed ? make.call(client, topic) : client.channels[0] }
+      return new Live(client, 'w')
+    })
+    assert.equal(heard.statuses.at(-1), 'connecting topic_in_use')
+    assert.equal(client.channels[0].say, undefined, 'it is not subscribed for them')
+    stop()
+    mock.timers.tick(5000)
+    assert.equal(client.channels[0].removed, undefined)
+    over()
+  })
+
+  test('what a message lists instead of ids says that anything may have changed', async () => {
+    const { last, heard } = await listening()
+    last().say('SUBSCRIBED')
+    const odd = ['abc', 5, {}, true, [null], [{}], [[1]], ['a', undefined], [2 ** 60], [1.5]]
+    for (const asset_ids of odd) {
+      for (const event of ['job-progress', 'job-complete']) last().hear(event, { job_id: 'j', asset_ids })
+      last().hear('job-progress', { asset_ids, job_id: {} }) // of no upload
+      await settled()
+    }
+    assert.deepEqual(heard.changes, odd.flatMap(() => [null, null, null]))
+    assert.deepEqual([...new Set(heard.messages.map(({ job_id, asset_ids, many }) => `${job_id} ${asset_ids} ${many}`))], ['j null true'])
+    assert.equal(heard.statuses.at(-1), 'live')
+    over()
+  })
+
+  test('a message that another one of its upload has overtaken tells its rows and no count', async () => {
+    const { live, last, heard } = await listening()
+    live.listen({ onJobComplete: () => heard.messages.push('over') })
+    last().say('SUBSCRIBED')
+    const tell = async (event, completed, failed) => {
+      last().hear(event, { job_id: 'j', completed, failed, image_count: 8, asset_ids: [completed] })
+      await settled()
+    }
+    for (const counts of [[1, 0], [3, 1], [2, 1], [3, 1], [5, 0]]) await tell('job-progress', ...counts)
+    await tell('job-complete', 6, 2)
+    await tell('job-progress', 6, 2)
+    await tell('job-complete', 6, 2)
+    assert.deepEqual(heard.messages.map((told) => told.completed ?? told), [1, 3, 3, 5, 'over', 'over'])
+    assert.deepEqual(heard.changes.flat(), [1, 3, 2, 3, 5, 6, 6, 6])
+    over()
+  })
+
   test('messages without ids (an older server) say that anything may have changed; with ids, a batch adds nothing', async () => {
     const { last, heard } = await listening()
     last().say('SUBSCRIBED')
@@ -323,6 +373,45 @@ describe('the channel', () => {
     assert.deepEqual([heard.changes, heard.syncs], [[['b']], 2])
     over()
   })
+
+  for (const given of [false, true]) {
+    test(`a token that never comes is asked for again, at a join and at a message; ${given ? 'of accessToken' : 'of supabase-js'}`, async () => {
+      const waiting = []
+      let hangs = true
+      const provide = () => hangs ? new Promise((resolve) => waiting.push(resolve)) : Promise.resolve(token({ sub: 'ann' }))
+      const { client, heard, last } = await listening({}, (client) => {
+        client.realtime.accessToken = provide
+        if (given) client.realtime.setAuth = async (newest) => { client.order.push('setAuth'); client.realtime.accessTokenValue = newest }
+        return new Live(client, 'w', given ? provide : undefined)
+      })
+      const pass = async (seconds) => { for (let i = 0; i < seconds * 2; i++) { mock.timers.tick(500); await settled() } }
+      await pass(9)
+      assert.deepEqual(heard.statuses, ['connecting'])
+      hangs = false
+      await pass(3)
+      assert.equal(heard.statuses.at(1), 'connecting timeout')
+      assert.equal(client.channels.length, 1, 'it is tried again')
+      last().say('SUBSCRIBED')
+      if (given) { // whoever asked has gone on
+        const known = client.realtime.accessTokenValue
+        for (const answer of waiting) answer(token({ sub: 'of another time' }))
+        await settled()
+        assert.equal(client.realtime.accessTokenValue, known)
+      }
+      hangs = true
+      last().hear('job-progress', { job_id: 'j', asset_ids: ['lost'] })
+      await settled()
+      hangs = false
+      last().hear('job-progress', { job_id: 'j', asset_ids: ['waits'] })
+      await pass(12)
+      assert.deepEqual(heard.statuses.slice(-2), ['connecting timeout', 'connecting'])
+      last().say('SUBSCRIBED')
+      last().hear('job-progress', { job_id: 'j', asset_ids: ['a'] })
+      await settled()
+      assert.deepEqual([heard.changes, heard.syncs, heard.statuses.at(-1)], [[['a']], 2, 'live'])
+      over()
+    })
+  }
 
   test('a token provider that has nobody yet is asked again soon, and then not often', async () => {
     const { client, heard } = await listening({}, (client) => { client.user = null; return new Live(client, 'w') })
@@ -424,6 +513,7 @@ class Table {
       limit(count) { limit = Math.min(count, table.maxRows); return builder },
       async run() {
         table.requests++
+        if (table.hangs) return await new Promise(() => undefined)
         table.most = Math.max(table.most, ++table.running)
         for (let i = table.pick(4); i > 0; i--) await new Promise(setImmediate)
         const found = [...table.rows.values()].filter((row) => conditions.every((holds) => holds(row))).sort(order).slice(0, limit)
@@ -540,6 +630,49 @@ test('a list that was hidden while messages came fetches again, and goes on afte
   queries.clear()
 })
 
+test('a request that never ends is given up, and the next one has what it was for and what was told meanwhile', async () => {
+  mock.timers.enable({ apis: ['setTimeout'] })
+  const table = new Table(() => 1)
+  for (const id of [1, 2]) table.rows.set(id, { id, at: id, tagging_stage: 'queued', tags: 'seen' })
+  let listener
+  const live = { liveSince: 0, listen: (given) => { listener = given; return () => undefined } }
+  const queries = new QueryClient({ defaultOptions: { queries: { retry: 3, retryDelay: 1 } } })
+  const signals = []
+  const query = () => Object.assign(table.query(() => true), { abortSignal(signal) { signals.push(signal) } })
+  const list = new AssetList(queries, ['a'], live, { query, key: 'id', orderBy: 'at', ascending: false, pageSize: 5, written: WRITTEN })
+  list.start()
+  const pass = async (seconds) => { for (let i = 0; i <= seconds; i++) { for (let j = 0; j < 30; j++) await new Promise(setImmediate); mock.timers.tick(1000) } }
+  const load = () => queries.fetchQuery({ queryKey: ['a'], queryFn: () => list.load(), staleTime: 0 }).catch(() => undefined)
+  const shown = () => queries.getQueryData(['a'])?.rows.map((row) => row.tagging_stage).join()
+  for (const what of ['changes', 'everything', 'a first load', 'a load', 'more']) {
+    if (what === 'a first load') queries.removeQueries({ queryKey: ['a'] })
+    else { void load(); await pass(1) }
+    for (const row of table.rows.values()) row.tagging_stage = 'failed'
+    table.hangs = true
+    const before = table.requests
+    if (what === 'everything') listener.onChange(null, what)
+    else if (what === 'changes') listener.onChange([1], 'j')
+    else if (what === 'more') { list.put([]); queries.setQueryData(['a'], (data) => ({ ...data, hasMore: true })); list.loadMore().catch(() => undefined) }
+    else void load()
+    await pass(1)
+    assert.equal(table.requests, before + 1, what)
+    table.hangs = false
+    listener.onChange([2], 'j')
+    await pass(25)
+    assert.equal(table.requests, before + 1, `${what}: one request at a time`)
+    await pass(10)
+    assert.ok(signals.some((signal) => signal.aborted), `${what}: the request ends`)
+    assert.match(shown() ?? '', what === 'more' ? /failed$|^failed/ : /^failed,failed$/, what)
+    for (const row of table.rows.values()) row.tagging_stage = 'queued'
+    signals.length = 0
+    listener.onChange([1, 2], 'j')
+    await pass(3)
+    assert.equal(shown(), 'queued,queued', what)
+  }
+  mock.timers.reset()
+  queries.clear()
+})
+
 for (const [maxRows, pageSize] of [[1000, 1500], [1000, 1000], [300, 1500], [7, 20]]) {
   test(`pages of ${pageSize} rows, of a project that answers with at most ${maxRows}`, async () => {
     const table = new Table(() => 1, maxRows)
@@ -564,12 +697,12 @@ for (const [maxRows, pageSize] of [[1000, 1500], [1000, 1000], [300, 1500], [7, 
   })
 }
 
-/** Uploads with a server that answers when the test says: `answers` are of its calls, in order. */
-function uploads() {
+/** Uploads with a server that answers when the test says: `answers` are of its calls, in order. `recent`: its newest ones, at once. */
+function uploads(recent = () => []) {
   const [answers, asked] = [[], []]
   const ask = (what) => new Promise((resolve, reject) => { asked.push(what); answers.push({ resolve, reject }) })
   let listener
-  const autotag = { jobs: () => ask('jobs'), job: (id) => ask(id), subscribe: (given) => { listener = given; return () => undefined } }
+  const autotag = { jobs: async ({ onlyLive, limit }) => onlyLive ? await ask('jobs') : recent(limit), job: (id) => ask(id), subscribe: (given) => { listener = given; return () => undefined } }
   const queries = new QueryClient()
   const next = async (answer) => { await until(() => answers.length); answers.shift().resolve(answer) }
   return { autotag, queries, answers, asked, next, tell: (name, ...args) => listener[name](...args) }
@@ -627,6 +760,171 @@ test('an upload that has ended while no message came stays, and is over; one tha
   await next(upload('b', 8, 'then'))
   await until(() => shown() === 'a 8,b 8,c 8,d 1')
   queries.clear()
+})
+
+test('uploads that began and ended while this page was away come with the next load; those from before do not', async () => {
+  let newest = [upload('b', 8, 'before'), upload('c', 8, 'before')]
+  const limits = []
+  const { autotag, queries, next, tell } = uploads((limit) => { limits.push(limit); return newest.slice(0, limit) })
+  const list = new JobList(queries, ['jobs'], autotag)
+  list.start()
+  const shown = () => queries.getQueryData(['jobs'])?.map((job) => `${job.job_id} ${job.completed}`).join()
+  const first = queries.fetchQuery({ queryKey: ['jobs'], queryFn: () => list.load() })
+  await next([upload('d', 1)])
+  await first
+  assert.equal(shown(), 'd 1')
+  newest = [upload('Z', 8, 'meanwhile'), ...newest, upload('d', 8, 'meanwhile')] // Z, d: of other windows
+  tell('onSync')
+  await next([])
+  await until(() => shown() === 'Z 8,d 8')
+  assert.deepEqual(limits, [1, 20])
+  tell('onUserChange')
+  await next([])
+  await new Promise((resolve) => setTimeout(resolve, 5))
+  assert.equal(shown(), '', "a former user's time is not the next one's")
+  queries.clear()
+})
+
+test('thousands of uploads of others: the list has its bound, and a reconnect asks for few of them', async () => {
+  const calls = { jobs: 0, job: 0, at: 0, most: 0 }
+  const call = async (name, answer) => {
+    calls[name]++
+    calls.most = Math.max(calls.most, ++calls.at)
+    await new Promise(setImmediate)
+    calls.at--
+    return answer
+  }
+  let listener
+  const rows = Array.from({ length: 3000 }, (_, i) => ({ ...upload('', 8, 'then'), job_id: `j${i}`, created_at: new Date(i).toISOString() })).reverse()
+  const autotag = {
+    subscribe: (given) => { listener = given; return () => undefined },
+    jobs: ({ onlyLive, limit }) => call('jobs', onlyLive ? [] : rows.slice(0, limit)),
+    job: (id) => call('job', rows.find((row) => row.job_id === id)),
+  }
+  const queries = new QueryClient()
+  const list = new JobList(queries, ['jobs'], autotag)
+  const shown = () => queries.getQueryData(['jobs'])
+  list.start()
+  list.patch({ job_id: 'runs', image_count: 8 })
+  let longest = 0
+  const stop = queries.getQueryCache().subscribe(() => { longest = Math.max(longest, shown()?.length ?? 0) })
+  for (const { job_id } of [...rows].reverse()) {
+    listener.onProgress(message(job_id, 1))
+    listener.onJobComplete(message(job_id, 8))
+  }
+  assert.deepEqual([shown().length, longest, shown()[0].job_id, shown().at(-1).job_id], [100, 100, 'j2999', 'runs'])
+  rows.unshift(upload('runs', 8, 'then'))
+  listener.onSync()
+  await until(() => shown().every((job) => job.created_at))
+  assert.deepEqual([calls.jobs, calls.job, shown().length], [2, 0, 100])
+  list.patch({ job_id: 'runs', finished_at: undefined })
+  for (const { job_id } of rows.slice(-90)) listener.onProgress(message(job_id, 1)) // not among the newest
+  calls.most = 0
+  listener.onSync()
+  await until(() => calls.jobs === 4 && shown().every((job) => job.created_at))
+  assert.ok(calls.job <= 100 && calls.most <= 4, JSON.stringify(calls))
+  stop()
+  queries.clear()
+})
+
+describe('an upload, whatever overtakes what', () => {
+  for (const kind of ['list', 'one']) {
+    test(`a message between the end of a fetch and its place in the cache counts: ${kind}`, async () => {
+      for (let gap = 0; gap < 12; gap++) {
+        const { autotag, queries, next, tell } = uploads()
+        const shared = kind === 'list' ? new JobList(queries, ['x'], autotag) : new OneJob(queries, ['x'], autotag, 'a')
+        shared.start()
+        const fetched = queries.fetchQuery({ queryKey: ['x'], async queryFn() {
+          const data = await shared.load()
+          void (async () => { for (let i = 0; i < gap; i++) await null; tell('onProgress', message('a', 5)) })()
+          return data
+        } })
+        await next(kind === 'list' ? [upload('a', 1)] : upload('a', 1))
+        await fetched
+        await until(() => [queries.getQueryData(['x'])].flat()[0].completed === 5)
+        queries.clear()
+      }
+    })
+  }
+
+  /** The states that the database has of an upload, in order, and what is told of each. */
+  function history(pick, job_id) {
+    const image_count = 1 + pick(6)
+    const row = { ...upload('', 0), job_id, created_at: new Date(1e12 + pick(1e6)).toISOString(), image_count, progress: 0, status: 'running', cancelled: false }
+    const states = [row]
+    const ends = pick(2) ? 'cancelled' : 'completed'
+    for (let last = row; last.completed + last.failed < image_count; states.push(last)) {
+      last = { ...last, [pick(3) ? 'completed' : 'failed']: 0, progress: Math.min(99, last.progress + pick(20)), eta: `${pick(9)}` }
+      const before = states.at(-1)
+      for (const name of ['completed', 'failed']) last[name] = before[name]
+      if (pick(3)) last[pick(3) ? 'completed' : 'failed']++
+      if (ends === 'cancelled' && pick(2)) Object.assign(last, { status: 'cancelling', cancelled: true })
+    }
+    const all = states.at(-1)
+    states.push({ ...all, status: ends, cancelled: ends === 'cancelled', progress: 100, eta: null, finished_at: 'then' })
+    return states.map((state, i) => {
+      const { progress, eta, status, completed, failed } = state
+      const told = { job_id, image_count, completed, failed, status }
+      return { state, event: i < states.length - 1 ? 'onProgress' : 'onJobComplete', told: i < states.length - 1 ? { ...told, progress, eta } : told }
+    })
+  }
+
+  for (const kind of ['list', 'one']) {
+    test(`${kind === 'list' ? 'a list' : 'one upload'} never goes back, and ends as the database has it`, { timeout: 60_000 }, async () => {
+      for (let seed = 1; seed <= 200; seed++) {
+        const pick = random(seed)
+        const steps = Array.from({ length: kind === 'list' ? 3 : 1 }, (_, i) => history(pick, `j${i}`))
+        const at = steps.map(() => 0)
+        const queue = []
+        let now = []
+        const look = () => { now = steps.map((all, i) => all[at[i]].state) }
+        const delay = async () => { for (let i = pick(6); i > 0; i--) await new Promise(setImmediate) }
+        const answer = async (take) => { await delay(); look(); const taken = take(now); await delay(); return taken }
+        let listener
+        const autotag = {
+          subscribe: (given) => { listener = given; return () => undefined },
+          jobs: ({ onlyLive, limit }) => answer((rows) => onlyLive ? rows.filter((row) => !row.finished_at) : rows.slice(0, Math.max(limit, 3))),
+          job: (id) => answer((rows) => rows.find((row) => row.job_id === id)),
+        }
+        const queries = new QueryClient()
+        const shared = kind === 'list' ? new JobList(queries, ['x'], autotag) : new OneJob(queries, ['x'], autotag, 'j0')
+        const shown = () => [queries.getQueryData(['x']) ?? []].flat()
+        const [furthest, back] = [new Map(), []]
+        const stop = queries.getQueryCache().subscribe(() => {
+          for (const { job_id, completed, failed, finished_at, cancelled, progress } of shown()) {
+            const before = furthest.get(job_id) ?? { done: 0, over: false, cancelled: false, progress: 0 }
+            const seen = { done: completed + failed, over: Boolean(finished_at), cancelled: Boolean(cancelled), progress }
+            if (Object.keys(seen).some((name) => seen[name] < before[name])) back.push(`${job_id} went back from ${JSON.stringify(before)} to ${JSON.stringify(seen)}`)
+            furthest.set(job_id, seen)
+          }
+        })
+        shared.start()
+        void queries.fetchQuery({ queryKey: ['x'], queryFn: () => shared.load() })
+        while (at.some((index, i) => index < steps[i].length - 1) || queue.length) {
+          const what = pick(8)
+          const which = pick(steps.length)
+          if (what < 3 && at[which] < steps[which].length - 1) queue.push(...Array.from({ length: pick(3) }, () => steps[which][at[which] + 1])), at[which]++
+          else if (what < 6 && queue.length) { const [message] = queue.splice(pick(queue.length), 1); listener[message.event](message.told) }
+          else if (what === 6) listener.onSync()
+          else await delay()
+        }
+        listener.onSync()
+        const wanted = () => steps.map((all) => all.at(-1).state)
+        const right = () => assert.deepEqual([...shown()].sort((a, b) => a.job_id < b.job_id ? -1 : 1), wanted(), `seed ${seed}`)
+        for (let patience = 300; ; patience--) {
+          await new Promise(setImmediate)
+          if (queries.isFetching()) continue
+          try { right(); break } catch (error) { if (!patience) throw error }
+        }
+        for (let i = 0; i < 10; i++) { const { event, told } = steps[pick(steps.length)].at(-1 - pick(2)); listener[event](told) } // late, and twice
+        await delay()
+        right()
+        assert.deepEqual(back, [], `seed ${seed}`)
+        stop()
+        queries.clear()
+      }
+    })
+  }
 })
 
 test('a fetch that ran before the subscription is followed by another one, for a list and for one upload', async () => {
@@ -858,10 +1156,74 @@ test('one fetch at a time, and what changes meanwhile goes into the next one', a
   await assert.rejects(failed, { message: 'offline' })
   void changed([7])
   assert.deepEqual(asked.at(-1), [6, 7], 'what has failed is not forgotten')
+  ends[4].resolve()
   let calls = 0
   const broken = oneAtATime(() => { calls++; throw new Error('at once') })
   for (let i = 0; i < 2; i++) await assert.rejects(broken([1]), { message: 'at once' })
   assert.equal(calls, 2)
+})
+
+test('a fetch that never ends is given up; what it was for goes into the next one, at once if something has changed', async () => {
+  mock.timers.enable({ apis: ['setTimeout'] })
+  const asked = []
+  const changed = oneAtATime((ids, signal) => new Promise((resolve) => { asked.push({ ids, signal, resolve }) }))
+  const running = changed([1])
+  void changed([2])
+  await settled()
+  mock.timers.tick(29_999)
+  await settled()
+  assert.deepEqual(asked.map(({ ids }) => ids), [[1]])
+  mock.timers.tick(1)
+  await settled()
+  assert.deepEqual([asked.map(({ ids }) => ids), asked[0].signal.aborted, asked[1].signal.aborted], [[[1], [2, 1]], true, false])
+  asked[0].resolve() // too late
+  await settled()
+  assert.equal(asked.length, 2)
+  asked[1].resolve()
+  await running
+  const alone = changed([3])
+  mock.timers.tick(30_000)
+  await assert.rejects(alone, { code: 'timeout' })
+  void changed([4])
+  assert.deepEqual(asked.at(-1).ids, [3, 4])
+  asked.at(-1).resolve()
+  const short = oneAtATime(() => new Promise(() => undefined), 500)([1])
+  mock.timers.tick(500)
+  await assert.rejects(short, { code: 'timeout' })
+  mock.timers.reset()
+})
+
+test('calls that read are given up, those that write are not; a list of uploads goes on', async () => {
+  mock.timers.enable({ apis: ['setTimeout'] })
+  const client = new Client()
+  const [signals, asked] = [[], []]
+  let hangs = true
+  client.rpc = (name, args) => {
+    asked.push(name)
+    const answer = hangs ? new Promise(() => undefined) : Promise.resolve({ data: args.only_live ? [upload('a', 1)] : [], error: null, status: 200 })
+    return Object.assign(answer, { abortSignal: (signal) => signals.push(signal) })
+  }
+  const autotag = createAutotag(client, { workspaceId: 'w' })
+  const ended = []
+  const reads = [autotag.jobs(), autotag.job('j'), autotag.strategy(5), autotag.usage(), autotag.peekRateLimit('batch', 5)]
+  const writes = [autotag.enqueue(['a']), autotag.cancel('j'), autotag.retry('j')]
+  for (const call of [...reads, ...writes]) call.catch((error) => ended.push(error.code))
+  mock.timers.tick(30_000)
+  await settled()
+  assert.deepEqual(ended, reads.map(() => 'timeout'))
+  assert.ok(signals.length === reads.length && signals.every((signal) => signal.aborted))
+  const queries = new QueryClient({ defaultOptions: { queries: { retryDelay: 1 } } })
+  let listener
+  const list = new JobList(queries, ['jobs'], { jobs: autotag.jobs, job: autotag.job, subscribe: (given) => { listener = given; return () => undefined } })
+  list.start()
+  void listener.onSync()
+  await settled()
+  hangs = false
+  listener.onSync()
+  for (let i = 0; i < 40; i++) { mock.timers.tick(1000); await settled() }
+  assert.equal(queries.getQueryData(['jobs'])?.[0]?.job_id, 'a')
+  mock.timers.reset()
+  queries.clear()
 })
 
 test('on a server, hooks render what they are given and ask for nothing', () => {

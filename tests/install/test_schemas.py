@@ -96,6 +96,23 @@ def test_a_schema(case: dict[str, Any], url: str) -> None:
             check_callers(owner, host, case, own, skipped)
 
 
+def test_a_project_that_gives_everything_to_everybody_gives_nothing_of_autotag(
+    postgres: LocalPostgres, bare: str
+) -> None:
+    """Default privileges that hold in all schemas."""
+    with psycopg.connect(postgres.url("supabase_admin", bare), autocommit=True) as owner:
+        for what in ("usage on schemas", "all on sequences", "all on tables", "all on functions"):
+            for role in ("postgres", "supabase_admin"):
+                owner.execute(f"alter default privileges for role {role} grant {what} to anon".encode())
+        apply_migrations(postgres.url("supabase_admin", bare), with_host_baseline=True)
+        assert owner.execute("select has_schema_privilege('anon', 'autotag', 'usage')").fetchone() == (False,)
+        assert owner.execute(
+            "select c.relname from pg_class c where c.relnamespace = 'autotag'::regnamespace and case c.relkind"
+            " when 'S' then has_sequence_privilege('anon', c.oid, 'usage, select, update')"
+            " when 'r' then has_table_privilege('anon', c.oid, 'select, insert, update, delete, truncate') end"
+        ).fetchall() == []  # fmt: skip
+
+
 def check_examples(url: str, examples: list[dict[str, Any]] | None, own: list[str]) -> None:
     """init shows real rows, and leaves nothing behind."""
     assert examples

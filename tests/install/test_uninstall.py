@@ -12,8 +12,9 @@ import pytest
 from autotag.install.answers import HostError
 from autotag.install.host import Choices
 from autotag.install.migrations import apply_migrations
+from autotag.install.own import of_engine
 from autotag.install.survey import refuse_to_ask, survey
-from autotag.install.uninstall import TYPES, InUse, drop_autotag, make_plan
+from autotag.install.uninstall import InUse, drop_autotag, make_plan
 from cli_tools import supabase
 from forked import run_command
 from lab.postgres import LocalPostgres
@@ -27,8 +28,9 @@ HOST = """
 #: pg_cron lives in another database of the server.
 CRON = """
     create schema cron;
-    create table cron.job (jobid bigserial, jobname text);
-    insert into cron.job (jobname) values ('autotag-tick'), ('autotag-housekeeping'), ('backup');
+    create table cron.job (jobid bigserial, jobname text, command text, database text default current_database());
+    insert into cron.job (jobname, command) values ('autotag-tick', 'select autotag.tick()'),
+      ('autotag-housekeeping', 'select autotag.housekeeping(); delete from cron.job_run_details'), ('backup', 'select 1');
     create function cron.unschedule(bigint) returns boolean language sql as
       'delete from cron.job where jobid = $1 returning true'"""
 #: The host's own objects that use autotag, each as the command names it.
@@ -179,7 +181,7 @@ def test_a_removal_by_hand_is_noticed_and_finished(url: str, tmp_path: Path) -> 
         apply_migrations(url)
     with pytest.raises(HostError, match="run autotag uninstall"):
         survey(url, Choices(), refuse_to_ask, may_ask=False)
-    left = {f"type {name}" for name in TYPES}
+    left = {f"type {name}" for name in of_engine().enums()}
     assert left <= objects(url)
     drop_autotag(url)
     assert not left & objects(url)
@@ -211,7 +213,7 @@ async def test_the_cli_pushes_again_after_it(url: str, tmp_path: Path) -> None:
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute("select autotag.schema_version()")
         code, out, err = await run_command("uninstall", "--yes", environment=environment)
-        assert (code, "migration history" in out, "*_autotag_*.sql" in out) == (0, True, True), err
+        assert (code, "migration history" in out, "_autotag_0_1_0.sql" in out) == (0, True, True), err
         for file in (tmp_path / "supabase" / "migrations").glob("*_autotag_*.sql"):
             file.unlink()
 
@@ -261,6 +263,8 @@ async def test_versions_of_profiles_go_on_after_a_new_installation(url: str, tmp
         connection.execute("update public.assets set tagging_result = '{\"profile\": 2}'")
         connection.execute("insert into public.assets (workspace_id, tagging_result) values (gen_random_uuid(),"
                            " '{\"profile\": 2000000000}'), (gen_random_uuid(), '{\"profile\": \"9\"}')")  # fmt: skip
+        own = '{"given": [], "confidence": {}, "caption": "c", "model": "m"}'
+        connection.execute("update public.assets set tagging_result = tagging_result || %s::jsonb", (own,))
     drop_autotag(url)
     (tmp_path / "supabase").mkdir()
     (tmp_path / "supabase" / "config.toml").write_text('project_id = "test"\n')

@@ -124,7 +124,7 @@ def test_batches(library: Library) -> None:
     register(library)
     library.enqueue(library.insert([f"{number}.jpg" for number in range(60)]))
     [claim] = library.sql("select * from autotag.claim_batches(%s, 1, 1)", WORKER)
-    assert set(claim) == {"batches", "wait", "question", "poll", "cancel", "files", "look_up"}
+    assert set(claim) == {"batches", "wait", "question", "poll", "cancel", "files", "unrecorded", "look_up"}
     check(m.Question, claim["question"])
     [batch] = claim["batches"]
     check(m.Batch, batch)
@@ -138,7 +138,16 @@ def test_batches(library: Library) -> None:
     library.sql("update autotag.provider_limits set next_poll_at = '-infinity'")
     [claim] = library.sql("select * from autotag.claim_batches(%s, 1, 2)", WORKER)
     [submitted] = claim["poll"]
-    check(m.Submitted, submitted)
+    check(m.Sought, submitted)
+    library.sql("update autotag.batches set state = 'done', reserved_tokens = 0, unrecorded_files = 1,"
+                " finished_at = now() - interval '1 h'")  # fmt: skip
+    library.sql("update autotag.provider_limits set next_poll_at = '-infinity'")
+    [claim] = library.sql("select * from autotag.claim_batches(%s, 1, 3)", WORKER)
+    [unrecorded] = claim["unrecorded"]
+    check(m.Sought, unrecorded)
+    library.sql("select autotag.files_deleted(%s, '{}', array[%s]::uuid[])", WORKER, unrecorded["id"])
+    library.sql("update autotag.provider_limits set next_poll_at = '-infinity'")
+    assert library.sql("select unrecorded from autotag.claim_batches(%s, 1, 4)", WORKER) == [{"unrecorded": None}]
 
 
 def test_what_waits_for_realtime(library: Library) -> None:

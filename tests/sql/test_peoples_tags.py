@@ -544,6 +544,69 @@ def test_a_tag_that_a_trigger_takes_out_was_removed_by_nobody(connection: psycop
         assert row.tags() == ["d", "mine"], "a trigger took it out, not a person"
 
 
+@pytest.mark.parametrize("kind", COLUMNS)
+@pytest.mark.parametrize(
+    ("code", "answer", "left"),
+    [
+        ("array_replace(t, 'kitty', 'cat')", ["kitty", "dog"], ["cat", "dog"]),
+        (
+            "string_to_array(replace(array_to_string(t, '|'), ' ', '|'), '|')",
+            ["red barn", "dog"],
+            ["red", "barn", "dog"],
+        ),
+    ],
+)
+def test_what_a_trigger_puts_in_the_place_of_a_tag_is_given(
+    connection: psycopg.Connection[Any], kind: str, code: str, answer: list[str], left: list[str]
+) -> None:
+    with connection.transaction(force_rollback=True):
+        row = Row(connection, kind)
+        row.edit(["mine"])
+        change_tags(row, code)
+        for _ in range(3):
+            row.run(answer)
+            assert row.tags()[0] == "mine"
+            assert sorted(row.tags()[1:]) == sorted(left)
+        row.run(["fox"])
+        assert row.tags() == ["mine", "fox"]
+
+
+def test_what_takes_the_place_of_a_tag_may_be_a_persons_if_theirs_has_gone_too(
+    connection: psycopg.Connection[Any],
+) -> None:
+    with connection.transaction(force_rollback=True):
+        row = Row(connection, "text[]")
+        row.edit(["mine"])
+        change_tags(row, "case when 'red barn' = any (t) then array['my own', 'barn'] else t end")
+        row.run(["red barn"])
+        assert row.tags() == row.memory()["added"] == ["my own", "barn"]
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_a_tag_that_becomes_what_a_person_has_or_removed_comes_once(
+    connection: psycopg.Connection[Any], kind: str
+) -> None:
+    with connection.transaction(force_rollback=True):
+        row = Row(connection, kind)
+        change_tags(row, "array_replace(array_replace(t, 'kitty', 'cat'), 'puss', 'cat')")
+        row.edit(["mine", "cat"])
+        for _ in range(3):
+            row.run(["kitty", "dog"])
+            assert row.tags() == ["mine", "cat", "cat", "dog"]
+            assert row.memory()["removed"] == ["kitty"]
+        row.edit(["dog"])
+        for _ in range(3):
+            row.run(["kitty", "dog"])
+            assert row.tags() == ["dog"]
+        row.run(["puss", "dog"])  # nobody knows that before
+        for _ in range(3):
+            row.run(["puss", "dog"])
+            assert row.tags() == ["dog"]
+        row.edit(["mine"])
+        row.run(["kitty", "puss", "fox"])
+        assert row.tags() == ["mine", "fox"]
+
+
 def test_without_a_change_triggers_run_once(connection: psycopg.Connection[Any]) -> None:
     with connection.transaction(force_rollback=True):
         row = Row(connection, "text[]")

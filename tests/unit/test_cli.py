@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -40,6 +41,27 @@ def test_a_help_page_says_what_the_command_does_reads_and_returns(name: str) -> 
     assert "DATABASE_URL" in shown
     assert f"autotag {name}" in shown[places[-1] :], "an example"
     assert (name == "worker") or "--json" in shown
+
+
+@pytest.mark.parametrize("url", ["postgresql://nobody@127.0.0.1:1/x?connect_timeout=1", "://"])
+@pytest.mark.parametrize("command", [name for name in NAMES if name != "worker"])
+def test_with_json_an_error_is_json_too(command: str, url: str, tmp_path: Path) -> None:
+    """One document on stdout, and the sentence for people on stderr."""
+    (tmp_path / "tags.csv").write_text("tag\ncat\n")
+    more = {
+        "compare": ["--workspace", "w", "--model", "gpt-5", "--yes"], "enqueue": ["--workspace", "w", "--yes"],
+        "vocabulary": ["import", str(tmp_path / "tags.csv")], "init": [str(tmp_path)],
+        "watch": ["--workspace", "w"], "usage": ["--workspace", "w"], "profile": ["show"],
+    }  # fmt: skip
+    given = [command, *more.get(command, []), "--json"]
+    done = CliRunner().invoke(app, given, env={"DATABASE_URL": url, "OPENAI_API_KEY": "k"})
+    assert done.exit_code != 0
+    assert "Traceback" not in done.stderr
+    told = json.loads(done.stdout)
+    assert isinstance(told, dict)
+    assert told.keys() == ({"worst", "findings"} if command == "doctor" and url != "://" else {"error"})
+    if "error" in told:
+        assert f"autotag: {told['error']}" in done.stderr
 
 
 def test_every_module_of_a_command_is_one() -> None:

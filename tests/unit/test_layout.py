@@ -20,6 +20,7 @@ ALLOWED = {
     for name in (
         "adapter",
         "changes",
+        "collisions",
         "conditions",
         "details",
         "evidence",
@@ -28,6 +29,8 @@ ALLOWED = {
         "losses",
         "migrations",
         "preview",
+        "remains",
+        "row_readers",
         "tag_index",
         "uninstall",
         "user_type",

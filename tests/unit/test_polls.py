@@ -11,7 +11,7 @@ import pytest
 from openai.types import Batch as ListedBatch
 
 from autotag.db import BatchClaim, DatabaseSettings, Question
-from autotag.db.messages import ErrorReport, PolledBatch, Submitted, Unrecorded
+from autotag.db.messages import ErrorReport, PolledBatch, Sought
 from autotag.errors import TaggingError
 from autotag.openai.records import ProviderBatch, ProviderFile, read_batch
 from autotag.worker.files import Files
@@ -88,8 +88,8 @@ class FakeDatabase:
     async def report_poll_failure(self, error: ErrorReport) -> None:
         self.failures.append(error)
 
-    async def files_deleted(self, files: list[str], unrecorded: Sequence[Unrecorded] = ()) -> None:
-        self.gone += [*files, *(batch.batch for batch in unrecorded)]
+    async def files_deleted(self, files: list[str], batches: Sequence[str] = ()) -> None:
+        self.gone += [*files, *batches]
 
 
 class NoStages:
@@ -103,7 +103,7 @@ def poller(provider: FakeProvider, db: FakeDatabase) -> Poller:
 
 
 async def poll(provider: FakeProvider, db: FakeDatabase, files: Sequence[str] = ()) -> None:
-    claim = BatchClaim([], None, SETTINGS, poll=[Submitted(name, 0) for name in IDS], files=list(files))
+    claim = BatchClaim([], None, SETTINGS, poll=[Sought(name, 0) for name in IDS], files=list(files))
     await poller(provider, db).poll(claim)
 
 
@@ -154,7 +154,7 @@ async def test_a_provider_that_asks_to_wait_keeps_what_it_had_said() -> None:
     assert len(first) > 1
 
 
-UNRECORDED = [Unrecorded("one", 5), Unrecorded("two", 9)]
+UNRECORDED = [Sought("one", 5), Sought("two", 9)]
 BUSY = TaggingError("rate_limit", "rate_limited", "m", status=429, retry_after=3)
 GONE = TaggingError("account", "http_404", "m", status=404)
 

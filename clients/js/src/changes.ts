@@ -1,9 +1,15 @@
+import { AutotagError } from './errors.js'
+import { REQUEST_LIMIT, within } from './limit.js'
+
 /**
  * Makes of `fetch` a function to call at every change. It runs one fetch at a time: on a slow line, fetches that overtake or cancel each
  * other never end. What changes during a fetch goes into the next one, as does what a fetch that failed was for; null stands for everything.
- * The promise ends with the last of them, or the first that fails.
+ * A fetch that has not ended within `limit` ms has failed; its signal says so. The promise ends with the last fetch, or the first that fails;
+ * after one that took too long, the next one begins at once if something has changed meanwhile.
  */
-export function oneAtATime<Id>(fetch: (assetIds: Id[] | null) => Promise<unknown>): (assetIds: readonly Id[] | null) => Promise<void> {
+export function oneAtATime<Id>(
+  fetch: (assetIds: Id[] | null, signal: AbortSignal) => Promise<unknown>, limit = REQUEST_LIMIT,
+): (assetIds: readonly Id[] | null) => Promise<void> {
   let changed: Set<Id> | null | undefined // undefined: nothing
   let running: Promise<void> | null = null
 
@@ -11,14 +17,16 @@ export function oneAtATime<Id>(fetch: (assetIds: Id[] | null) => Promise<unknown
     changed = assetIds && changed !== null ? new Set([...changed ?? [], ...assetIds]) : null
   }
 
-  async function begin(ids: Set<Id> | null): Promise<void> { await fetch(ids && [...ids]) }
-
   async function run(): Promise<void> {
     try {
       while (changed !== undefined) {
         const now: Set<Id> | null = changed
         changed = undefined
-        await begin(now).catch((error: unknown) => { add(now); throw error })
+        await within(limit, 'The fetch', (signal) => fetch(now && [...now], signal)).catch((error: unknown) => {
+          const goesOn = changed !== undefined && error instanceof AutotagError && error.code === 'timeout'
+          add(now)
+          if (!goesOn) throw error
+        })
       }
     } finally {
       running = null

@@ -1,7 +1,7 @@
 /** An error of a call. `message` and `hint` are sentences for people, `code` is for programs (docs/sql-api.md, "Errors"). */
 export class AutotagError extends Error {
   override name = 'AutotagError'
-  /** autotag's own code (`quota_exceeded`, `not_a_member`, …), or `network`, `refused`, `topic_in_use`, or PostgREST's code. */
+  /** autotag's own code (`quota_exceeded`, `not_a_member`, …), or `network`, `timeout`, `refused`, `topic_in_use`, or PostgREST's code. */
   readonly code: string
   /** What to do about it; may be empty. */
   readonly hint: string
@@ -19,7 +19,7 @@ export class AutotagError extends Error {
   }
 }
 
-interface RestError { message: string, code?: string | null, hint?: string | null, details?: string | null }
+export interface RestError { message: string, code?: string | null, hint?: string | null, details?: string | null }
 
 /** The error of PostgREST with autotag's code, which stands in the JSON of `details`. */
 export function fromRest(error: RestError, status?: number): AutotagError {

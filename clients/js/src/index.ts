@@ -1,4 +1,6 @@
 import { fromRest } from './errors.js'
+import type { RestError } from './errors.js'
+import { answerTo } from './limit.js'
 import { Live } from './live.js'
 import type {
   AnyClient, AssetIdOf, Cancelled, Enqueued, Job, JobsOptions, Listener, LiveStatus, RateLimit, RequestType, StrategyPlan, Usage,
@@ -68,15 +70,20 @@ export function createAutotag<C extends AnyClient>(supabase: C, options: Autotag
   const { workspaceId, accessToken } = options
   const live = liveOf<Id>(supabase, workspaceId as string | number, accessToken)
 
-  async function call<T>(name: string, args: Record<string, unknown>): Promise<T> {
-    const { data, error, status } = await supabase.rpc(name, args)
+  async function call<T>(name: string, args: Record<string, unknown>): Promise<T> { return await result(supabase.rpc(name, args)) }
+
+  /** A call that changes nothing: it fails when it takes too long. */
+  async function read<T>(name: string, args: Record<string, unknown>): Promise<T> { return await result(answerTo(supabase.rpc(name, args))) }
+
+  async function result<T>(answer: PromiseLike<{ data: unknown, error: RestError | null, status: number }>): Promise<T> {
+    const { data, error, status } = await answer
     if (error) throw fromRest(error, status)
     return data as T
   }
 
   async function jobs({ onlyLive = false, before, limit = 50 }: JobsOptions = {}): Promise<Job[]> {
     const until = before instanceof Date ? before.toISOString() : before
-    return await call('tagging_jobs', {
+    return await read('tagging_jobs', {
       workspace_id: workspaceId, only_live: onlyLive, limit, ...until && { before: until },
     })
   }
@@ -102,11 +109,11 @@ export function createAutotag<C extends AnyClient>(supabase: C, options: Autotag
       return made
     },
     jobs,
-    job: (jobId) => call('tagging_job', { job_id: jobId }),
-    strategy: (imageCount) => call('tagging_strategy', { image_count: imageCount }),
-    usage: (period = {}) => call('tagging_usage', { workspace_id: workspaceId, ...period }),
+    job: (jobId) => read('tagging_job', { job_id: jobId }),
+    strategy: (imageCount) => read('tagging_strategy', { image_count: imageCount }),
+    usage: (period = {}) => read('tagging_usage', { workspace_id: workspaceId, ...period }),
     peekRateLimit: (requestType, imageCount) =>
-      call('peek_rate_limit', { workspace_id: workspaceId, request_type: requestType, image_count: imageCount }),
+      read('peek_rate_limit', { workspace_id: workspaceId, request_type: requestType, image_count: imageCount }),
     subscribe: (listener) => live.listen(listener),
     reconnect: () => live.connect(),
   }

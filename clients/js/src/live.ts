@@ -1,12 +1,19 @@
 import type { RealtimeChannel } from '@supabase/supabase-js'
 import { AutotagError } from './errors.js'
+import { within } from './limit.js'
 import type { AnyClient, BatchComplete, JobComplete, JobProgress, Listener, LiveStatus } from './types.js'
 
 const LINGER = 1_000 // ms between the last listener's end and that of the channel: StrictMode and routes come back
 const FIRST_DELAY = 1_000 // ms before the channel is joined again; doubled with each failure
 const LONGEST_DELAY = 30_000
 const STEADY = 10_000 // ms after which a subscription counts as a success
+const TOKEN_LIMIT = 10_000 // ms for a token; after that it is asked for once more
+const PROVIDER = 'The provider of the access token'
+const MOST_JOBS = 1_000 // whose count is remembered
 const LONG_HIDDEN = 30_000 // ms in the background after which messages may have been missed
+
+/** The channels of this package: all others of the same topics belong to other parts of a page. */
+const own = new WeakSet<RealtimeChannel>()
 
 type AccessToken = () => Promise<string | null>
 type Message = { event: string, payload: unknown }
@@ -22,6 +29,9 @@ export function userOf(token: string | null | undefined): string | null {
     return token
   }
 }
+
+/** Whether it can be the key of a row. A number that JSON has rounded is another row's by now. */
+const isId = (id: unknown): boolean => typeof id === 'string' || Number.isSafeInteger(id)
 
 /**
  * The one private channel of a workspace, shared by all parts of a page. It joins with the newest token, joins again when the
@@ -51,6 +61,7 @@ export class Live<Id = string | number> {
   #hasAuth = false
   #hiddenAt = 0
   #listsIds = false // the server lists the ids of changed rows
+  readonly #counted = new Map<string, number>() // images of an upload that have ended, as the last message told it
   #checked: Promise<unknown> = Promise.resolve()
 
   constructor(supabase: AnyClient, workspaceId: string | number, accessToken?: AccessToken) {
@@ -61,18 +72,18 @@ export class Live<Id = string | number> {
 
   /** Adds a listener, and returns the function that removes it. */
   listen(listener: Listener<Id>): () => void {
-    const own = { ...listener } // the same object twice is two listeners
-    this.#listeners.add(own)
+    const added = { ...listener } // the same object twice is two listeners
+    this.#listeners.add(added)
     clearTimeout(this.#lastListener)
     if (!this.#stopWatching) {
       this.#stopWatching = this.#watch()
       this.#watchAuth()
       void this.connect()
     }
-    own.onStatus?.(this.status, this.error)
-    if (this.status === 'live') own.onSync?.() // what it shows may be from before it listened
+    added.onStatus?.(this.status, this.error)
+    if (this.status === 'live') added.onSync?.() // what it shows may be from before it listened
     return () => {
-      if (!this.#listeners.delete(own) || this.#listeners.size) return
+      if (!this.#listeners.delete(added) || this.#listeners.size) return
       clearTimeout(this.#lastListener)
       this.#lastListener = setTimeout(() => this.#stop(), LINGER)
     }
@@ -90,7 +101,7 @@ export class Live<Id = string | number> {
     try {
       user = userOf(await this.#authorize())
     } catch (error) {
-      if (turn === this.#turn) this.#fail(String(error))
+      if (turn === this.#turn) this.#failWith(error)
       return
     }
     if (turn !== this.#turn) return
@@ -101,11 +112,13 @@ export class Live<Id = string | number> {
       return
     }
     if (this.status === 'signed-out') this.#say('connecting')
+    const others = this.#supabase.getChannels().filter((channel) => !own.has(channel))
     const channel = this.#supabase.channel(this.#topic, { config: { private: true } })
-    if (channel.state !== 'closed') { // its own subscribe() would be ignored
+    if (others.includes(channel) || channel.state !== 'closed') { // it would be shared, and one part's end be that of both
       this.#fail(`Another part of this page uses the topic ${this.#topic}.`, 'topic_in_use', 'Let it use subscribe() of supabase-autotag, too.')
       return
     }
+    own.add(channel)
     this.#channel = channel
     channel
       .on('broadcast', { event: '*' }, (message) => { if (turn === this.#turn) this.#receive(message as unknown as Message) })
@@ -140,23 +153,33 @@ export class Live<Id = string | number> {
       if (turn !== this.#turn) return
       if (userOf(token) === this.#user) this.#deliver(message)
       else void this.connect()
-    }).catch((error: unknown) => { if (turn === this.#turn) this.#fail(String(error)) })
+    }).catch((error: unknown) => { if (turn === this.#turn) this.#failWith(error) })
   }
 
   #deliver({ event, payload }: Message): void {
     if (!payload || typeof payload !== 'object') return
     let told = payload as JobProgress<Id> & BatchComplete
-    this.#listsIds ||= told.asset_ids !== undefined
-    // JSON has rounded them: they are other rows' ids now
-    if (told.asset_ids?.some((id) => Number.isInteger(id) && !Number.isSafeInteger(id))) told = { ...told, asset_ids: null, many: true }
+    const ids: unknown = told.asset_ids
+    this.#listsIds ||= ids !== undefined
+    if (ids != null && !(Array.isArray(ids) && ids.every(isId))) told = { ...told, asset_ids: null, many: true }
+    const counts = event.startsWith('job-') && typeof told.job_id === 'string' && this.#isNewest(event, told)
     this.#tell((listener) => {
-      if (event === 'job-progress') listener.onProgress?.(told)
-      else if (event === 'job-complete') listener.onJobComplete?.(told as JobComplete<Id>)
+      if (event === 'job-progress' && counts) listener.onProgress?.(told)
+      else if (event === 'job-complete' && counts) listener.onJobComplete?.(told as JobComplete<Id>)
       else if (event === 'batch-complete') listener.onBatchComplete?.(told)
     })
     // The rows of a batch are told by its job's messages, where the server lists ids.
     if (told.asset_ids === undefined && this.#listsIds && event === 'batch-complete') return
     if (told.asset_ids?.length !== 0) this.changed(told.asset_ids ?? null, told.job_id ?? null)
+  }
+
+  /** Messages overtake each other: whether none has told more of this upload. Its end is the last one. */
+  #isNewest(event: string, { job_id, completed, failed }: JobProgress<Id>): boolean {
+    const count = event === 'job-complete' ? Infinity : completed + failed
+    if (count < this.#counted.get(job_id)!) return false
+    this.#counted.set(job_id, count)
+    if (this.#counted.size > MOST_JOBS) this.#counted.delete(this.#counted.keys().next().value!)
+    return true
   }
 
   #tell(say: (listener: Listener<Id>) => void): void {
@@ -181,19 +204,23 @@ export class Live<Id = string | number> {
   /** The newest token, without telling the socket. */
   async #token(): Promise<string | null> {
     const realtime = this.#supabase.realtime
-    return this.accessToken ? await this.accessToken() : await realtime.accessToken?.() ?? realtime.accessTokenValue
+    return await within(TOKEN_LIMIT, PROVIDER, async () =>
+      this.accessToken ? await this.accessToken() : await realtime.accessToken?.() ?? realtime.accessTokenValue)
   }
 
   /** Gives the socket the newest token before it joins: without one, the first join of a page is refused. */
   async #authorize(): Promise<string | null> {
     const realtime = this.#supabase.realtime
-    if (!this.accessToken) {
-      await realtime.setAuth()
-      return realtime.accessTokenValue
-    }
-    const token = await this.accessToken()
-    if (token) await realtime.setAuth(token)
-    return token
+    const { accessToken } = this
+    return await within(TOKEN_LIMIT, PROVIDER, async (signal) => {
+      if (!accessToken) {
+        await realtime.setAuth()
+        return realtime.accessTokenValue
+      }
+      const token = await accessToken()
+      if (token && !signal.aborted) await realtime.setAuth(token)
+      return token
+    })
   }
 
   /** Takes note of who is signed in. */
@@ -225,6 +252,11 @@ export class Live<Id = string | number> {
     if (this.#offline()) this.#say('offline')
     else this.#say('connecting', new AutotagError(code, message, hint))
     this.#again(this.#delay())
+  }
+
+  #failWith(error: unknown): void {
+    if (error instanceof AutotagError) this.#fail(error.message, error.code, error.hint)
+    else this.#fail(String(error))
   }
 
   /** Until the next try. */

@@ -16,10 +16,10 @@ export function useImages(workspaceId: string) {
   const status = ref<LiveStatus>('connecting')
   const problem = ref('')
 
-  const refresh = oneAtATime<string>(async (changed) => {
+  const refresh = oneAtATime<string>(async (changed, signal) => {
     const ids = changed && changed.length <= 100 ? changed : null // an address has its limits
     const newest = supabase.from('assets').select(COLUMNS).eq('workspace_id', workspaceId)
-      .order('created_at', { ascending: false }).order('id').limit(SHOWN)
+      .order('created_at', { ascending: false }).order('id').limit(SHOWN).abortSignal(signal)
     const { data, error } = await (ids ? newest.in('id', ids) : newest)
     if (error) { problem.value = error.message; return }
     const rows = new Map((ids ? images.value : []).map((image) => [image.id, image]))

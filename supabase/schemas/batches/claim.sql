@@ -26,7 +26,7 @@ $$;
 --   poll: [{id, since}] of all batches in flight if a poll is due, else null.
 --   cancel: ids of those to cancel at OpenAI now (take_cancellations).
 --   files: ids of files to delete at OpenAI (reported with files_deleted).
---   unrecorded: [{batch, since}] of batches that are over and may have input files at OpenAI under their names (files_deleted, too).
+--   unrecorded: [{id, since}] of batches that are over and may have input files at OpenAI under their names (files_deleted, too).
 --   question: as in claim().
 --   look_up: name of the model to check at the provider now (provider_checked), else null.
 --   wait: seconds until the next call; null: wait for a notification.
@@ -187,7 +187,7 @@ begin
       and (b.input_file_id is not null or b.output_file_id is not null or b.error_file_id is not null)
     order by b.id limit 300) f
   where f.id is not null;
-  select jsonb_agg(jsonb_build_object('batch', f.id, 'since', autotag.real_epoch(f.created_at))) into unrecorded
+  select jsonb_agg(jsonb_build_object('id', f.id, 'since', autotag.real_epoch(f.created_at))) into unrecorded
   from (
     select b.id, b.created_at from autotag.batches b
     where b.state in ('done', 'cancelled') and b.unrecorded_files > 0 and b.finished_at <= p_over order by b.id limit 100) f;

@@ -150,7 +150,9 @@ end $$;
 
 -- The memory of a row as it is after its tags were stored, because triggers of the host can change what autotag writes. p_tags: the texts
 -- in the column; null: it is too large. A tag that was stored and is not there was not given, and no person removed it. One that is spelled
--- in another way than it was given is given as it is spelled. What else is there is a person's. Null: the memory is right as it is.
+-- in another way than it was given is given as it is spelled. Where given tags are not there, and people's are, what else is there came
+-- in their place (a trigger that knows synonyms), so it is given, too; otherwise it is a person's. A given tag that became one that people
+-- have or removed is remembered as removed: each run would bring it once more. Null: the memory is right as it is.
 create or replace function autotag.kept_tags(p_tags text[], p_memory jsonb) returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -159,6 +161,8 @@ declare
   v_added text[];
   v_given_keys text[];
   v_lost text[];               -- the keys of people's tags that are not there as they were spelled
+  v_gone text[];               -- the keys of given tags that are not there
+  v_removed text[] := autotag.recall_tags(p_memory, 'removed');
   v_named text[];              -- the tags with a confidence
 begin
   if ((p_memory -> 'given') || coalesce(p_memory -> 'added', '[]') <@ to_jsonb(p_tags)) is not false
@@ -169,11 +173,18 @@ begin
   v_added := autotag.recall_tags(p_memory, 'added');
   v_given_keys := autotag.tag_keys(v_given);
   v_lost := autotag.tag_keys(array(select a from unnest(v_added) a where a <> all (p_tags)));
+  v_gone := array(select k from unnest(v_given_keys) k except select unnest(autotag.tag_keys(p_tags)));
+  if exists (
+      select from unnest(p_tags, autotag.tag_keys(p_tags)) u (tag, key) where u.tag <> '' group by u.tag
+      having count(*) > greatest((select count(*) from unnest(v_added) a where a = u.tag), 1)
+        or min(u.key) = any (v_removed) and u.tag <> all (v_added)) then
+    v_removed := array(select k from unnest(v_removed || v_gone) k group by k order by k);
+  end if;
   select coalesce(array_agg(t.tag order by t.i) filter (where t.given), '{}'), array_agg(t.tag order by t.i) filter (where not t.given)
   into v_given, v_added
   from (
-    select u.tag, u.i, u.tag <> all (v_added) and u.key = any (v_given_keys) and u.key <> all (v_lost)
-      and count(*) over (partition by u.tag) = 1 as given
+    select u.tag, u.i, u.tag <> all (v_added) and u.key <> all (v_lost) and count(*) over (partition by u.tag) = 1
+      and (u.key = any (v_given_keys) or v_lost = '{}' and v_gone <> '{}') as given
     from unnest(p_tags, autotag.tag_keys(p_tags)) with ordinality u (tag, key, i) where u.tag <> '') t;
   v_named := array(select jsonb_object_keys(p_memory -> 'confidence'));
   return autotag.remember_tags(p_memory - '{added,removed}'::text[] || jsonb_build_object('confidence', (
@@ -181,7 +192,7 @@ begin
       from unnest(v_named, autotag.tag_keys(v_named)) c (tag, key)
       left join unnest(v_given, autotag.tag_keys(v_given)) g (tag, key) on g.key = c.key
       where c.key = any (autotag.tag_keys(p_tags)))),
-    v_given, v_added, autotag.recall_tags(p_memory, 'removed'));
+    v_given, v_added, v_removed);
 end $$;
 
 -- An answer without its tags, with the three lists.

@@ -146,8 +146,8 @@ declare
     else format('Let its triggers keep the tags: %s.', autotag.name_some(v_triggers)) end;
 begin
   if v_triggers <> '{}' and p_triggers is not true then
-    return autotag.finding('write', 'ok', format('Not tried, because triggers of %s would run (%s): autotag doctor --try-write tries it.',
-      v_table, autotag.name_some(v_triggers)));
+    return autotag.finding('write', 'skipped', format('Not tried, because triggers of %s would run (%s).',
+      v_table, autotag.name_some(v_triggers)), 'autotag doctor --try-write');
   end if;
   v_try := autotag.try_write('barn');
   v_capital := v_try;
@@ -155,7 +155,8 @@ begin
     v_capital := autotag.try_write('Barn');
   end if;
   return case
-    when not v_try.tried then autotag.finding('write', 'ok', 'There is no image yet whose row could be written.')
+    when not v_try.tried then autotag.finding('write', 'skipped', 'There is no image yet whose row could be written.',
+      'Run autotag doctor again once there is one.')
     when autotag.is_lock_error(v_capital.state) then autotag.finding('write', 'warning',
       'The row that was tried is locked by another transaction.', 'Run autotag doctor again.')
     when v_try.state is not null then autotag.finding('write', 'error',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextvars import ContextVar
 from typing import Any
 
 import typer
@@ -13,6 +14,14 @@ from autotag.redact import redact
 from autotag.texts import MAX_SHOWN, one_line, printable
 
 MAX_LINE = 2000  # characters
+
+_as_json: ContextVar[bool] = ContextVar("as_json", default=False)
+
+
+def note_json(value: bool) -> bool:
+    """The callback of every option ``--json``: `fail` prints JSON, too."""
+    _as_json.set(value)
+    return value
 
 
 def say(line: str, *, err: bool = False) -> None:
@@ -36,8 +45,12 @@ def count(number: int, noun: str) -> str:
 
 
 def fail(message: str, code: int = 1) -> typer.Exit:
-    """Prints an error to stderr, without secrets, and returns the exception to raise."""
-    typer.secho(f"autotag: {printable(redact(message), MAX_LINE)}", err=True, fg=typer.colors.RED)
+    """Prints an error to stderr, without secrets, and returns the exception to raise. With ``--json``, it also prints
+    ``{"error": message}`` to stdout, for programs."""
+    shown = printable(redact(message), MAX_LINE)
+    typer.secho(f"autotag: {shown}", err=True, fg=typer.colors.RED)
+    if _as_json.get():
+        say_json({"error": shown})
     return typer.Exit(code)
 
 

@@ -18,14 +18,14 @@ from autotag.doctor.examine import examine
 from autotag.doctor.findings import Finding, worst_level
 from autotag.observability.logs import configure_logs
 
-EXIT_CODES = {"ok": 0, "warning": 1, "error": 2}  # by the worst finding
+EXIT_CODES = {"ok": 0, "skipped": 0, "warning": 1, "error": 2}  # by the worst finding
 HELP_END = help_end(
     environment=(WORKER_URL, *PROVIDER_AND_STORAGE),
     exit_codes={0: "every check is ok", 1: "warnings", 2: "errors, or a wrong option or setting"},
     examples=["autotag doctor", "autotag doctor --json | jq '.findings[] | select(.level != \"ok\")'"],
 )
 MAX_FINDING = 1000  # characters of a message and of a fix
-STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
+STYLES = {"ok": "green", "skipped": "cyan", "warning": "yellow", "error": "red"}
 
 
 TryWrite = Annotated[

@@ -89,14 +89,18 @@ def explain_install_errors(url: str, failed: str = "The migrations were not appl
         yield
     except HostError as error:
         raise fail(str(error), WRONG_USAGE) from None
-    except psycopg.errors.LockNotAvailable:
-        raise fail(
-            f"{failed}, or not all: another session locks the table of the images; run the command again.",
-            FAILED,
-        ) from None
+    except psycopg.errors.LockNotAvailable as error:
+        who = next(iter(getattr(error, "__notes__", [])), "another session locks a table that it needs")
+        raise fail(f"{failed}, or not all: {printable(who, MAX_REASON)}; run the command again.", FAILED) from None
     except psycopg.errors.InsufficientPrivilege as error:
         raise fail(
             f"The login may not do this ({error.diag.message_primary}); connect as the database's owner (postgres).",
+            FAILED,
+        ) from None
+    except psycopg.errors.ReadOnlySqlTransaction:
+        raise fail(
+            f"{failed}: the database is read-only (a replica, or it has no space left); connect to one that can be"
+            " written.",
             FAILED,
         ) from None
     except psycopg.errors.InvalidSchemaName as error:

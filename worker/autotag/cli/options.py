@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import typer
 from rich.markup import escape
 
-from autotag.cli.console import fail
+from autotag.cli.console import fail, note_json
 from autotag.cli.errors import WRONG_USAGE
 from autotag.config import Settings, SettingsError, load_settings, read_connection
 from autotag.install.host import Choices
@@ -20,10 +20,14 @@ S = TypeVar("S", bound=Settings)
 
 OFFERED_SPENDING_LIMIT = 20.0  # dollars a month
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Json = Annotated[bool, typer.Option("--json", callback=note_json, help="Print JSON instead of text.")]
 #: Of commands that spend money.
-JsonWithYes = Annotated[bool, typer.Option("--json", help="Print JSON instead of text. Starts only with --yes.")]
-JsonAskingNothing = Annotated[bool, typer.Option("--json", help="Print JSON instead of text, and ask nothing.")]
+JsonWithYes = Annotated[
+    bool, typer.Option("--json", callback=note_json, help="Print JSON instead of text. Starts only with --yes.")
+]
+JsonAskingNothing = Annotated[
+    bool, typer.Option("--json", callback=note_json, help="Print JSON instead of text, and ask nothing.")
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Start without asking.")]
 Workspace = Annotated[str, typer.Option("--workspace", metavar="ID", help="The workspace's id.")]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from autotag.cli import options
-from autotag.cli.console import count, fail, say, say_json
+from autotag.cli.console import count, fail, note_json, say, say_json
 from autotag.cli.errors import FAILED, LOCAL_DATABASE, WRONG_USAGE, explain_install_errors
 from autotag.cli.questions import on_terminal
 from autotag.install.uninstall import DROP_ROLES, InUse, Plan, drop_autotag, make_plan
@@ -23,7 +23,7 @@ HELP_END = options.help_end(
 )  # fmt: skip
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be dropped.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Drop without asking.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON. Drops nothing without --yes.")]
+Json = Annotated[bool, typer.Option("--json", callback=note_json, help="Print JSON. Drops nothing without --yes.")]
 KeepStages = Annotated[
     bool, typer.Option("--keep-stages", help="Keep the columns tagging_stage, _progress, _eta and _error.")
 ]
@@ -77,7 +77,8 @@ def uninstall(
         say_json({**asdict(plan), "blocked_by": blocked, "dropped": drops})
     elif drops:
         say("autotag is uninstalled. autotag init or autotag migrate installs it again.")
-        say("Now delete the files supabase/migrations/*_autotag_*.sql, or supabase db push installs it again.")
+        files = ", ".join(f"{name}.sql" for name in plan.migrations) or "that autotag init has written"
+        say(f"Now delete the files in supabase/migrations, or supabase db push installs it again: {files}.")
         say("The roles belong to the whole server and stay; to drop them:")
         say(f"  {DROP_ROLES}")
     if blocked and not dry_run:
@@ -102,6 +103,8 @@ def _show(plan: Plan, blocked: list[str]) -> None:
         for line in lines:
             say(f"  {name:<18} {line}")
     say(f"This stays: your tags{''.join(f', {name}' for name in plan.kept)}.")
+    if plan.unmarked:
+        say(f"Without autotag's comment, so they stay as yours: {', '.join(plan.unmarked)}.")
     for loss in plan.losses:
         say(f"This is lost: {loss.what}.{' To keep that, first run:' if loss.keep else ''}")
         for command in loss.keep:
@@ -111,3 +114,5 @@ def _show(plan: Plan, blocked: list[str]) -> None:
         say(f"Not finished: {waiting}, whose answers are lost. Batches at the provider go on, and are billed.")
     for name in plan.yours:
         say(f"  yours              {name}{'' if name in blocked else '  (--cascade)'}")
+    if any(" autotag." in name for name in blocked):
+        say("What of yours is in the schema autotag can move to another one: alter table … set schema public.")

@@ -39,9 +39,8 @@ from autotag.db.messages import (
     Report,
     Sent,
     Settled,
+    Sought,
     StageReport,
-    Submitted,
-    Unrecorded,
     make,
 )  # fmt: skip
 from autotag.db.operator_messages import Metrics
@@ -282,10 +281,10 @@ class Database:
         return BatchClaim(
             batches=[make(Batch, batch) for batch in row["batches"]],
             wait=row["wait"],
-            poll=[make(Submitted, batch) for batch in row["poll"] or []],
+            poll=[make(Sought, batch) for batch in row["poll"] or []],
             cancel=row["cancel"] or [],
             files=row["files"],
-            unrecorded=[make(Unrecorded, batch) for batch in row["unrecorded"] or []],
+            unrecorded=[make(Sought, batch) for batch in row["unrecorded"] or []],
             settings=self._settings(question, row["question"]),
             look_up=row["look_up"],
         )
@@ -365,12 +364,10 @@ class Database:
         """Reports that a poll failed, so that the next one is delayed."""
         await self._connections.call("other", "select autotag.report_poll_failure(%s, %s)", self.worker, Jsonb(error))
 
-    async def files_deleted(self, files: Sequence[str], unrecorded: Sequence[Unrecorded] = ()) -> None:
+    async def files_deleted(self, files: Sequence[str], batches: Sequence[str] = ()) -> None:
         """Reports files that no longer exist at the provider, and batches that have no unrecorded files there."""
-        await self._connections.call(
-            "other", "select autotag.files_deleted(%s, %s::text[], %s::uuid[])",
-            self.worker, list(files), [batch.batch for batch in unrecorded],
-        )  # fmt: skip
+        statement = "select autotag.files_deleted(%s, %s::text[], %s::uuid[])"
+        await self._connections.call("other", statement, self.worker, list(files), list(batches))
 
     async def receive_webhook(self, webhook_id: str, event_type: str, openai_batch_id: str) -> str:
         """Records a delivery of the webhook; returns ``accepted``, ``replayed``, ``unknown`` or ``ignored``.

@@ -201,18 +201,10 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Submitted:
-    """A batch to poll: OpenAI's id, and a time (epoch seconds) before which it was not created."""
+class Sought:
+    """A batch to look for at the provider: its id, and a time (epoch seconds) before which it was not created."""
 
     id: str
-    since: float
-
-
-@dataclass(frozen=True)
-class Unrecorded:
-    """A batch whose input files may be at the provider under its name. since: as in `Batch`."""
-
-    batch: str
     since: float
 
 
@@ -223,7 +215,7 @@ class BatchClaim:
     Attributes:
         wait: seconds until the next useful claim; None: until a notification.
         settings: for these batches.
-        poll: batches to poll.
+        poll: batches to poll, by OpenAI's ids.
         cancel: OpenAI's ids of batches to cancel.
         files: files to delete.
         unrecorded: batches that are over and may have input files that nobody recorded.
@@ -233,10 +225,10 @@ class BatchClaim:
     batches: list[Batch]
     wait: float | None
     settings: DatabaseSettings
-    poll: list[Submitted] = field(default_factory=list)
+    poll: list[Sought] = field(default_factory=list)
     cancel: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
-    unrecorded: list[Unrecorded] = field(default_factory=list)
+    unrecorded: list[Sought] = field(default_factory=list)
     look_up: str | None = None
 
 

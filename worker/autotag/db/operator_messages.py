@@ -17,7 +17,7 @@ class FindingRow(TypedDict):
     """One finding of ``autotag.diagnose``. fix: None if the check is ok."""
 
     check: str
-    level: Literal["ok", "warning", "error"]
+    level: Literal["ok", "skipped", "warning", "error"]
     message: str
     fix: str | None
 

@@ -82,9 +82,10 @@ def _refused(refusal: Exception) -> Finding:
         reason = str(read_json(reason)["reason"])
     if PRIVATE_ONLY in reason:
         return Finding(
-            CHECK, "ok",
+            CHECK, "skipped",
             "Not tried: this project allows private topics only (Realtime settings). Clients listen to their"
             " workspace's topic; the public batch-updates reaches nobody.",
+            "Watch an upload in your app, which listens to its workspace's topic.",
         )  # fmt: skip
     return Finding(CHECK, "error", f"Realtime refused a topic: {printable(redact(reason), MAX_REASON)}.", SETTINGS)
 

@@ -10,8 +10,8 @@ from typing import Literal, TypeVar
 
 from autotag.errors import TaggingError
 
-Level = Literal["ok", "warning", "error"]
-LEVELS: tuple[Level, ...] = ("ok", "warning", "error")
+Level = Literal["ok", "skipped", "warning", "error"]
+LEVELS: tuple[Level, ...] = ("ok", "skipped", "warning", "error")
 
 PROBE_AGAIN_AFTER = 1.0  # seconds
 MAX_SKEW_OK = 5.0  # seconds
@@ -27,7 +27,7 @@ class Finding:
 
     Attributes:
         check: the name of the check.
-        level: ok, warning or error.
+        level: ok, skipped (not tried), warning or error.
         message: one sentence.
         fix: a command or a sentence; None: the level is ok.
     """

@@ -23,6 +23,16 @@ TEMPLATE = Path(__file__).parent / "host_adapter.sql"
 NOBODY = {
     "uuid": "00000000-0000-0000-0000-000000000000", "bigint": str(-(2**63)), "integer": str(-(2**31)), "text": "",
 }  # fmt: skip
+#: The columns that the adapter may add to the table of images, each with the comment of a column which it adds.
+#: `autotag uninstall` drops no column without just this comment, so a text that a release has written never changes.
+MARKS = {
+    "tagging_result": "autotag: what the model answered about this image, and which tags are autotag's",
+    "tagging_stage": "autotag: how far the tagging of this image is",
+    "tagging_progress": "autotag: percent of the tagging that is done",
+    "tagging_eta": "autotag: when the tagging of this image will probably be done",
+    "tagging_error": "autotag: why this image could not be tagged",
+}
+CHECK_MARK = "autotag: belongs to the column that autotag has added"
 #: A function of the adapter, with its body as Postgres keeps it.
 FUNCTION = re.compile(
     r"^create or replace function autotag\.(?P<name>\w+)\(.*?\nas \$\$(?P<body>.*?)\$\$;$", re.DOTALL | re.MULTILINE
@@ -49,6 +59,7 @@ def render(template: str, host: Host) -> str:
         "counts": f"({host.where})" if host.where else "true",
         "tags": quote(host.tags), "tags_type": host.tags_type, **_merge_code(host),
         "untagged": _untagged_code(host), "result": quote(host.result),
+        "marks": literal(json.dumps(MARKS)), "check_mark": literal(CHECK_MARK),
         "file_rule": literal(host.files.name), "own_file": file_code(host, host.files),
         "users_see_files": "true" if host.users_see_files else "false", "policy_is_silent": _silent_policy_code(host),
         "file_columns": _list_code([name for name in (

@@ -23,6 +23,7 @@ from autotag.install.written import Written, written_migrations
 from autotag.texts import name_some
 
 CHANGE = "adapter_change_"
+_ADDS = re.compile(r"^do \$\$\n.*?^end \$\$;\n", re.MULTILINE | re.DOTALL)  # the adapter's block that adds columns
 _HEAD = """\
 -- Changes the host adapter to new answers of `autotag init`. It replaces {names}; everything else stays as it is.
 set local lock_timeout = '1s';
@@ -66,9 +67,7 @@ def plan_change(url: str, facts: Facts, host: Host, folder: Path | None) -> Migr
             " Nothing was written; put the new answers into it in a migration of your own."
         )
     columns = facts.tables[host.table].columns
-    added = (
-        [] if {host.tags, host.result} <= set(columns) else re.findall(r"^alter table .*?;\n", adapter, re.M | re.S)[:1]
-    )
+    added = [] if {host.tags, host.result} <= set(columns) else _ADDS.findall(adapter)
     waiting = [file for name, file in _changes(folder).items() if name not in facts.applied]
     if not changed and not added:
         if waiting:

@@ -140,6 +140,32 @@ def check_tags(url: str, table: str, column: str, default: str | None) -> None:
         )
 
 
+def check_tag_ids(url: str, table: str, column: str) -> None:
+    """Refuses a column whose lists have ids of tags in another table: numbers or uuids.
+
+    Args:
+        url: connection URL of the database's owner.
+        table, column: their names.
+
+    Raises:
+        HostError: most lists of the first rows have some.
+        psycopg.OperationalError: the database cannot be reached.
+    """
+    uuids = "^[0-9a-fA-F]{8}-([0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}$"
+    ids = f"""strict $[*] ? (@.type() == "number" || @ like_regex "{uuids}")"""
+    statement = f"""select count(*) filter (where x.ids) > count(*) filter (where not x.ids)
+        from (select jsonb_path_exists(to_jsonb(a.tags), %s, '{{}}', true) as ids
+              from (select {quote(column)} as tags from {table_name(table)} limit 10000) a
+              where case when pg_column_size(a.tags) <= 20000 then to_jsonb(a.tags) not in ('[]', 'null') end) x"""  # noqa: S608 - quoted
+    with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
+        connection.execute("set default_transaction_read_only = on")
+        if connection.execute(statement.encode(), (ids,)).fetchone() == (True,):
+            raise HostError(
+                f"{table}.{column} has lists of ids (numbers or uuids), and autotag's tags are texts; name another"
+                " column with --tags-column (ai_tags, for example: autotag adds it if it does not exist)."
+            )
+
+
 def find_user(url: str, table: str, column: str) -> str | None:
     """A user of the first rows: one whose id is no uuid, if there is one; None: there is no user.
 

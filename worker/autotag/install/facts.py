@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +21,10 @@ from autotag.install.details import (
     read_policies,
 )
 
+#: The names of all files that autotag writes: a project may have migrations of its own whose names begin with autotag.
+_OWN_NAME = re.compile(
+    r"autotag_(host_baseline|host_adapter(_\d+)?|adapter_change_\d+|\d+_\d+_\d+|unreleased|spending_limit|profile_versions)"
+)
 EVERY_WORKSPACE = "scope = 'workspace' and period = 'month' and workspace_id is null"  # the quota with the limit
 
 
@@ -213,6 +218,11 @@ def _column(connection: Connection[tuple[Any, ...]], table: str, statement: str)
     return [r[0] for r in connection.execute(statement.encode())] if row and row[0] else []
 
 
+def is_own_name(name: str) -> bool:
+    """Whether a migration is autotag's, by the name of its file without version."""
+    return _OWN_NAME.fullmatch(name) is not None
+
+
 def applied_migrations(connection: Connection[tuple[str, ...]]) -> dict[str, str]:
     """autotag's migrations in a database, applied by any tool: name without ``autotag_`` -> version.
 
@@ -226,7 +236,7 @@ def applied_migrations(connection: Connection[tuple[str, ...]]) -> dict[str, str
     found = {}
     for entry in recorded:
         version, _, name = entry.partition("_")
-        if name.startswith("autotag_"):
+        if is_own_name(name):
             found[name.removeprefix("autotag_")] = version
     row = connection.execute("select to_regnamespace('autotag') is null").fetchone()
     if row and row[0] and set(found) - {"host_baseline"}:

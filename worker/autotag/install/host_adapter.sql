@@ -17,19 +17,43 @@ create domain autotag.user_id as {{ user_type }};
 create type autotag.keys as (
   asset_id {{ id_type }}, asset_ids {{ id_type }}[], workspace_id {{ workspace_type }}, user_id {{ user_type }});
 
--- What your app reads to show the state of an image. Adding nullable columns does not rewrite the table, and the checks are
--- NOT VALID because existing rows satisfy them by being null.
-alter table {{ table }}
-  add column if not exists {{ tags }} {{ tags_type }},
-  add column if not exists {{ result }} jsonb,
-  add column if not exists tagging_stage text,
-  add column if not exists tagging_progress integer,
-  add column if not exists tagging_eta timestamptz,
-  add column if not exists tagging_error text;
-alter table {{ table }}
-  add constraint assets_tagging_stage_check check (tagging_stage in
-    ('queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed')) not valid,
-  add constraint assets_tagging_progress_check check (tagging_progress between 0 and 100) not valid;
+-- What your app reads to show the state of an image. Adding nullable columns does not rewrite the table. A column that is new gets a
+-- comment that says that it is autotag's, and `autotag uninstall` drops no column without that comment: one that you had before stays
+-- yours. Only autotag's columns get a check, NOT VALID because existing rows satisfy it by being null.
+do $$
+declare
+  v_comments constant jsonb := {{ marks }};
+  v_new constant name[] := array(
+    select n.name from jsonb_object_keys(v_comments) k (name) cross join lateral (select k.name::name) n (name)
+    where not exists (select from pg_attribute a where a.attrelid = {{ table_literal }}::regclass and a.attname = n.name and not a.attisdropped));
+  v_name name;
+  v_own name[];
+begin
+  alter table {{ table }}
+    add column if not exists {{ tags }} {{ tags_type }},
+    add column if not exists {{ result }} jsonb,
+    add column if not exists tagging_stage text,
+    add column if not exists tagging_progress integer,
+    add column if not exists tagging_eta timestamptz,
+    add column if not exists tagging_error text;
+  foreach v_name in array v_new loop
+    execute format('comment on column %s.%I is %L', {{ table_literal }}, v_name, v_comments ->> v_name::text);
+  end loop;
+  v_own := array(
+    select a.attname from pg_attribute a where a.attrelid = {{ table_literal }}::regclass and not a.attisdropped
+      and col_description(a.attrelid, a.attnum) = v_comments ->> a.attname::text);
+  if 'tagging_stage' = any (v_own) and not exists (
+    select from pg_constraint c where c.conrelid = {{ table_literal }}::regclass and c.conname = 'assets_tagging_stage_check') then
+    alter table {{ table }} add constraint assets_tagging_stage_check check (tagging_stage in
+      ('queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed')) not valid;
+    comment on constraint assets_tagging_stage_check on {{ table }} is {{ check_mark }};
+  end if;
+  if 'tagging_progress' = any (v_own) and not exists (
+    select from pg_constraint c where c.conrelid = {{ table_literal }}::regclass and c.conname = 'assets_tagging_progress_check') then
+    alter table {{ table }} add constraint assets_tagging_progress_check check (tagging_progress between 0 and 100) not valid;
+    comment on constraint assets_tagging_progress_check on {{ table }} is {{ check_mark }};
+  end if;
+end $$;
 
 -- Functions that use the host's tables have its schemas in their search_path (`public, extensions`), because your triggers and
 -- policies run inside them. pg_temp is last everywhere: if it is not listed, Postgres looks there first for types, and a caller
@@ -154,7 +178,7 @@ begin
            -- the mark is the file's where the row has its place in the plain form, and a hash costs 4 µs
            case when d.refused is null then case when d.plain then d.mark else autotag.file_mark(d.bucket, d.path) end end, d.stage
     from (
-      select a.{{ id }}::autotag.asset_id as id, a.{{ workspace }}::autotag.workspace_id as workspace, f.bucket, f.path, f.url, a.tagging_stage as stage,
+      select a.{{ id }}::autotag.asset_id as id, a.{{ workspace }}::autotag.workspace_id as workspace, f.bucket, f.path, f.url, a.tagging_stage::text as stage,
              case when not c.counts then 'filtered'
              when c.too_long then 'location_too_long'
              when f.path is not null and not coalesce(
@@ -396,7 +420,7 @@ begin
       case when coalesce(pg_column_size(a.{{ tags }}), 0) <= 65536 then array(
         select t.tag #>> '{}' from jsonb_path_query({{ tags_json }}, 'strict $[*] ? (@.type() == "string")', '{}', true)
           with ordinality t (tag, i) order by t.i) end,
-      case when pg_column_size(a.{{ result }}) <= 200000 then a.{{ result }} end, a.tagging_stage, a.tagging_error
+      case when pg_column_size(a.{{ result }}) <= 200000 then a.{{ result }} end, a.tagging_stage::text, a.tagging_error::text
     from {{ table }} a where a.{{ id }} = any (p_asset_ids);
 end $$;
 

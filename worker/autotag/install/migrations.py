@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import MAXYEAR, UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,19 @@ from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_ra
 from autotag.install.adapter import TEMPLATE as TEMPLATE
 from autotag.install.adapter import render
 from autotag.install.answers import HostError
+from autotag.install.collisions import check_columns, check_names, check_schema
 from autotag.install.facts import EVERY_WORKSPACE, adapter_version, applied_migrations
 from autotag.install.host import Host
 from autotag.install.quoting import quote, table_name
 from autotag.install.written import HOST_ADAPTER as HOST_ADAPTER
-from autotag.install.written import HOST_BASELINE, MIGRATION_FILE, Written, check_versions, written_migrations
+from autotag.install.written import (
+    HOST_BASELINE,
+    MIGRATION_FILE,
+    Written,
+    check_versions,
+    recorded_answers,
+    written_migrations,
+)
 from autotag.texts import name_some
 
 SPENDING_LIMIT = "spending_limit"
@@ -29,7 +38,10 @@ ADAPTER_STEPS: dict[int, str] = {}
 _PACKAGED = Path(__file__).parent.parent / "migrations"
 #: In the installed package, or in a checkout.
 MIGRATIONS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3] / "supabase" / "migrations"
-MAX_LOCK_TRIES = 10  # the adapter waits one second for the host's table, so that no session queues behind it
+MAX_LOCK_TRIES = 10  # a migration waits one second for a lock, so that no session of the project queues behind it
+#: Held while migrations are looked up and applied, so that of two `autotag migrate` the second waits. It ends with its
+#: transaction, because a pooler gives the session to others then.
+ONE_AT_A_TIME = "select pg_advisory_xact_lock(hashtextextended('autotag migrate', 0))"
 SPENDING_LIMIT_SQL = """\
 -- What a workspace may spend in a month, in dollars. To change it, or to give one workspace another limit:
 --   update autotag.quotas set max_cost = 50 where scope = 'workspace' and period = 'month' and workspace_id is null;
@@ -51,6 +63,8 @@ where v.version between 1 and 1000000   -- users may be able to write results
 having max(v.version) is not null;
 """
 VERSION = "%Y%m%d%H%M%S"
+#: A migration as the Supabase CLI knows it; autotag's own have plainer names.
+PROJECT_FILE = re.compile(r"(\d{14})_.*\.sql")
 _ADAPTER_VERSION = re.compile(r"autotag\.adapter_version\(\).*?select (\d+)", re.DOTALL)
 
 
@@ -148,8 +162,9 @@ def apply_migrations(
         psycopg.errors.LockNotAvailable: another session kept the host's table locked for all tries.
         psycopg.Error: a migration failed and was rolled back. Earlier migrations stay applied.
     """
-    with psycopg.connect(url, autocommit=True) as connection:
+    with _one_at_a_time(url), psycopg.connect(url, autocommit=True) as connection:
         planned = _planned(adapter_version(connection), extra, with_host_baseline=with_host_baseline)
+        check_free(connection)
         return _apply_missing(connection, [replace(one, sql=one.text(host or Host())) for one in planned])
 
 
@@ -167,7 +182,7 @@ def apply_written(url: str, written: Mapping[str, Written]) -> list[str]:
         HostError: the folder lacks a migration, or the database has one under another version.
         psycopg.Error: as in `apply_migrations`.
     """
-    with psycopg.connect(url, autocommit=True) as connection:
+    with _one_at_a_time(url), psycopg.connect(url, autocommit=True) as connection:
         applied = applied_migrations(connection)
         check_versions(written, applied)
         adapter = _version_of(written[HOST_ADAPTER]) if HOST_ADAPTER in written else adapter_version(connection)
@@ -177,6 +192,9 @@ def apply_written(url: str, written: Mapping[str, Written]) -> list[str]:
                 f"The project's folder has files of autotag, but lacks {name_some(missing)}; run autotag init, which"
                 " writes that, and then this again."
             )
+        check_free(connection)
+        if HOST_ADAPTER in written and HOST_ADAPTER not in applied:
+            _check_image_table(connection, written[HOST_ADAPTER])
         done = _apply_missing(connection, [Migration(one.version, one.name, one.sql) for one in written.values()])
         if PROFILE_VERSIONS not in written:  # files of an earlier installation
             _continue_profile_versions(connection)
@@ -193,6 +211,45 @@ def _continue_profile_versions(connection: psycopg.Connection[Any]) -> None:
             connection.execute(PROFILE_VERSIONS_SQL.format(table=table, result=quote(Host().result)).encode())
 
 
+@contextmanager
+def _one_at_a_time(url: str) -> Iterator[None]:
+    """Waits for another `autotag migrate`, and lets the next one wait: a connection of its own holds the lock."""
+    with psycopg.connect(url) as guard:
+        guard.execute("set local idle_in_transaction_session_timeout = 0")
+        guard.execute(ONE_AT_A_TIME)
+        yield
+
+
+def check_free(connection: psycopg.Connection[Any]) -> None:
+    """Refuses objects of the project that have the names of what the missing migrations create. The caller holds
+    `ONE_AT_A_TIME`, because what another session is applying is not the project's.
+
+    Raises:
+        HostError: there are some.
+    """
+    engine = [one for one in migrations() if one.name != HOST_ADAPTER]
+    applied = applied_migrations(connection)
+    if adapter_version(connection) is None:
+        check_schema(connection)
+    elif not any(one.name in applied for one in engine) and _has_engine(connection):
+        return  # other tools have applied the files
+    missing, present = ([one.sql for one in engine if (one.name in applied) is there] for there in (False, True))
+    check_names(connection, missing, present)
+
+
+def _has_engine(connection: psycopg.Connection[Any]) -> bool:
+    """Whether the database has a release of autotag."""
+    return connection.execute("select to_regprocedure('autotag.schema_version()') is not null").fetchone() == (True,)
+
+
+def _check_image_table(connection: psycopg.Connection[Any], adapter: Written) -> None:
+    """Refuses columns of the project's own in the table of an adapter that is not applied yet (`check_columns`)."""
+    answers = recorded_answers(adapter.sql)
+    table = answers["choices"].get("table") if answers else None
+    if table and connection.execute("select to_regclass(%s)", (table_name(table),)).fetchone() != (None,):
+        check_columns(connection, table)
+
+
 def _apply_missing(connection: psycopg.Connection[tuple[str, ...]], planned: Sequence[Migration]) -> list[str]:
     """Applies the migrations that the history has not, and returns their names."""
     connection.execute(
@@ -202,9 +259,13 @@ def _apply_missing(connection: psycopg.Connection[tuple[str, ...]], planned: Seq
     )
     existing = applied_migrations(connection)
     missing = [migration for migration in planned if migration.name not in existing]
-    for migration in missing:
-        _apply(connection, migration)
-    return [migration.name for migration in missing]
+    try:
+        for migration in missing:
+            _apply(connection, migration)
+        return [migration.name for migration in missing]
+    except psycopg.errors.LockNotAvailable as error:
+        error.add_note(_who_locks(connection))
+        raise
 
 
 @retry(
@@ -218,6 +279,20 @@ def _apply(connection: psycopg.Connection[tuple[str, ...]], migration: Migration
             "insert into supabase_migrations.schema_migrations (version, name) values (%s, %s)",
             (migration.version, f"autotag_{migration.name}"),
         )
+
+
+def _who_locks(connection: psycopg.Connection[Any]) -> str:
+    """Which sessions hold the project's tables, for a person; as far as they hold them still."""
+    held = connection.execute("""
+        select format('session %s%s locks %s', l.pid, ' (' || nullif(s.application_name, '') || ')',
+          string_agg(distinct l.relation::regclass::text, ', '))
+        from pg_locks l join pg_class c on c.oid = l.relation and c.relkind in ('r', 'p')
+        left join pg_stat_activity s on s.pid = l.pid
+        where l.granted and l.pid <> pg_backend_pid()
+          and l.database = (select oid from pg_database where datname = current_database())
+          and c.relnamespace::regnamespace::text not in ('pg_catalog', 'information_schema', 'pg_toast')
+        group by l.pid, s.application_name, s.xact_start order by s.xact_start nulls last limit 3""").fetchall()
+    return name_some([text for (text,) in held]) or "another session locked a table"
 
 
 def project_folder(start: Path) -> Path:
@@ -260,9 +335,8 @@ def write_migrations(
     folder.mkdir(parents=True, exist_ok=True)
     present = written_migrations(folder)
     check_versions(present, applied)
-    versions = {match["version"] for path in folder.glob("*.sql") if (match := MIGRATION_FILE.fullmatch(path.name))}
-    newest = (now or datetime.now(UTC)).replace(tzinfo=None)
-    newest = max([newest, *(version_time(version) + timedelta(seconds=1) for version in versions)])
+    versions = {match[1] for path in folder.glob("*.sql") if (match := PROJECT_FILE.fullmatch(path.name))}
+    newest = _behind(versions, now or datetime.now(UTC))
     result = {}
     if there := present.get(HOST_ADAPTER):
         adapter = _version_of(there)
@@ -279,6 +353,21 @@ def write_migrations(
         path.write_text(text, "utf-8")
         result[path.name] = "written"
     return result
+
+
+def _behind(versions: Collection[str], now: datetime) -> datetime:
+    """A time for new versions: now, or behind the project's own.
+
+    Raises:
+        HostError: there is none behind them.
+    """
+    newest = max(map(version_time, versions), default=datetime.min)
+    if newest.year == MAXYEAR:
+        raise HostError(
+            f"The project's last migration has the version {newest.strftime(VERSION)}, which leaves none behind it;"
+            " rename that file (and its version in the history, if it is applied), then run this again."
+        )
+    return max(now.replace(tzinfo=None), newest + timedelta(seconds=1))
 
 
 def _free(time: datetime, behind: Sequence[str], taken: Collection[str]) -> str:

@@ -75,7 +75,7 @@ def show_examples(url: str, found: Survey) -> list[dict[str, Any]] | str:
             return "its file begins or ends transactions of its own, so trying it would change the database"
         except psycopg.errors.InsufficientPrivilege as error:
             return f"the login may not create the adapter ({printable(error.diag.message_primary, 200)})"
-        except psycopg.OperationalError:
+        except (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction):
             raise
         except psycopg.Error as error:
             reason = (error.diag.message_primary or str(error)).splitlines()[0]

@@ -10,18 +10,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autotag.install.adapter import record_answers
+import psycopg
+
+from autotag.install.adapter import TEMPLATE, record_answers, render
 from autotag.install.callers import note_on_tokens, with_caller
 from autotag.install.changes import plan_change
-from autotag.install.conditions import check_condition, check_tags, check_users
+from autotag.install.collisions import check_columns
+from autotag.install.conditions import check_condition, check_tag_ids, check_tags, check_users
 from autotag.install.evidence import users_join, writes_unchecked
-from autotag.install.facts import Facts, read_facts
+from autotag.install.facts import Facts, adapter_version, read_facts
 from autotag.install.files import find_full_paths, find_rule, users_see_files
 from autotag.install.host import Ask, Choices, FileRule, Host, HostError, notes_on_rows, notes_on_tags, propose
 from autotag.install.migrations import (
     HOST_ADAPTER,
+    ONE_AT_A_TIME,
     SPENDING_LIMIT,
     Migration,
+    check_free,
     how_to_limit,
     profile_versions,
     spending_limit,
@@ -29,6 +34,7 @@ from autotag.install.migrations import (
 from autotag.install.origin import note_on_environment, storage_hosts
 from autotag.install.remembered import all_hosts, check_lost, forgotten, told_answers, with_kept_files, with_remembered
 from autotag.install.rights import note_on_storage, note_on_updates
+from autotag.install.row_readers import check_rows
 from autotag.install.written import Written, check_answers, edited_functions, recorded_answers, written_migrations
 from autotag.texts import name_some
 
@@ -76,6 +82,9 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
         psycopg.OperationalError: the database cannot be reached.
         HostError: the tables cannot be used, or a question has no answer.
     """
+    with psycopg.connect(url, connect_timeout=10) as connection:
+        connection.execute(ONE_AT_A_TIME)
+        check_free(connection)
     facts = read_facts(url)
     files = written_migrations(folder)
     if HOST_ADAPTER in facts.applied and choices == Choices():
@@ -105,12 +114,29 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
         host = replace(host, users_see_files=host.names_files and users_see_files(facts, host.files))
     if facts.adapter is not None:
         check_lost(host, told, lost, asked, facts)
+    else:
+        notes += _notes_on_table(url, host)
     notes += _notes(facts, host)
     if waiting and facts.answers:
         check_answers(waiting, facts.answers, record_answers(host))
         notes += _notes_on_edits(waiting, facts.answers)
     change = plan_change(url, facts, host, folder) if facts.adapter is not None else None
     return Survey(facts, host, False, notes, change, waiting)
+
+
+def _notes_on_table(url: str, host: Host) -> tuple[str, ...]:
+    """What a person should know about the columns that the table of images will get.
+
+    Raises:
+        HostError: it has such columns of its own, or cannot be written with more columns.
+    """
+    with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
+        with connection.transaction():
+            connection.execute(ONE_AT_A_TIME)
+            if adapter_version(connection) is not None:  # another session has just applied it
+                return ()
+            notes = check_columns(connection, host.table)
+        return (*notes, *check_rows(connection, host, render(TEMPLATE.read_text("utf-8"), host)))
 
 
 def _noting(ask: Ask, asked: set[str]) -> Ask:
@@ -170,8 +196,10 @@ def _check_host(url: str, facts: Facts, host: Host) -> None:
     members = host.members
     if not host.caller and members.user_type != "uuid" and (members.table or members.owner):
         check_users(url, *((host.table, host.workspace) if members.owner else (members.table, members.user)))
-    if host.tags_type in ("json", "jsonb") and host.tags in images.columns and facts.adapter is None:
-        check_tags(url, host.table, host.tags, images.defaults.get(host.tags))
+    if host.tags in images.columns and facts.adapter is None:
+        if host.tags_type in ("json", "jsonb"):
+            check_tags(url, host.table, host.tags, images.defaults.get(host.tags))
+        check_tag_ids(url, host.table, host.tags)
 
 
 def _notes_on_edits(file: Written, answers: Mapping[str, Any]) -> tuple[str, ...]:

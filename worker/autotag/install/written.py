@@ -11,6 +11,7 @@ from typing import Any
 
 from autotag.install.adapter import FUNCTION, hash_body
 from autotag.install.answers import HostError
+from autotag.install.facts import is_own_name
 from autotag.install.quoting import read_literal
 from autotag.texts import name_some
 
@@ -57,7 +58,7 @@ def written_migrations(folder: Path | None) -> dict[str, Written]:
     found: dict[str, Written] = {}
     for path in sorted(folder.glob("*.sql")) if folder else ():
         match = MIGRATION_FILE.fullmatch(path.name)
-        if match and match["name"].startswith("autotag_"):
+        if match and is_own_name(match["name"]):
             name = match["name"].removeprefix("autotag_")
             if name in found:
                 raise HostError(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import structlog
 
-from autotag.db import Batch, Database
-from autotag.db.messages import Unrecorded
+from autotag.db import Database
+from autotag.db.messages import Sought
 from autotag.errors import TaggingError
 from autotag.openai.errors import NO_SUCH_ROUTE
 from autotag.openai.provider import Provider
@@ -22,13 +22,13 @@ class Files:
         self._db = db
         self._provider = provider
 
-    async def delete_unrecorded(self, batches: Sequence[Batch | Unrecorded]) -> None:
+    async def delete_unrecorded(self, batches: Sequence[Sought]) -> None:
         """Deletes the input files of these batches whose upload was not recorded, because the worker ended before.
 
         Raises:
             TaggingError: the provider returned an error.
         """
-        names = {input_file_name(batch): batch.batch for batch in batches}
+        names = {input_file_name(batch.id): batch.id for batch in batches}
         files = self._provider.files_since(min(batch.since for batch in batches))
         for file in [file async for file in files if file.name in names]:  # first all: a page begins after a file
             try:
@@ -38,7 +38,7 @@ class Files:
                     raise
             log.info("unrecorded_file_deleted", batch=names[file.name], file=file.id)
 
-    async def delete_of_ended(self, batches: Sequence[Unrecorded]) -> None:
+    async def delete_of_ended(self, batches: Sequence[Sought]) -> None:
         """Deletes unrecorded input files of batches that are over, and reports that. A provider that refuses to list
         files or to delete one is not asked again.
 
@@ -52,8 +52,8 @@ class Files:
         except TaggingError as error:
             if error.status not in (403, *NO_SUCH_ROUTE):
                 raise
-            log.warning("files_not_listed", batches=[batch.batch for batch in batches], error=error.code)
-        await self._db.files_deleted([], batches)
+            log.warning("files_not_listed", batches=[batch.id for batch in batches], error=error.code)
+        await self._db.files_deleted([], [batch.id for batch in batches])
 
     async def delete(self, file_ids: Sequence[str]) -> None:
         """Deletes files. Those that the provider does not delete now are left for a later poll."""
@@ -74,6 +74,6 @@ class Files:
             await self._db.files_deleted(deleted)
 
 
-def input_file_name(batch: Batch | Unrecorded) -> str:
-    """The name of a batch's input file at the provider."""
-    return f"autotag-{batch.batch}.jsonl"
+def input_file_name(batch: str) -> str:
+    """The name of a batch's input file at the provider. batch: its id in the database."""
+    return f"autotag-{batch}.jsonl"

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import structlog
 
 from autotag.db import CALL_ERRORS, BatchClaim, Database
-from autotag.db.messages import PolledBatch, ProviderFacts, Submitted
+from autotag.db.messages import PolledBatch, ProviderFacts, Sought
 from autotag.errors import TaggingError
 from autotag.openai.provider import Provider
 from autotag.openai.records import ProviderBatch
@@ -62,7 +62,7 @@ class Poller:
             except Exception:  # the next poll does what this step did not
                 log.exception("poll_failed")
 
-    async def _poll_batches(self, submitted: Sequence[Submitted]) -> None:
+    async def _poll_batches(self, submitted: Sequence[Sought]) -> None:
         """Reports the current states of batches, with as few list calls as possible.
 
         Raises:
@@ -93,7 +93,7 @@ class Poller:
         if stopped:
             raise stopped
 
-    async def _list(self, submitted: Sequence[Submitted]) -> list[PolledBatch]:
+    async def _list(self, submitted: Sequence[Sought]) -> list[PolledBatch]:
         """The states of those batches that the provider lists."""
         polled: dict[str, PolledBatch] = {}
         ids = {batch.id for batch in submitted}

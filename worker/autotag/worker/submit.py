@@ -12,7 +12,7 @@ from typing import IO, Any
 import structlog
 
 from autotag.db import Batch, Database, DatabaseSettings, Image, NotHeld, Question
-from autotag.db.messages import BatchAnswer, Brief
+from autotag.db.messages import BatchAnswer, Brief, Sought
 from autotag.errors import TaggingError
 from autotag.images.load import Images
 from autotag.images.sent import data_url, max_side
@@ -83,7 +83,7 @@ class Submitter:
                 return
         else:
             if batch.state == "uploading":
-                await self._files.delete_unrecorded([batch])
+                await self._files.delete_unrecorded([Sought(batch.batch, batch.since)])
             input_file_id = await self._build_and_upload(batch, settings)
         if input_file_id is None:
             await self._slots.retry(
@@ -113,7 +113,7 @@ class Submitter:
                 return None
             await self._slots.retry(lambda: self._db.batch_step(batch, "uploading"))
             file.seek(0)
-            uploaded = await self._provider.upload_file(input_file_name(batch), file, batch.keep_files)
+            uploaded = await self._provider.upload_file(input_file_name(batch.batch), file, batch.keep_files)
         try:
             await self._slots.retry(lambda: self._db.batch_step(batch, "creating", uploaded))
         except NotHeld:

@@ -1,5 +1,7 @@
 import type { QueryClient, QueryKey } from '@tanstack/react-query'
-import { fromRest } from '../errors.js'
+import { AutotagError, fromRest } from '../errors.js'
+import type { RestError } from '../errors.js'
+import { answerTo } from '../limit.js'
 import type { Live } from '../live.js'
 
 const CHUNK = 500 // rows of one request; a project's own limit is rarely lower
@@ -349,8 +351,11 @@ export class AssetList<Row extends AnyRow> {
   // -- requests
 
   async #ask(builder: Builder): Promise<Row[]> {
-    const { data, error, status } = await (builder as PromiseLike<{ data: Row[] | null, error: never, status: number }>)
-    this.#fetchEnded = Date.now()
+    const answer = answerTo(builder as PromiseLike<{ data: Row[] | null, error: RestError | null, status: number }>)
+    const { data, error, status } = await answer.catch((problem: unknown) => {
+      this.#passes = problem instanceof AutotagError && problem.code === 'timeout'
+      throw problem
+    }).finally(() => { this.#fetchEnded = Date.now() })
     this.#passes = !status || status >= 500 || [408, 429].includes(status)
       || status === 401 && this.#live.status !== 'signed-out' // a token that has lapsed; nobody's is refused for ever
     if (error) throw fromRest(error, status)
