@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from contextvars import ContextVar
 from typing import Any
 
 import typer
@@ -15,12 +14,12 @@ from autotag.texts import MAX_SHOWN, one_line, printable
 
 MAX_LINE = 2000  # characters
 
-_as_json: ContextVar[bool] = ContextVar("as_json", default=False)
+_wanted = {"json": False}  # whether a program waits for JSON on stdout
 
 
 def note_json(value: bool) -> bool:
-    """The callback of every option ``--json``: `fail` prints JSON, too."""
-    _as_json.set(value)
+    """The callback of every option ``--json``: `fail` prints JSON, too, if nothing else has."""
+    _wanted["json"] = value
     return value
 
 
@@ -31,6 +30,7 @@ def say(line: str, *, err: bool = False) -> None:
 
 def say_json(value: Any) -> None:
     """Prints a value as one line of JSON. It contains ASCII only, so nothing in it can control a terminal."""
+    _wanted["json"] = False
     typer.echo(json.dumps(value, default=str).replace("\x7f", "\\u007f"))
 
 
@@ -49,7 +49,7 @@ def fail(message: str, code: int = 1) -> typer.Exit:
     ``{"error": message}`` to stdout, for programs."""
     shown = printable(redact(message), MAX_LINE)
     typer.secho(f"autotag: {shown}", err=True, fg=typer.colors.RED)
-    if _as_json.get():
+    if _wanted["json"]:
         say_json({"error": shown})
     return typer.Exit(code)
 
