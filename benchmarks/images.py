@@ -84,7 +84,7 @@ async def _prepare(decoder: Decoder, photo: bytes) -> None:
     async with Download(Space(len(photo)), len(photo)) as download:
         await download.begin(len(photo))
         for at in range(0, len(photo), 16_384):  # as it comes from the network
-            download.write(photo[at : at + 16_384])
+            await download.write(photo[at : at + 16_384])
         await decoder.decode(download.finish(), SIDE, "")
 
 

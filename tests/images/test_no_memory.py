@@ -76,7 +76,7 @@ async def outcome(data: bytes, limit: int) -> bytes | None:
     try:
         async with Download(Space(len(data)), len(data)) as download:
             await download.begin(len(data))
-            download.write(data)
+            await download.write(data)
             decoded = await child.decode(download.finish(), 512, ENOUGH, cpu=60, wall=300)
     except ChildDied:
         return None

@@ -190,6 +190,16 @@ def variables(drawing: bytes) -> bytes:
     return drawing.replace(b"<rect", b"<style>:root{" + defined + b"} @media print{:root{--c0:red}}</style><rect", 1)
 
 
+def with_picture(kind: str, label: str) -> bytes:
+    """A drawing that shows nothing but a picture."""
+    inside = base64.b64encode(saved(kind, quarters(400, 300))).decode()
+    label = label if label.endswith((";", "; ")) else label + ";"
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" width="320" height="240">'
+        f'<image width="320" height="240" href="data:{label}base64,{inside}"/></svg>'
+    ).encode()
+
+
 def svg(more: str = "", size: str = 'width="32" height="24"') -> bytes:
     rectangles = "".join(
         f'<rect x="{at % 2 * 16}" y="{at // 2 * 12}" width="16" height="12" fill="rgb{colour}"/>' for at, colour in enumerate(COLOURS)
@@ -300,6 +310,9 @@ TABLE: list[tuple[str, str, Callable[[], bytes], Any]] = [
     ("SVG", "variables of CSS", lambda: variables(svg()), SHOWN),
     ("SVG", "HTML with something else in its place", lambda: svg().replace(b"<rect", b"<switch>" + HTML + b"<g><rect", 1).replace(b"</svg>", b"</g></switch></svg>"), SHOWN),
     ("SVG", "HTML alone", lambda: re.sub(rb"<rect.*/>", HTML, svg()), ("unsupported_format", "foreignObject")),
+    *(("SVG", f"{kind} in it as {label}", lambda kind=kind, label=label: with_picture(kind, label), SHOWN)
+      for kind, label in [("WEBP", "image/webp;"), ("GIF", "image/gif;"), ("AVIF", "image/avif;"), ("BMP", "image/bmp;"),
+                          ("WEBP", ""), ("PNG", "image/png;charset=utf-8;"), ("JPEG", ";"), ("GIF", "image/gif; ")]),
     ("SVG", "small", svg, {**SHOWN, "size": (512, 384)}),
     ("SVG", "asks for other files", lambda: svg(f'<image href="file://{Path(__file__).parent}/cases/scan-1-bit.png" width="32" height="24"/><script>alert(1)</script>'), SHOWN),
     ("SVG", "external entity", lambda: svg().replace(b"<!-- a -->", b'<!DOCTYPE svg [<!ENTITY x SYSTEM "file:///etc/passwd">]>'), SHOWN),

@@ -25,14 +25,14 @@ from lab.openai_sim.vision import recognise
 
 PHOTO = encoded(quarters(), "JPEG")
 SLOW = slow_jpeg(3000, 90)  # about a second
-SPACE = Space(10**9)
+SPACE = Space(10**9, 10**6)
 
 
 @contextlib.asynccontextmanager
 async def file_of(data: bytes) -> AsyncIterator[ImageFile]:
     async with Download(SPACE, 10**9) as download:
         await download.begin(len(data))
-        download.write(data)
+        await download.write(data)
         yield download.finish()
 
 
@@ -215,11 +215,11 @@ async def test_files_wait_for_their_bytes_and_none_is_lost() -> None:
 
     async def read(size: int) -> None:
         nonlocal running, most
-        async with Download(space, 100) as download:
+        async with Download(space, 100, f"{size % 3}") as download:
             await download.begin(size)
             running += size
             most = max(most, running)
-            download.write(b"x" * size)
+            await download.write(b"x" * size)
             await asyncio.sleep(0)
             download.finish()
             running -= size
@@ -231,4 +231,4 @@ async def test_files_wait_for_their_bytes_and_none_is_lost() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
     assert most <= 100
     async with asyncio.timeout(10):
-        await space.take(100)
+        await space.take(100, "")

@@ -14,10 +14,12 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image as Pillow
+from test_images import encoded as picture
 
 from autotag import db
 from autotag.errors import TaggingError
-from autotag.images import urls
+from autotag.images import files, urls
 from autotag.images.addresses import is_public, public_address
 from autotag.images.load import Images
 
@@ -216,9 +218,6 @@ async def test_other_encodings_are_the_images_error(data: bytes, encoding: str, 
 
 
 async def test_no_encoding_is_asked_for_and_an_honest_one_is_understood() -> None:
-    from PIL import Image as Pillow
-    from test_images import encoded as picture
-
     seen: list[str] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -228,6 +227,23 @@ async def test_no_encoding_is_asked_for_and_an_honest_one_is_understood() -> Non
 
     assert (await load(START, answer, ALLOWED)).startswith(b"\xff\xd8")
     assert seen == ["identity"]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("cut", [1, 100])
+async def test_gzip_may_have_several_parts(parts: int, cut: int) -> None:
+    """And anything behind them."""
+    whole = picture(Pillow.effect_noise((300, 300), 90), "PNG")
+    size = -(-len(whole) // parts)
+    packed = b"".join(gzip.compress(whole[at : at + size]) for at in range(0, len(whole), size)) + b"\0\0rest"
+
+    class Stream(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            for at in range(0, len(packed), cut):
+                yield packed[at : at + cut]
+
+    answer = httpx.Response(200, headers={"content-encoding": "gzip"}, stream=Stream())
+    assert (await load(START, lambda _: answer, ALLOWED)).startswith(b"\xff\xd8")
 
 
 class Dripping(httpx.AsyncByteStream):
@@ -240,7 +256,7 @@ class Dripping(httpx.AsyncByteStream):
 
 
 async def test_a_host_that_drips_holds_no_place_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(urls, "MAX_FETCH_SECONDS", 0.1)
+    monkeypatch.setattr(files, "MAX_SECONDS", 0.1)
     with pytest.raises(TaggingError) as caught:
         await load(START, lambda _: httpx.Response(200, stream=Dripping()), ALLOWED)
     assert (caught.value.kind, caught.value.code) == ("transient", "fetch_failed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import os
 from collections.abc import AsyncIterator
@@ -18,6 +19,7 @@ from autotag.errors import TaggingError
 from autotag.http.serve import serve
 from autotag.images import storage
 from autotag.images.files import Download, Space
+from autotag.images.render import Renderer
 from autotag.images.storage import Storage, key_role
 from lab.edge import tokens
 from lab.postgres import free_port
@@ -52,6 +54,8 @@ class Server:
         if path == "/storage/v1/bucket":
             await asyncio.sleep(0.05)
             return self.buckets
+        if path.startswith("/storage/v1/render/") and self.file:
+            return self.file
         assert path.startswith("/storage/v1/object/authenticated/")
         return self.files.get(path.rpartition("/")[2]) or self.file or Response(request.path_params["path"].encode())
 
@@ -115,6 +119,47 @@ async def test_whose_fault_it_is(key: str, file: Response, buckets: Response, ki
     if code == "storage_refused":
         assert "SUPABASE_SECRET_KEY" in error.message
     assert key not in error.message
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+
+
+def unreadable(status: int, how: str) -> Response:
+    """An answer whose body nobody can read: in an encoding that was not asked for, or nested without end."""
+    headers = {"content-encoding": how, "retry-after": "7"} if how != "deep" else {"retry-after": "7"}
+    return Response(DEEP if how == "deep" else b"<html>bad gateway</html>", status, headers)
+
+
+@pytest.mark.parametrize("how", ["br", "zstd", "gzip", "deflate", "gzip, br", "nonsense", "deep"])
+@pytest.mark.parametrize(
+    ("status", "kind", "code"),
+    [
+        (401, "account", "storage_refused"), (403, "transient", "storage_error"), (404, "transient", "storage_error"),
+        (429, "transient", "storage_error"), (500, "transient", "storage_error"), (503, "transient", "storage_error"),
+    ],
+)  # fmt: skip
+async def test_an_error_that_cannot_be_read_counts_by_its_status(status: int, kind: str, code: str, how: str) -> None:
+    async with serving() as (server, source):
+        server.file = unreadable(status, how)
+        error = await trouble(source)
+        assert (error.kind, error.code) == (kind, code)
+        assert error.retry_after == (7 if kind == "transient" else None)
+        server.file, server.buckets = NO_FILE, server.file
+        source._buckets_valid_until = 0
+        error = await trouble(source)
+        assert error.kind in ("account", "transient"), "it says nothing about the file"
+        server.buckets = unreadable(200, how)
+        source._buckets_valid_until = 0
+        assert (await trouble(source)).code == "no_storage"
+
+
+@pytest.mark.parametrize("how", ["br", "gzip", "deep"])
+async def test_a_transformation_that_fails_unreadably_fails_no_image_and_is_not_asked_for_again(how: str) -> None:
+    async with serving() as (server, source), Download(Space(1000), 1000) as download:
+        server.file, renderer = unreadable(500, how), Renderer(source)
+        for name in "abc":
+            assert await renderer.read("assets", name, 512, download) is None
+        assert len(server.asked) == 1
 
 
 async def test_a_key_of_an_unknown_kind_works_while_it_reads_what_it_read() -> None:
@@ -196,6 +241,7 @@ async def test_a_file_is_read_up_to_the_most_that_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("key", "role"),
     [
+        (f"a.{base64.urlsafe_b64encode(DEEP).decode()}.c", None),
         ("sb_secret_x", "service_role"), ("sb_publishable_x", "anon"), (tokens.sign("s" * 32, "anon"), "anon"),
         (tokens.sign("s" * 32, "service_role"), "service_role"), ("", None), ("garbage", None), ("a.b.c", None),
         ("a.W10.c", None), ("a.bnVsbA.c", None), ("a.e30.c", None), ("a.eyJyb2xlIjoxfQ.c", None), ("ü.ü.ü", None),

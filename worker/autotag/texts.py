@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -19,6 +20,18 @@ _IDLE_JOINER = re.compile(rf"(?<!{JOINED})[{JOINERS}]|[{JOINERS}](?!{JOINED})")
 _FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0"
 #: Characters that start a formula in spreadsheets, also in their full-width forms.
 FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
+
+
+def read_json(text: str | bytes) -> Any:
+    """Parses JSON from outside.
+
+    Raises:
+        ValueError: it is none, or nested so deeply that nobody means it.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def clean_text(text: str) -> str:

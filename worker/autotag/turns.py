@@ -18,14 +18,17 @@ class Turns:
     to the tenant that has been served least: start-time fair queueing, as in ``autotag.claim``.
     """
 
-    def __init__(self, places: int, *, by_time: bool = False) -> None:
+    def __init__(self, places: int, *, by_time: bool = False, share: bool = False) -> None:
         """
         Args:
             places: how many tasks may have a place at the same time.
             by_time: tenants share the time for which they have places, not the number of places. Then a tenant whose
                 tasks are slow delays the others' by one task, not by one task for each of theirs.
+            share: a tenant has at most three quarters of the places, so that its slow tasks never have all of them.
         """
         self._free = places
+        self._most = places - places // 4 if share else places  # places of one tenant
+        self._taken: dict[str, int] = {}  # places, by tenant
         self._by_time = by_time
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         #: What each tenant was served: turns or seconds. One that begins anew begins at the clock.
@@ -48,8 +51,7 @@ class Turns:
             yield
         finally:
             self._end(tenant, began)
-            self._free += 1
-            self._give()
+            self._leave(tenant)
 
     def _end(self, tenant: str, began: float) -> None:
         self._running[tenant].remove(began)
@@ -61,7 +63,7 @@ class Turns:
     async def _take(self, tenant: str) -> None:
         # who comes back was served meanwhile what the others were
         self._served[tenant] = max(self._served.get(tenant, 0.0), self._clock)
-        if self.free:
+        if self.free and self._taken.get(tenant, 0) < self._most:
             self._start(tenant)
             return
         turn = asyncio.get_running_loop().create_future()
@@ -71,12 +73,19 @@ class Turns:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():  # it got the place at the same moment
-                self._free += 1
-                self._give()
+                self._leave(tenant)
             raise
+
+    def _leave(self, tenant: str) -> None:
+        self._free += 1
+        self._taken[tenant] -= 1
+        if not self._taken[tenant]:
+            del self._taken[tenant]
+        self._give()
 
     def _start(self, tenant: str) -> None:
         self._free -= 1
+        self._taken[tenant] = self._taken.get(tenant, 0) + 1
         self._clock = max(self._clock, self._share(tenant))
         if not self._by_time:
             self._served[tenant] += 1
@@ -93,8 +102,8 @@ class Turns:
     def _give(self) -> None:
         """Gives free places to those who wait: to the tenant that was served least; of equals, to the one that has
         waited longest."""
-        while self._free and self._waiting:
-            tenant = min(self._waiting, key=self._share)
+        while self._free and (able := [t for t in self._waiting if self._taken.get(t, 0) < self._most]):
+            tenant = min(able, key=self._share)
             turns = self._waiting.pop(tenant)
             turn = turns.popleft()
             if not turn.done():  # else its task was cancelled

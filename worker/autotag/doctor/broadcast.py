@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import uuid
 from contextlib import suppress
@@ -15,7 +14,7 @@ from autotag.config import DoctorSettings
 from autotag.doctor.findings import Finding
 from autotag.operate.follow import PRIVATE_ONLY, read_payload
 from autotag.redact import redact
-from autotag.texts import printable
+from autotag.texts import printable, read_json
 
 CHECK = "broadcast"
 TIMEOUT = 10.0  # seconds; the first join after a quiet period can take a second
@@ -80,7 +79,7 @@ def _refused(refusal: Exception) -> Finding:
     """Realtime refused the topic; its answer is JSON with a reason."""
     reason = str(refusal)
     with suppress(ValueError, TypeError, KeyError):
-        reason = str(json.loads(reason)["reason"])
+        reason = str(read_json(reason)["reason"])
     if PRIVATE_ONLY in reason:
         return Finding(
             CHECK, "skipped",

@@ -27,7 +27,9 @@ def open_avif(data: bytes, side: int) -> Opened:
     colours = properties.get(b"colr", b"")
     icc = by_numbers(*(int.from_bytes(colours[at : at + 2]) for at in (4, 6))) if colours[:4] == b"nclx" else None
     width, height = (crop[2] - crop[0], crop[3] - crop[1]) if crop else (opened.width, opened.height)
-    return Opened("AVIF", width, height, opened.cost, partial(_decode, opened, crop, icc), orientation)
+    return Opened(
+        "AVIF", width, height, opened.cost, partial(_decode, opened, crop, icc), orientation, held=opened.held
+    )
 
 
 def _decode(opened: Opened, crop: Box | None, icc: bytes | None, width: int, height: int) -> Decoded:

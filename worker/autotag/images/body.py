@@ -11,6 +11,7 @@ from autotag.images.files import Download, ImageFile
 
 ENCODINGS = ("gzip", "x-gzip", "deflate")
 PIECE = 65_536  # bytes that are decompressed at a time
+GZIP_BEGIN = b"\x1f"
 GZIP_OR_ZLIB = 47  # zlib's wbits: max window (15), plus 32 to detect the header, gzip or zlib
 
 
@@ -41,13 +42,13 @@ async def receive(response: Response, download: Download) -> ImageFile:
     if encoding in ("", "identity"):
         await download.begin(size)
         async for chunk in response.aiter_bytes():
-            download.write(chunk)
+            await download.write(chunk)
     elif encoding in ENCODINGS:
         download.expect(size or 0)
         await download.begin(None)
         decoder = zlib.decompressobj(GZIP_OR_ZLIB)
         async for chunk in response.aiter_raw():
-            _decompress_into(download, decoder, chunk)
+            decoder = await _decompress_into(download, decoder, chunk)
         if not decoder.eof:
             raise _damaged()
     else:
@@ -55,36 +56,37 @@ async def receive(response: Response, download: Download) -> ImageFile:
     return download.finish()
 
 
-def _decompress_into(download: Download, decoder: zlib._Decompress, data: bytes) -> None:
-    """Decompresses piece by piece: httpx would decompress whole chunks, and 64 kB of gzip can become 64 MB."""
-    while not decoder.eof:
+async def _decompress_into(download: Download, decoder: zlib._Decompress, data: bytes) -> zlib._Decompress:
+    """Decompresses piece by piece: httpx would decompress whole chunks, and 64 kB of gzip can become 64 MB. Returns
+    the decoder of what follows."""
+    while True:
+        if decoder.eof:
+            if data[:1] != GZIP_BEGIN:
+                return decoder  # what comes after the file does not matter
+            decoder = zlib.decompressobj(GZIP_OR_ZLIB)  # a file in several parts
         try:
             part = decoder.decompress(data, PIECE)
         except zlib.error:
             raise _damaged() from None
-        download.write(part)
-        data = decoder.unconsumed_tail
+        await download.write(part)
+        data = decoder.unused_data if decoder.eof else decoder.unconsumed_tail
         if not data and len(part) < PIECE:
-            return
+            return decoder
 
 
 async def read_up_to(response: Response, max_bytes: int) -> bytes:
-    """Reads a body. A longer body is cut, but not below ``max_bytes + 1`` bytes, so that callers notice.
-
-    Raises:
-        TaggingError: ``image``: the content encoding is not supported, or the compressed data is damaged.
-    """
+    """Reads a body that is no image. A longer body is cut, but not below ``max_bytes + 1`` bytes, so that callers
+    notice. One that cannot be decompressed counts as empty: it says nothing, and the status says enough."""
     encoding = response.headers.get("content-encoding", "").strip().lower()
     if encoding in ("", "identity"):
         return await _read_first(response.aiter_bytes(), max_bytes)
     if encoding not in ENCODINGS:
-        raise _unknown_encoding()
+        return b""
     data = await _read_first(response.aiter_raw(), max_bytes)
-    decoder = zlib.decompressobj(GZIP_OR_ZLIB)
     try:
-        return decoder.decompress(data, max_bytes + 1)
+        return zlib.decompressobj(GZIP_OR_ZLIB).decompress(data, max_bytes + 1)
     except zlib.error:
-        raise _damaged() from None
+        return b""
 
 
 async def _read_first(parts: AsyncIterator[bytes], max_bytes: int) -> bytes:

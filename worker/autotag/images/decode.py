@@ -20,7 +20,7 @@ import structlog
 
 from autotag.errors import TaggingError, image_error
 from autotag.images.children import NURSERY, Child, ChildDied, Costly, Decoded
-from autotag.images.files import ImageFile
+from autotag.images.files import POCKET, POCKETS, ImageFile
 from autotag.turns import Turns
 
 CHILDREN = 2  # processes that decode at the same time
@@ -59,7 +59,7 @@ class Budget:
             max_bytes: max size of a file.
         """
         self.memory = memory
-        self.files = max(FILES, max_bytes)
+        self.files = max(FILES, max_bytes + POCKETS * POCKET)
         self._idle = NURSERY_IDLE + CHILDREN * CHILD_IDLE
         left = memory - max(WORKER_IDLE, own_memory()) - self._idle - self.files
         self.common = min(COMMON_COST, max(MIN_COMMON_COST, left // CHILDREN))

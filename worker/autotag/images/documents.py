@@ -7,17 +7,26 @@ which it could open another file.
 from __future__ import annotations
 
 import base64
+import io
+import math
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from autotag.errors import TaggingError, image_error
+from autotag.errors import image_error
 from autotag.images import vips
+from autotag.images.avif import open_avif
+from autotag.images.bmp import open_bmp
+from autotag.images.finish import TURNS, scaled, to_srgb
+from autotag.images.gif import open_gif
 from autotag.images.jpeg import open_jpeg
 from autotag.images.kinds import kind_of, without_utf16
 from autotag.images.levels import scale_numbers
-from autotag.images.opened import FIXED_COST, Decoded, Opened, damaged, unsupported
+from autotag.images.opened import FIXED_COST, Decoded, Opened, damaged, oversampling, unsupported
 from autotag.images.png import open_png
+from autotag.images.riff import open_webp
+from autotag.images.shape import fit
 
 #: Drawings have no pixels. Their size counts as this multiple of what is sent, so that they are never too small.
 SHARPER = 4
@@ -32,7 +41,12 @@ _VARIABLE = re.compile(rb"(--[\w-]{1,60})\s*:\s*([^;{}<>\"']{1,60})")
 _USED = re.compile(rb"var\(\s{0,9}(--[\w-]{1,60})\s{0,9}(?:,\s{0,9}([^()]{0,60}|[\w-]{1,30}\([^()]{0,60}\))\s{0,9})?\)")
 #: HTML, which librsvg does not draw; but it takes it for drawn, and leaves out what a ``switch`` has in its place.
 _HTML = re.compile(rb"<(/?)(?:\w{1,30}:)?foreignObject\b[^<>]*>")
-_EMBEDDED = re.compile(rb"data:image/[\w.+-]*;base64,([A-Za-z0-9+/=\s]+)")
+_EMBEDDED = re.compile(rb"data:[\w.+/;= -]{0,99};\s{0,9}base64\s{0,9},([A-Za-z0-9+/=\s]+)")
+#: Pictures in drawings that librsvg leaves out without a word, and browsers show.
+CONVERTED: dict[str, Callable[[bytes, int], Opened]] = {
+    "WebP": open_webp, "GIF": open_gif, "AVIF": open_avif, "BMP": open_bmp,
+}  # fmt: skip
+SHOWN = {"JPEG": open_jpeg, "PNG": open_png}
 
 
 def _pdfium() -> Any:
@@ -68,8 +82,11 @@ def open_pdf(data: bytes, side: int) -> Opened:
             pictures += width * height * 8
             if number > MAX_OBJECTS:
                 break
-        cost = FIXED_COST + PDF_COST + 3 * len(data) + pictures
-        return Opened("PDF", *size, cost, partial(_render_page, data, pages), silent=True)
+        shape = fit(*size, side)
+        drawn = math.ceil(shape.width * shape.height * oversampling(shape.width, shape.height) ** 2)
+        drawing = FIXED_COST + 3 * len(data) + 4 * drawn
+        cost = drawing + PDF_COST + pictures
+        return Opened("PDF", *size, cost, partial(_render_page, data, pages), silent=True, held=drawing)
     finally:
         document.close()
 
@@ -85,9 +102,12 @@ def _render_page(data: bytes, pages: int, width: int, height: int) -> Decoded:
         document.init_forms()
         page = document[0]
         points = page.get_size()
-        scale = 2 * max(width / points[0], height / points[1])  # twice the size: thin lines become smoother
-        image = page.render(scale=scale, no_smoothtext=False, may_draw_forms=True).to_pil()
-        return Decoded(image.convert("RGB"), None, {"kind": "PDF", "pages": pages})
+        # larger than it is sent: thin lines become smoother
+        scale = oversampling(width, height) * max(width / points[0], height / points[1])
+        bitmap = page.render(scale=scale, no_smoothtext=False, may_draw_forms=True)
+        image = bitmap.to_pil().convert("RGB")
+        bitmap.close()
+        return Decoded(image, None, {"kind": "PDF", "pages": pages})
     finally:
         document.close()
 
@@ -111,9 +131,9 @@ def open_svg(data: bytes, side: int) -> Opened:
         except vips.VipsError:
             raise damaged() from None
     natural = (image.width, image.height)
-    cost = FIXED_COST + SVG_COST + 20 * len(data) + sum(map(_pixels, _EMBEDDED.findall(data))) * 12
+    cost = FIXED_COST + SVG_COST + 20 * len(data) + sum(_cost(encoded, side) for encoded in _EMBEDDED.findall(data))
     size = _nominal(image.width, image.height, side)
-    return Opened("SVG", *size, cost, partial(_draw, data, natural, has_html))
+    return Opened("SVG", *size, cost, partial(_draw, data, natural, has_html, side), held=FIXED_COST + 20 * len(data))
 
 
 def _without_html(data: bytes) -> bytes:
@@ -149,19 +169,52 @@ def _resolved(data: bytes) -> bytes:
     return _USED.sub(value_of, data)
 
 
-def _pixels(encoded: bytes) -> int:
-    """The pixels of a picture in a drawing."""
+def _picture(encoded: bytes, side: int) -> tuple[Opened | None, bool]:
+    """A picture in a drawing, and whether librsvg leaves it out."""
     try:
         inside = base64.b64decode(encoded)
         kind = kind_of(inside)
-        opener: Any = {"JPEG": open_jpeg, "PNG": open_png}.get(kind)
-        opened = opener(inside, 512) if opener else None
-    except (TaggingError, ValueError):
+        opener = (SHOWN | CONVERTED).get(kind)
+        return opener(inside, side) if opener else None, kind in CONVERTED
+    except Exception:  # noqa: BLE001 (as in `prepare`: it is damaged)
+        return None, False
+
+
+def _cost(encoded: bytes, side: int) -> int:
+    """Bytes that a picture in a drawing takes."""
+    opened, converted = _picture(encoded, side)
+    if opened is None:
         return 0
-    return opened.width * opened.height if opened else 0
+    return (
+        opened.cost + 20 * min(side, opened.width) * min(side, opened.height)
+        if converted
+        else 12 * opened.width * opened.height
+    )
 
 
-def _draw(data: bytes, natural: tuple[int, int], has_html: bool, width: int, height: int) -> Decoded:
+def _converted(side: int, found: re.Match[bytes]) -> bytes:
+    """A picture in a drawing as a PNG, if librsvg would leave it out."""
+    opened, converted = _picture(found[1], side)
+    if opened is None or not converted:
+        return found[0]
+    scale = min(1.0, side / max(opened.width, opened.height))
+    size = max(1, round(opened.width * scale)), max(1, round(opened.height * scale))
+    try:
+        decoded = opened.decode(*size)
+        image = to_srgb(scaled(decoded.image, size), decoded.icc)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001
+        return found[0]
+    if opened.orientation in TURNS:
+        image = image.transpose(TURNS[opened.orientation])
+    out = io.BytesIO()
+    image.save(out, "PNG", compress_level=1)
+    return b"data:image/png;base64," + base64.b64encode(out.getvalue())
+
+
+def _draw(data: bytes, natural: tuple[int, int], has_html: bool, side: int, width: int, height: int) -> Decoded:
+    data = _EMBEDDED.sub(partial(_converted, side), data)
     scale = max(width / natural[0], height / natural[1])
     image = scale_numbers(lambda: vips.load("svg", data, scale=scale), width, height)
     if has_html and not image.getbbox():

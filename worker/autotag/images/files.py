@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import sys
 import tempfile
 from collections import deque
+from collections.abc import AsyncIterator
 from types import TracebackType
 
 from autotag.errors import TaggingError, image_error
+
+#: Bytes of a small file, and how many of them there are: more than files that are fetched at the same time.
+POCKET, POCKETS = 300_000, 40
+MAX_SECONDS = 120.0  # total time of one file; otherwise a host that sends slowly could occupy its place endlessly
+MIN_RATE = 200_000  # bytes per second; where files may be so large that they take longer, they get more time
 
 
 class ImageFile:
@@ -47,55 +54,101 @@ class ImageFile:
 
 
 class Space:
-    """The bytes of all files of a worker: each reserves its own before it is read, in the order in which they come."""
+    """The bytes of all files of a worker, which its tenants share: each file reserves its own before it is read.
 
-    def __init__(self, size: int) -> None:
+    A download begins in a *pocket*, so small files wait neither for large ones nor for slow ones. What does not fit
+    into it reserves all that it may need of the rest at once, and gives its pocket back. So whoever reads more has what
+    it needs to end, and nobody waits for somebody who waits. A tenant may have half of the rest, or one file; those
+    that wait take turns.
+    """
+
+    def __init__(self, size: int, largest: int | None = None) -> None:
         """
         Args:
             size: bytes, at least those of the largest file.
+            largest: bytes of the largest file; None: ``size``, so there are no pockets.
         """
-        self._free = size
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._pockets = min(POCKETS, (size - (size if largest is None else largest)) // POCKET)
+        self._free = size - self._pockets * POCKET
+        self._share = self._free // 2
+        self._held: dict[str, int] = {}  # bytes of the rest, by tenant
+        #: Who waits for the rest, by tenant; the one whose turn is next comes first.
+        self._waiting: dict[str, deque[tuple[int, asyncio.Future[None]]]] = {}
 
-    async def take(self, size: int) -> None:
-        """Reserves bytes; waits until they are free."""
-        if not self._waiting and size <= self._free:
-            self._free -= size
-            return
+    def take_pocket(self) -> bool:
+        """Reserves a pocket; False: there is none."""
+        taken = self._pockets > 0
+        self._pockets -= taken
+        return taken
+
+    def give_pocket(self) -> None:
+        """Frees a pocket."""
+        self._pockets += 1
+
+    async def take(self, size: int, tenant: str) -> None:
+        """Reserves bytes of the rest; waits until they are free."""
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.append((size, turn))
+        self._waiting.setdefault(tenant, deque()).append((size, turn))
+        self._pass_on()
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self.give(size)
+                self.give(size, tenant)
             else:
-                self.give(0)  # those behind it may fit
+                self._pass_on()  # those behind it may fit
             raise
 
-    def give(self, size: int) -> None:
+    def give(self, size: int, tenant: str) -> None:
         """Frees bytes."""
-        self._free += size
-        while self._waiting and (self._waiting[0][1].done() or self._waiting[0][0] <= self._free):
-            needed, turn = self._waiting.popleft()
-            if not turn.done():
-                self._free -= needed
-                turn.set_result(None)
+        self._add(-size, tenant)
+        self._pass_on()
+
+    def _add(self, size: int, tenant: str) -> None:
+        self._free -= size
+        self._held[tenant] = self._held.get(tenant, 0) + size
+        if not self._held[tenant]:
+            del self._held[tenant]
+
+    def _pass_on(self) -> None:
+        """Gives free bytes to those who wait. Nobody passes the one whose turn it is, because a large file would wait
+        for small ones for ever; but a tenant that has its share has no turn."""
+        for tenant, turns in [*self._waiting.items()]:
+            while turns and turns[0][1].done():  # cancelled
+                turns.popleft()
+            if not turns:
+                del self._waiting[tenant]
+            elif not (held := self._held.get(tenant, 0)) or held + turns[0][0] <= self._share:
+                break
+        else:
+            return
+        size, turn = turns[0]
+        if size > self._free:
+            return
+        self._add(size, tenant)
+        turn.set_result(None)
+        self._waiting[tenant] = self._waiting.pop(tenant)  # behind the other tenants
+        self._pass_on()
 
 
 class Download:
     """The file of one download and its reserved bytes, freed at the end of the context."""
 
-    def __init__(self, space: Space, max_bytes: int) -> None:
+    def __init__(self, space: Space, max_bytes: int, tenant: str = "") -> None:
         """
         Args:
             space: of all files.
             max_bytes: max size of a file.
+            tenant: whose file it is.
         """
         self._space = space
         self._max_bytes = max_bytes
-        self._reserved = 0
+        self._tenant = tenant
+        self._most = 0  # bytes that this file may have
+        self._in_pocket = False
+        self._reserved = 0  # bytes of the rest
         self._file: ImageFile | None = None
+        self._limit: asyncio.Timeout | None = None
 
     async def __aenter__(self) -> Download:
         return self
@@ -105,12 +158,26 @@ class Download:
     ) -> None:
         self.clear()
 
+    @contextlib.asynccontextmanager
+    async def in_time(self) -> AsyncIterator[None]:
+        """Bounds the time of the body, in which the file is requested and read. Waiting for space does not count.
+
+        Raises:
+            TimeoutError: it took too long.
+        """
+        async with asyncio.timeout(max(MAX_SECONDS, self._max_bytes / MIN_RATE)) as self._limit:
+            try:
+                yield
+            finally:
+                self._limit = None
+
     def clear(self) -> None:
         """Frees the file and its bytes."""
         if self._file is not None:
             self._file.close()
             self._file = None
-        self._space.give(self._reserved)
+        self._leave_pocket()
+        self._space.give(self._reserved, self._tenant)
         self._reserved = 0
 
     @property
@@ -119,7 +186,7 @@ class Download:
         return self._file is None
 
     async def begin(self, size: int | None) -> None:
-        """Reserves the bytes of a file. size: None if it is not known.
+        """Begins a file. size: its bytes; None if they are not known.
 
         Raises:
             TaggingError: the file is too large.
@@ -127,10 +194,28 @@ class Download:
         self.clear()
         if size is not None:
             self.expect(size)
-        reserved = self._max_bytes if size is None else size
-        await self._space.take(reserved)
-        self._reserved = reserved
+        self._most = self._max_bytes if size is None else size
+        self._in_pocket = self._space.take_pocket()
+        if not self._in_pocket:
+            await self._reserve()
         self._file = ImageFile()
+
+    async def _reserve(self) -> None:
+        """Waits for all bytes that the file may need. Nothing is read meanwhile, so it is not its host's time."""
+        began = asyncio.get_running_loop().time()
+        end = self._limit.when() if self._limit else None
+        if self._limit:
+            self._limit.reschedule(None)
+        await self._space.take(self._most, self._tenant)
+        self._reserved = self._most
+        self._leave_pocket()
+        if self._limit and end:
+            self._limit.reschedule(end + asyncio.get_running_loop().time() - began)
+
+    def _leave_pocket(self) -> None:
+        if self._in_pocket:
+            self._in_pocket = False
+            self._space.give_pocket()
 
     def expect(self, size: int) -> None:
         """Refuses a file that its host says to be too large, before it is read.
@@ -141,19 +226,17 @@ class Download:
         if size > self._max_bytes:
             raise self.too_large()
 
-    @property
-    def room(self) -> int:
-        """Bytes that may still be written."""
-        return self._reserved - (self._file.size if self._file else 0)
-
-    def write(self, data: bytes) -> None:
-        """Appends bytes.
+    async def write(self, data: bytes) -> None:
+        """Appends bytes; waits for space for them.
 
         Raises:
             TaggingError: the file is larger than its host said, and than is allowed.
         """
-        if self._file is None or len(data) > self.room:
+        size = len(data) + (self._file.size if self._file else 0)
+        if self._file is None or size > self._most:
             raise self.too_large()
+        if size > POCKET and self._in_pocket:
+            await self._reserve()
         self._file.write(data)
 
     def finish(self) -> ImageFile:
@@ -161,8 +244,9 @@ class Download:
         if self._file is None:
             raise ValueError("no file was begun")
         self._file.seal()
-        self._space.give(self._reserved - self._file.size)
-        self._reserved = self._file.size
+        if not self._in_pocket:
+            self._space.give(self._reserved - self._file.size, self._tenant)
+            self._reserved = self._file.size
         return self._file
 
     def too_large(self) -> TaggingError:

@@ -26,6 +26,7 @@ from autotag.images.shape import fit
 
 #: Bytes per pixel that Pillow needs at its peak: the frame, the one before it, and conversions.
 STILL, ANIMATED = 10, 20
+HELD = 8  # of these, what a still picture keeps: the decoded one and its copy
 MAX_FRAMES = 100  # frames that are looked at for one that is not blank
 CONTRAST = 8.0  # standard deviation of grey; a frame with less is taken for blank if another one has more
 #: Plugins that fill the picture from top to bottom, so that the rows of a truncated file can be counted.
@@ -33,12 +34,14 @@ COUNTED = (BmpImagePlugin.BmpImageFile, GifImagePlugin.GifImageFile, TiffImagePl
 Opener = Callable[[io.BytesIO], ImageFile.ImageFile]
 
 
-def open_frames(kind: str, data: bytes, side: int, opener: Opener) -> Opened:
-    """Opens a file with one of Pillow's plugins."""
+def open_frames(kind: str, data: bytes, side: int, opener: Opener, icc: bytes | None = None) -> Opened:
+    """Opens a file with one of Pillow's plugins. icc: its colour profile, if the plugin does not find it."""
     image = opener(io.BytesIO(data))
     animated = getattr(image, "n_frames", 1) > 1
-    cost = FIXED_COST + 3 * len(data) + image.width * image.height * (ANIMATED if animated else STILL)
-    return Opened(kind, image.width, image.height, cost, partial(_decode, data, opener, animated))
+    pixels = image.width * image.height
+    cost = FIXED_COST + 3 * len(data) + pixels * (ANIMATED if animated else STILL)
+    held = None if animated else FIXED_COST + len(data) + pixels * HELD
+    return Opened(kind, image.width, image.height, cost, partial(_decode, data, opener, animated, icc=icc), held=held)
 
 
 def open_jpeg2000(data: bytes, side: int) -> Opened:
@@ -62,9 +65,11 @@ def _reduced(reduce: int, data: io.BytesIO) -> ImageFile.ImageFile:
     return image
 
 
-def _decode(data: bytes, opener: Opener, animated: bool, width: int, height: int) -> Decoded:
+def _decode(
+    data: bytes, opener: Opener, animated: bool, width: int, height: int, *, icc: bytes | None = None
+) -> Decoded:
     image = opener(io.BytesIO(data))
-    icc = image.info.get("icc_profile")
+    icc = icc or image.info.get("icc_profile")
     if animated:
         picture, frame = frame_with_something(image, (width, height))
         return Decoded(picture, icc, {"frame": frame} if frame else {})

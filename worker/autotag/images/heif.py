@@ -20,6 +20,7 @@ from autotag.images.shape import fit
 PER_PIXEL, PER_WIDE_PIXEL = 10, 16
 #: Bytes per pixel of a tile, and of what is put together of the tiles, with Pillow's copy.
 PER_TILE_PIXEL, PER_SCALED_PIXEL = 40, 7
+HELD = 5  # of these, what a decoded picture keeps
 DRAFT = 1.25  # a thumbnail must be so much larger than what is sent
 
 options.DECODE_THREADS = 1  # each thread would hold a tile
@@ -52,13 +53,16 @@ def open_heif(data: bytes, side: int) -> Opened:
         return Opened("HEIC", width, height, cost, partial(_decode, data), cheaper=cheaper)
     tiles = heif_tiles.grid(data)
     if tiles is None:
-        return Opened("HEIC", width, height, fixed + width * height * each, partial(_decode, data), cheaper=cheaper)
+        cost, held = fixed + width * height * each, fixed + width * height * HELD
+        return Opened("HEIC", width, height, cost, partial(_decode, data), cheaper=cheaper, held=held)
     size = (shape.height, shape.width) if tiles.orientation >= 5 else (shape.width, shape.height)
     by = heif_tiles.scale(tiles, _draft(*size))
     cost = fixed + tiles.tile_width * tiles.tile_height * PER_TILE_PIXEL
-    cost += tiles.width * tiles.height * PER_SCALED_PIXEL // by**2
+    scaled = tiles.width * tiles.height // by**2
+    cost += scaled * PER_SCALED_PIXEL
     decode = partial(_decode_tiles, data, tiles, _icc(image))
-    return Opened("HEIC", tiles.width, tiles.height, cost, decode, tiles.orientation, cheaper)
+    held = fixed + scaled * HELD
+    return Opened("HEIC", tiles.width, tiles.height, cost, decode, tiles.orientation, cheaper, held=held)
 
 
 def _draft(width: int, height: int) -> tuple[int, int]:

@@ -91,6 +91,7 @@ def open_jpeg(data: bytes, side: int) -> Opened:
     cost = FIXED_COST + 2 * len(data) + header.memory + 2 * pixels + header.width * 4 * 64
     return Opened(
         "JPEG", header.width, header.height, cost, lambda w, h: _decode(data, header, w, h), header.orientation,
+        held=cost - pixels,
         advice="Save it as a JPEG that is not progressive" if header.coefficients else Opened.advice,
     )  # fmt: skip
 

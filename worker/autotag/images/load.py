@@ -62,8 +62,8 @@ class Images:
         self._max_bytes = max_bytes
         budget = Budget(memory, max_bytes)
         self._decoder = Decoder(budget)
-        self._space = Space(budget.files)
-        self._fetches = Turns(FETCHES)
+        self._space = Space(budget.files, max_bytes)
+        self._fetches = Turns(FETCHES, share=True)
         self._urls = Urls(hosts, transport)
         self._storage = Storage(supabase_url, supabase_key) if supabase_url and supabase_key else None
         self._renderer = Renderer(self._storage) if transform and self._storage else None
@@ -98,7 +98,7 @@ class Images:
             if places is not None:
                 await held.enter_async_context(places.place(tenant))
             await held.enter_async_context(self._fetches.place(tenant))
-            download = await held.enter_async_context(Download(self._space, self._max_bytes))
+            download = await held.enter_async_context(Download(self._space, self._max_bytes, tenant))
             decoded = await self._scaled(image, max_side, download)
             if decoded is None:
                 decoded = await self._decode_file(image, max_side, download, held)
@@ -117,7 +117,7 @@ class Images:
         if not self._decoder.heavy_free:
             # While it waits it holds neither memory nor a place, so others pass it. Then it is read again.
             await held.aclose()
-        async with self._decoder.heavy_place(tenant), Download(self._space, self._max_bytes) as again:
+        async with self._decoder.heavy_place(tenant), Download(self._space, self._max_bytes, tenant) as again:
             if download.is_clear:
                 file = await self._fetch(image, again)
             return await self._decoder.decode_alone(file, side, tenant, first)
@@ -126,7 +126,7 @@ class Images:
         """A smaller one of a JPEG that `load` returned."""
         async with Download(self._space, len(jpeg)) as download:
             await download.begin(len(jpeg))
-            download.write(jpeg)
+            await download.write(jpeg)
             decoded = await self._decoder.decode(download.finish(), side, "")
         if not isinstance(decoded, Decoded):
             raise TaggingError("transient", "internal_error", "The image could not be prepared.")

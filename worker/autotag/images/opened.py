@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from PIL import Image as Pillow
@@ -12,8 +13,16 @@ from autotag.errors import TaggingError, image_error
 
 #: Bytes that every decoding takes beside its pixels: tables of the libraries, the small picture and its JPEG.
 FIXED_COST = 24_000_000
+#: Bytes that a pixel of the sent picture takes while it is finished: before and after scaling, without its
+#: transparency, sharpened. `FIXED_COST` has those of the first pixels.
+FINISH_PER_PIXEL, FINISH_INCLUDED = 20, 512 * 512
+#: Pixels of a large picture between decoding and scaling. Smaller ones are decoded at twice the size, for smooth edges.
+MAX_BETWEEN = 6_500_000
 #: Min share of a file's rows that must be there.
 ENOUGH_ROWS = 0.95
+
+
+MAX_SIDE = 10_000_000  # pixels of a file's side; a header that says more is damaged
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ class Opened:
         cheaper: another way that needs less memory and shows less.
         advice: what its user can do if there is too little memory for it.
         silent: whether its decoder leaves out what it gets no memory for, and does not say so.
+        held: bytes of the cost that are still needed after decoding; None: all of them.
     """
 
     kind: str
@@ -56,10 +66,28 @@ class Opened:
     cheaper: Opened | None = None
     advice: str = "Upload a smaller version of it"
     silent: bool = False
+    held: int | None = None
 
     def __post_init__(self) -> None:
-        if self.width < 1 or self.height < 1:
+        if not (1 <= self.width <= MAX_SIDE and 1 <= self.height <= MAX_SIDE):
             raise damaged()
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Width and height of the picture as it is shown."""
+        return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
+
+    def finished(self, pixels: int) -> Opened:
+        """The same with the cost of a picture of so many pixels, which `finish` makes of it."""
+        finishing = FINISH_PER_PIXEL * max(0, pixels - FINISH_INCLUDED)
+        held = self.cost if self.held is None else self.held
+        cheaper = self.cheaper and self.cheaper.finished(pixels)
+        return replace(self, cost=max(self.cost, held + finishing), cheaper=cheaper)
+
+
+def oversampling(width: int, height: int) -> float:
+    """How much larger than the sent picture it is decoded, if its decoder can do that in any size."""
+    return min(2.0, max(1.0, math.sqrt(MAX_BETWEEN / (width * height))))
 
 
 def damaged() -> TaggingError:

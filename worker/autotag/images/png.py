@@ -94,7 +94,7 @@ def open_png(data: bytes, side: int) -> Opened:
     chunks = read_chunks(data)
     if chunks.animation:
         clean = _written(chunks, chunks.pixels, animation=True)
-        opened = open_frames("PNG", clean, side, PngImagePlugin.PngImageFile)
+        opened = open_frames("PNG", clean, side, PngImagePlugin.PngImageFile, chunks.profile)
         return Opened("PNG", chunks.width, chunks.height, opened.cost + len(data), opened.decode, chunks.orientation)
     # Interlaced pictures are decoded as a whole. Of others, libvips holds a few hundred rows in several stages.
     row = chunks.width * SAMPLES[chunks.colour] * (2 if chunks.depth == 16 else 1)

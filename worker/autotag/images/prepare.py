@@ -71,9 +71,8 @@ def prepare_bytes(data: bytes, side: int, max_cost: int) -> Prepared:
 
 def prepare_opened(opened: Opened, side: int) -> Prepared:
     """As `prepare`, of a file that `measure` has opened."""
-    turned = opened.orientation >= 5
-    shape = fit(*((opened.height, opened.width) if turned else (opened.width, opened.height)), side)
-    target = (shape.height, shape.width) if turned else (shape.width, shape.height)
+    shape = fit(*opened.upright, side)
+    target = (shape.height, shape.width) if opened.orientation >= 5 else (shape.width, shape.height)
     try:
         decoded = opened.decode(*target)
         smaller = target < (opened.width, opened.height)
@@ -100,7 +99,9 @@ def _choose_way(opened: Opened, max_cost: int | None) -> Opened:
 def _open(data: bytes, side: int) -> Opened:
     kind = kind_of(data)
     try:
-        return OPENERS[kind](data, side)
+        opened = OPENERS[kind](data, side)
+        shape = fit(*opened.upright, side)
+        return opened.finished(shape.width * shape.height)
     except (TaggingError, MemoryError):
         raise
     except Exception:  # noqa: BLE001 (as above)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 from PIL import Image as Pillow
@@ -11,7 +12,8 @@ from autotag.images import exif, vips
 from autotag.images.finish import MAX_ICC
 from autotag.images.frames import open_frames
 from autotag.images.levels import scale_numbers
-from autotag.images.opened import ENOUGH_ROWS, FIXED_COST, Decoded, Opened, damaged
+from autotag.images.opened import ENOUGH_ROWS, FIXED_COST, Decoded, Opened, damaged, oversampling
+from autotag.images.shape import fit
 
 PIXELS = (b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")
 ICC_FLAG, EXIF_FLAG, XMP_FLAG, ANIMATED_FLAG = 0x20, 0x08, 0x04, 0x02
@@ -29,6 +31,8 @@ def open_webp(data: bytes, side: int) -> Opened:
         kind, length = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
         body = data[at + 8 : at + 8 + length]
         if kind in PIXELS:
+            if len(body) < length and any(earlier == b"ANMF" for earlier, _ in chunks):
+                break  # the last frame of an animation; the others count
             if len(body) < length:  # the decoder wants the length that is promised
                 there = min(there, len(body) / length)
                 body += b"\0" * (min(length, 2 * len(body)) - len(body))
@@ -47,10 +51,12 @@ def open_webp(data: bytes, side: int) -> Opened:
     width, height = _size(header, *chunks[0])
     notes = {"truncated": round(there, 4)} if there < 1 else {}
     if animated:
-        opened = open_frames("WebP", clean, side, WebPImagePlugin.WebPImageFile)
+        opened = open_frames("WebP", clean, side, WebPImagePlugin.WebPImageFile, icc)
         return Opened("WebP", width, height, opened.cost, opened.decode, orientation)
     lossless = any(kind in (b"VP8L", b"ALPH") for kind, _ in chunks)
-    cost = FIXED_COST + 3 * len(data) + (width * height * 5 if lossless else width * 4 * 300)
+    shape = fit(*((height, width) if orientation >= 5 else (width, height)), side)
+    scaled = min(width * height, math.ceil(shape.width * shape.height * oversampling(shape.width, shape.height) ** 2))
+    cost = FIXED_COST + 3 * len(data) + 4 * scaled + (width * height * 5 if lossless else width * 4 * 300)
     return Opened("WebP", width, height, cost, partial(_decode, clean, icc, notes, (width, height)), orientation)
 
 
@@ -81,7 +87,7 @@ def _written(chunks: list[tuple[bytes, bytes]], header: bytes) -> bytes:
 def _decode(
     data: bytes, icc: bytes | None, notes: dict[str, float], size: tuple[int, int], width: int, height: int
 ) -> Decoded:
-    scale = min(1.0, 2 * max(width / size[0], height / size[1]))
+    scale = min(1.0, oversampling(width, height) * max(width / size[0], height / size[1]))
     image: Pillow.Image = scale_numbers(lambda: vips.load("webp", data, scale=scale), width, height)
     if "truncated" in notes:
         image = image.crop((0, 0, image.width, max(1, int(image.height * notes["truncated"]))))

@@ -17,10 +17,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import json
 import re
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -32,10 +32,10 @@ import structlog
 from autotag.db.messages import Kind
 from autotag.errors import TaggingError, image_error
 from autotag.images.body import Response, read_up_to, receive
-from autotag.images.files import Download, ImageFile
+from autotag.images.files import MAX_SECONDS, Download, ImageFile
 from autotag.openai.http import HTTP_ERRORS, make_http
 from autotag.redact import redact
-from autotag.texts import clean_text, printable
+from autotag.texts import clean_text, printable, read_json
 from autotag.waits import retry_after
 
 FETCH_TIMEOUT = 30.0  # seconds
@@ -43,7 +43,8 @@ CONNECTIONS = 100  # to Storage
 KEY_CHECK_VALID = 10.0  # seconds that the result of a key check is used for all missing files
 FAILED_KEY_CHECK_VALID = 1.0  # seconds, if the key check failed with a transient error
 MAX_WAIT = 120.0  # seconds; longer waits that Storage asks for are cut to this
-MAX_REPLY_BYTES = 10_000_000  # bytes of a reply other than a file; a list of 1,000 buckets has 300,000
+MAX_LIST_BYTES = 10_000_000  # bytes of a list of buckets; one of 1,000 has 300,000
+MAX_ERROR_BYTES = 100_000  # bytes of an error that are read; it counts without them, too
 MAX_BUCKET_WARNINGS = 100  # buckets in warnings; the names come from rows, so there may be any number of them
 MAX_REASON_LENGTH = 200  # characters of Storage's message that are kept
 
@@ -113,11 +114,11 @@ class Storage:
         Raises:
             TaggingError: ``transient`` if there is no reply; ``image`` if the body is too large.
         """
-        async with self._request(location) as response:
+        async with self._request(location, download.in_time()) as response:
             if response.status_code == 200 and wanted(response):
                 return await receive(response, download)
             unread = response.status_code == 200
-            return read_reply(response, b"" if unread else await read_up_to(response, MAX_REPLY_BYTES))
+            return read_reply(response, b"" if unread else await read_up_to(response, MAX_ERROR_BYTES))
 
     async def buckets(self) -> frozenset[str]:
         """Lists the project's buckets, which proves that the key works. Cached for `KEY_CHECK_VALID` seconds.
@@ -163,7 +164,7 @@ class Storage:
             reply = await self._get("/bucket")
             if isinstance(reply, Reply):
                 return _general_error(reply) or _no_storage(f"status {reply.status}")
-            buckets = frozenset(str(bucket["id"]) for bucket in json.loads(reply))
+            buckets = frozenset(str(bucket["id"]) for bucket in read_json(reply))
             if not buckets and self._role != SECRET and not await self._can_read_last():
                 return _refused("it has access to no bucket and no file")
         except TaggingError as error:
@@ -187,22 +188,27 @@ class Storage:
             TaggingError: ``transient`` if there is no reply.
         """
         async with self._request(location) as response:
-            body = await read_up_to(response, MAX_REPLY_BYTES)
-            return body if response.status_code == 200 else read_reply(response, body)
+            if response.status_code == 200:
+                return await read_up_to(response, MAX_LIST_BYTES)
+            return read_reply(response, await read_up_to(response, MAX_ERROR_BYTES))
 
     @contextlib.asynccontextmanager
-    async def _request(self, location: str) -> AsyncIterator[httpx2.Response]:
+    async def _request(
+        self, location: str, in_time: AbstractAsyncContextManager[object] | None = None
+    ) -> AsyncIterator[httpx2.Response]:
         """A reply whose body is not read yet. What the caller does not read is not downloaded: the connection is
-        closed."""
+        closed. in_time: bounds the time of the request and of reading."""
         try:
-            async with self._http.stream("GET", self._url + location) as response:
-                yield response
+            async with in_time or asyncio.timeout(MAX_SECONDS), self._http.stream("GET", self._url + location) as reply:
+                yield reply
         except httpx2.InvalidURL:  # the URL is too long, or SUPABASE_URL is not a URL
             raise TaggingError(
                 "transient", "storage_error", "Storage answered with an error (414).", status=URL_TOO_LONG
             ) from None
         except HTTP_ERRORS:
             raise _trouble("transient", "storage_error", "Storage cannot be reached.") from None
+        except TimeoutError:
+            raise _trouble("transient", "storage_error", "Storage took too long.") from None
 
     def _warn_missing_bucket(self, bucket: str) -> None:
         if bucket not in self._warned_buckets and len(self._warned_buckets) < MAX_BUCKET_WARNINGS:
@@ -232,20 +238,25 @@ class Reply:
 def read_reply(response: Response, body: bytes) -> Reply:
     """Parses a reply whose status is not 200."""
     try:
-        parsed = json.loads(body)
+        parsed = read_json(body)
     except ValueError:
         parsed = None
     payload = parsed if isinstance(parsed, dict) else {}
     wait = retry_after(response.headers)
-    inner_status = str(payload.get("statusCode", ""))
+    inner_status = payload.get("statusCode")
+    inner_status = str(inner_status) if isinstance(inner_status, int) else _text(inner_status)
     by_storage = len(inner_status) == 3 and inner_status.isdecimal()
     return Reply(
         int(inner_status) if by_storage else response.status_code,
-        str(payload.get("code") or payload.get("error") or ""),
-        clean_text(redact(str(payload.get("message") or "")))[:MAX_REASON_LENGTH].rstrip("."),
+        _text(payload.get("code")) or _text(payload.get("error")),
+        clean_text(redact(_text(payload.get("message"))))[:MAX_REASON_LENGTH].rstrip("."),
         by_storage,
         wait and min(wait, MAX_WAIT),
     )
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def key_role(key: str) -> str | None:
@@ -256,7 +267,7 @@ def key_role(key: str) -> str | None:
         return PUBLISHABLE[0]
     try:
         _, claims, _ = key.split(".")
-        role: Any = json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))["role"]
+        role: Any = read_json(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))["role"]
     except (ValueError, TypeError, KeyError):
         return None
     return role if isinstance(role, str) else None

@@ -115,7 +115,8 @@ def open_raw(data: bytes, side: int) -> Opened:
     if best is None:
         raise unsupported("a camera's RAW file without a preview")
     turn = best.orientation if best.orientation > 1 else next((d.orientation for d in directories(data)), 1)
-    return Opened("RAW", best.width, best.height, best.cost + len(data), best.decode, turn)
+    held = best.held and best.held + len(data)
+    return Opened("RAW", best.width, best.height, best.cost + len(data), best.decode, turn, held=held)
 
 
 def _previews(data: bytes) -> Iterator[bytes]:

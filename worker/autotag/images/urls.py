@@ -6,7 +6,6 @@ tries, and the next try may be another worker's.
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from autotag.texts import printable
 from autotag.waits import retry_after
 
 FETCH_TIMEOUT = 30.0  # seconds to connect, and max seconds between two reads
-MAX_FETCH_SECONDS = 120.0  # total time of one image; otherwise a host that sends slowly could occupy a slot endlessly
 REDIRECTS = 5
 #: Image CDNs choose the format by this header. It names cheap formats only: who names AVIF or JPEG XL gets them.
 ACCEPT = "image/jpeg,image/png,image/webp;q=0.9,image/gif;q=0.8,image/*;q=0.5,*/*;q=0.1"
@@ -88,7 +86,7 @@ class Urls:
                 otherwise ``transient``.
         """
         try:
-            async with asyncio.timeout(MAX_FETCH_SECONDS):
+            async with download.in_time():
                 return await self._follow(url, download)
         except TimeoutError:
             raise TaggingError("transient", "fetch_failed", "The image's host took too long.") from None

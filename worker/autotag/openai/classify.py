@@ -8,7 +8,6 @@ tests/cases/provider-errors.jsonl, which also has their sources.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from autotag.openai.headers import (
     retry_after_in_message,
 )  # fmt: skip
 from autotag.redact import redact
-from autotag.texts import clean_text
+from autotag.texts import clean_text, read_json
 from autotag.waits import retry_after
 
 DEFAULT_RETRY_AFTER = 1.0  # seconds, if a 429 has no retry-after
@@ -201,8 +200,8 @@ def parse_error(status: int, body: object) -> ErrorDetails:
         body = body[0] if body else None
     if isinstance(body, str):
         try:
-            return parse_error(status, json.loads(body)) if body[:1] in "{[" and body else _parse_text(status, body)
-        except (ValueError, RecursionError):
+            return parse_error(status, read_json(body)) if body[:1] in "{[" and body else _parse_text(status, body)
+        except ValueError:
             return _parse_text(status, body)
     if not isinstance(body, dict):
         return ErrorDetails(status, "", "", "")
@@ -252,7 +251,10 @@ def error_in_answer(completion: Mapping[str, Any]) -> TaggingError | None:
 
 def classify_status(status: int, body: object, headers: Mapping[str, str]) -> TaggingError:
     """Classifies an HTTP status and an error body, of a single call or of a batch line."""
-    details = parse_error(status, body)
+    try:
+        details = parse_error(status, body)
+    except RecursionError:  # a body that is nested thousands of times
+        details = ErrorDetails(status, "", "", "")
     code, lower, message = details.code, details.code.lower(), details.message or details.code or str(status)
     headers = {**_headers_in_body(body), **headers}
     wait = retry_after(headers) or retry_after_in_message(details.message)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import AsyncIterator, Sequence
 
@@ -10,6 +9,7 @@ from autotag.db.messages import BatchAnswer, Field
 from autotag.errors import TaggingError
 from autotag.openai.answers import read_completion, read_usage
 from autotag.openai.classify import classify_status
+from autotag.texts import read_json
 
 _MARK = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 MAX_LINE_BYTES = 1_000_000  # longer lines are cut; an answer has a few thousand bytes
@@ -37,13 +37,13 @@ def read_line(
     For the other arguments, see `read_completion`.
     """
     try:
-        entry = json.loads(line)
+        entry = read_json(line)
         # Without a mark: the picture had none, or an earlier version made the line (`prompt.custom_id`).
         task_id, _, mark = str(entry["custom_id"]).partition("-")
         task = int(task_id)
         response = entry.get("response") or {}
         status, body = int(response.get("status_code") or 0), response.get("body")
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
     if not 0 < task < 2**63:
         return None

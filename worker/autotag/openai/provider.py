@@ -32,6 +32,7 @@ from autotag.openai.records import (
     read_date,
     read_name,
 )  # fmt: skip
+from autotag.texts import read_json
 
 #: Min speed of an answer, reasoning included. The timeout of a call grows by its cap divided by this.
 MIN_TOKENS_PER_SECOND = 40.0
@@ -92,7 +93,7 @@ class Provider:
             # the body.
             response = await self._client.post("/chat/completions", cast_to=httpx2.Response, body=body, options=options)
         try:
-            completion = response.json()
+            completion = read_json(response.content)
         except ValueError:
             raise no_answer() from None
         if not isinstance(completion, dict):

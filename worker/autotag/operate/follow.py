@@ -7,7 +7,6 @@ each connection and goes on until it is cancelled.
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
 from collections.abc import AsyncIterator, Callable
@@ -17,7 +16,7 @@ from typing import Any, Literal
 from realtime import AsyncRealtimeClient, RealtimeSubscribeStates
 
 from autotag.redact import redact, safe_message
-from autotag.texts import printable
+from autotag.texts import printable, read_json
 
 JOIN_TIMEOUT = 10.0  # seconds to connect and join all topics
 FIRST_DELAY, MAX_DELAY = 0.2, 30.0  # seconds before the first try to reconnect, and the longest wait between two
@@ -202,7 +201,7 @@ async def _join(client: AsyncRealtimeClient, topic: str, on_message: OnMessage, 
 def _reason(answer: object) -> str:
     """The reason in Realtime's answer to a join, which is JSON."""
     with suppress(ValueError, TypeError, KeyError):
-        return str(json.loads(str(answer))["reason"])
+        return str(read_json(str(answer))["reason"])
     return str(answer) or "no reason"
 
 

@@ -62,7 +62,7 @@ class Submitter:
         self._files = files
         self._slots = slots
         self._stages = stages
-        self._fetches = Turns(fetches)
+        self._fetches = Turns(fetches, share=True)
 
     async def submit(self, batch: Batch, settings: DatabaseSettings) -> None:
         """Submits a batch, starting at the step that its state names.
