@@ -133,7 +133,7 @@ async def test_urls_and_organisations(
         async def fetch(self: Any, address: str, download: Download) -> ImageFile:  # the network is not what is tested
             assert address == "https://pictures.example.com/1.jpg"
             await download.begin(len(drawing.data))
-            download.write(drawing.data)
+            await download.write(drawing.data)
             return download.finish()
 
         monkeypatch.setattr("autotag.images.urls.Urls.fetch", fetch)
