@@ -6491,8 +6491,7 @@ begin
   batches := autotag.describe_batches(v_taken.ids);
   perform pg_notify('autotag', 'realtime') where v_provider.proven_at is null;  -- that lane sends the probe
   v_polls := autotag.assign_poll(p_worker, v_provider, v_settings, v_now);
-  poll := v_polls.poll; cancel := v_polls.cancel; files := v_polls.files; look_up := v_polls.look_up;
-  unrecorded := v_polls.unrecorded;
+  poll := v_polls.poll; cancel := v_polls.cancel; files := v_polls.files; unrecorded := v_polls.unrecorded; look_up := v_polls.look_up;
   v_provider.next_poll_at := v_polls.next_poll_at;
   update autotag.provider_limits p
   set next_poll_at = v_provider.next_poll_at,
