@@ -8168,6 +8168,7 @@ create or replace function autotag.kept_tags(p_tags text[], p_memory jsonb) retu
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_keys text[];               -- of p_tags
   v_given text[];
   v_added text[];
   v_given_keys text[];
@@ -8180,13 +8181,14 @@ begin
     or jsonb_typeof(p_memory -> 'confidence') is distinct from 'object' then
     return null;
   end if;
+  v_keys := autotag.tag_keys(p_tags);
   v_given := autotag.recall_tags(p_memory, 'given');
   v_added := autotag.recall_tags(p_memory, 'added');
   v_given_keys := autotag.tag_keys(v_given);
   v_lost := autotag.tag_keys(array(select a from unnest(v_added) a where a <> all (p_tags)));
-  v_gone := array(select k from unnest(v_given_keys) k except select unnest(autotag.tag_keys(p_tags)));
+  v_gone := array(select k from unnest(v_given_keys) k except select unnest(v_keys));
   if exists (
-      select from unnest(p_tags, autotag.tag_keys(p_tags)) u (tag, key) where u.tag <> '' group by u.tag
+      select from unnest(p_tags, v_keys) u (tag, key) where u.tag <> '' group by u.tag
       having count(*) > greatest((select count(*) from unnest(v_added) a where a = u.tag), 1)
         or min(u.key) = any (v_removed) and u.tag <> all (v_added)) then
     v_removed := array(select k from unnest(v_removed || v_gone) k group by k order by k);
@@ -8196,13 +8198,13 @@ begin
   from (
     select u.tag, u.i, u.tag <> all (v_added) and u.key <> all (v_lost) and count(*) over (partition by u.tag) = 1
       and (u.key = any (v_given_keys) or v_lost = '{}' and v_gone <> '{}') as given
-    from unnest(p_tags, autotag.tag_keys(p_tags)) with ordinality u (tag, key, i) where u.tag <> '') t;
+    from unnest(p_tags, v_keys) with ordinality u (tag, key, i) where u.tag <> '') t;
   v_named := array(select jsonb_object_keys(p_memory -> 'confidence'));
   return autotag.remember_tags(p_memory - '{added,removed}'::text[] || jsonb_build_object('confidence', (
       select coalesce(jsonb_object_agg(coalesce(g.tag, c.tag), p_memory -> 'confidence' -> c.tag), '{}')
       from unnest(v_named, autotag.tag_keys(v_named)) c (tag, key)
       left join unnest(v_given, autotag.tag_keys(v_given)) g (tag, key) on g.key = c.key
-      where c.key = any (autotag.tag_keys(p_tags)))),
+      where c.key = any (v_keys))),
     v_given, v_added, v_removed);
 end $$;
 

@@ -10,20 +10,18 @@ import psycopg
 from psycopg import Connection
 
 from autotag.install.answers import HostError
+from autotag.install.keys import RESULT_COLUMN, RESULT_TYPES, STAGE_COLUMNS
 from autotag.install.quoting import quote, table_name
 from autotag.texts import name_some, printable
 
-STAGES = ("tagging_stage", "tagging_progress", "tagging_eta", "tagging_error")
-RESULT = "tagging_result"
 #: How the comment begins that autotag puts on the columns that it adds: their values are its own.
 MARK = "autotag: "
-#: The types of these columns in which every value of autotag's fits, as Postgres prints them.
-_FITTING = {
-    "tagging_stage": ("text", "character varying"), "tagging_progress": ("integer", "smallint", "bigint"),
-    "tagging_eta": ("timestamp with time zone",), "tagging_error": ("text", "character varying"), RESULT: ("jsonb",),
-}  # fmt: skip
+#: Types of these columns in which every value of autotag's fits, as Postgres prints them.
+_FITTING = {**STAGE_COLUMNS, RESULT_COLUMN: RESULT_TYPES}
 #: Every result of autotag has these keys (autotag.remember_tags), also one of a row whose tags were left as they are.
-_OWN_RESULT = f"jsonb_typeof({RESULT} -> 'given') = 'array' and {RESULT} ?& '{{model,caption,confidence}}'"
+_OWN_RESULT = (
+    f"jsonb_typeof({RESULT_COLUMN} -> 'given') = 'array' and {RESULT_COLUMN} ?& '{{model,caption,confidence}}'"
+)
 _CREATED = re.compile(r"^create (?:or replace )?(?P<kind>\w+) public\.(?P<name>\w+)", re.MULTILINE)
 _TAKEN = """
     select case c.relkind when 'v' then 'view' when 'm' then 'materialized view' when 'S' then 'sequence'
@@ -110,7 +108,7 @@ def check_columns(connection: Connection[Any], table: str) -> list[str]:
         HostError: there is such a column.
     """
     taken = []
-    names = [*STAGES, RESULT]
+    names = [*_FITTING]
     for column, kind, required, default, rules, comment in connection.execute(
         _COLUMNS.encode(), (table_name(table), names)
     ).fetchall():
@@ -136,14 +134,14 @@ def check_columns(connection: Connection[Any], table: str) -> list[str]:
                 f" rename yours (alter table {table_name(table)} rename column {column} to …), or empty it if nothing"
                 " of yours needs it, then run this again."
             )
-        if column != RESULT:
+        if column != RESULT_COLUMN:
             taken.append(column)
     return [f"{table} has {name_some(taken)} already. As it is empty, autotag uses it."] if taken else []
 
 
 def _values(connection: Connection[Any], table: str, column: str) -> str:
     """What is in a column that autotag has not written, as text; empty: nothing."""
-    foreign = f"({_OWN_RESULT}) is not true" if column == RESULT else "true"
+    foreign = f"({_OWN_RESULT}) is not true" if column == RESULT_COLUMN else "true"
     try:
         with connection.transaction():
             connection.execute("set local row_security = off")  # rather an error than rows that are not seen

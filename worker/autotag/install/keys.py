@@ -16,11 +16,12 @@ KEY_TYPES = {
 }  # fmt: skip
 _TEXT = ("text", "character varying")
 _INTEGERS = ("integer", "smallint", "bigint")
-#: Types of the columns that the adapter adds, where a project has them already.
-_STAGE_COLUMNS = {
+#: The columns that show a state, and their types where a project has them already; and the column of what was answered.
+STAGE_COLUMNS = {
     "tagging_stage": _TEXT, "tagging_progress": _INTEGERS, "tagging_eta": ("timestamp with time zone",),
     "tagging_error": _TEXT,
 }  # fmt: skip
+RESULT_COLUMN, RESULT_TYPES = "tagging_result", ("jsonb",)
 #: What is no table of its own, by its kind in pg_class.
 KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
 
@@ -124,17 +125,17 @@ def check_written(table: Table, tags: str, result: str) -> None:
     Raises:
         HostError: one is generated, or has another type than the column that autotag would add.
     """
-    for column in (tags, result, *_STAGE_COLUMNS):
+    for column in (tags, result, *STAGE_COLUMNS):
         if column in table.generated:
             option = "another column for the tags with --tags-column" if column == tags else "it differently"
             raise HostError(f"{table.name}.{column} is generated, so autotag cannot write it; name {option}.")
-    blank = next((column for column in _STAGE_COLUMNS if column in table.required), None)
+    blank = next((column for column in STAGE_COLUMNS if column in table.required), None)
     if blank:
         raise HostError(
             f"{table.name}.{blank} is not null, and autotag writes null there; run: alter table"
             f" {table_name(table.name)} alter column {blank} drop not null;"
         )
-    for column, kinds in {**_STAGE_COLUMNS, result: ("jsonb",)}.items():
+    for column, kinds in {**STAGE_COLUMNS, result: RESULT_TYPES}.items():
         kind = table.base_type(column)
         if kind is not None and kind not in kinds:
             raise HostError(f"{table.name}.{column} is {kind}; autotag needs a column of this name that is {kinds[0]}.")

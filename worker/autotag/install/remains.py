@@ -13,12 +13,10 @@ import psycopg
 from autotag.install.adapter import CHECK_MARK, MARKS
 from autotag.install.answers import HostError
 from autotag.install.facts import is_own_name
-from autotag.install.keys import KEY_TYPES
+from autotag.install.keys import KEY_TYPES, RESULT_COLUMN, STAGE_COLUMNS
 from autotag.install.own import of_adapter, of_engine
 from autotag.texts import name_some
 
-STAGE_COLUMNS = ("tagging_stage", "tagging_progress", "tagging_eta", "tagging_error")
-RESULT_COLUMN = "tagging_result"
 POLICY = "autotag: members listen to their workspaces"  # supabase/schemas/grants.sql
 JOBS = {  # supabase/schemas/cron.sql: the name, and how its command begins
     "autotag-tick": "select autotag.tick()", "autotag-housekeeping": "select autotag.housekeeping()",

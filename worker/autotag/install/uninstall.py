@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 import psycopg
 from psycopg import sql
 
+from autotag.install.keys import RESULT_COLUMN, STAGE_COLUMNS
 from autotag.install.losses import Loss, find_losses
 from autotag.install.own import of_engine
-from autotag.install.remains import POLICY, RESULT_COLUMN, STAGE_COLUMNS, Connection, Remains, find_remains, one
+from autotag.install.remains import POLICY, Connection, Remains, find_remains, one
 
 DROP_ROLES = "drop role <the workers' logins>, autotag_worker, autotag_operator;"
 LOCK_TIMEOUT = "2s"  # for the table of images, so that no session queues behind this one for long
@@ -165,7 +166,7 @@ def drop_autotag(
 
 
 def _plan(connection: Connection, found: Remains, *, keep_stages: bool, drop_results: bool) -> Plan:
-    gone = (() if keep_stages else STAGE_COLUMNS) + ((RESULT_COLUMN,) if drop_results else ())
+    gone = (() if keep_stages else tuple(STAGE_COLUMNS)) + ((RESULT_COLUMN,) if drop_results else ())
     dropped = [f"{found.table}.{column}" for column in found.made if column in gone]
     there = [(table, column) for table, columns in found.columns.items() for column in columns]
     others = found.columns.get(found.table or "", [])
