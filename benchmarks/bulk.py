@@ -16,7 +16,7 @@ from benchmarks.report import Figure, Result
 from lab.postgres import LocalPostgres, install_autotag, local_postgres, machine_binaries
 
 IMAGES = 50_000  # the largest upload (settings.job_max_images)
-REPEATS = 8  # of the same ids; from the sixth on, a connection keeps its plans
+REPEATS = 8  # calls with the same ids; from the sixth call on, a connection reuses its plans
 ROUNDS = 2  # of cancel and retry
 TIMEOUT = "8s"  # statement_timeout of the role authenticated in Supabase projects
 

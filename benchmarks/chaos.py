@@ -15,13 +15,13 @@ KILLS = 60
 
 
 async def measure(console: Console, *, minutes: float, seed: int, workers: int) -> Result:
-    """Runs for ``minutes`` and at least `KILLS` kills, or until the first round with a violation."""
+    """Runs for ``minutes``, and until there were `KILLS` kills, but stops after the first round with a violation."""
     with local_postgres(machine_binaries()) as server:
         install_autotag(server)
         async with local_stack(server) as stack:
             until = time.monotonic() + 60 * minutes
             chaos = Chaos(stack, server, seed=seed, workers=workers)
-            report = await chaos.run(kills=KILLS, until=until, told=console.print)
+            report = await chaos.run(kills=KILLS, until=until, on_progress=console.print)
     figures = {
         "violations": Figure(len(report.violations), 0, "lower"),
         "kills": Figure(report.kills, KILLS, "higher"),

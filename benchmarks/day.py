@@ -37,8 +37,8 @@ SERVER = {
 TIER = {"requests_per_minute": 10_000, "tokens_per_minute": 10_000_000, "queued_batch_tokens": 1_000_000_000}
 CLIENTS = 8  # connections that upload
 TICK = 60.0  # seconds of the day between calls of autotag.tick(), as with pg_cron
-SAMPLE_INTERVAL = 2.0  # real seconds …
-MAX_SAMPLE_GAP = 600.0  # … and at most this many of the day, so that the peak hour has several samples
+SAMPLE_INTERVAL = 2.0  # real seconds between two samples
+MAX_SAMPLE_GAP = 600.0  # seconds of the day between two samples, at most, so that the peak hour has several
 SIZE_CLASSES = ((1, 5), (6, 50), (51, 300), (301, 1000))  # images of an upload
 STATEMENTS = 8  # most expensive statements in the report
 

@@ -1,7 +1,7 @@
-"""Memory of a worker that gets hostile files, and processor time of ordinary photographs beside Pillow alone.
+"""Memory of a worker that gets hostile files, and processor time of ordinary photographs compared with Pillow alone.
 
-Memory is the proportional set size of the worker's process and of all that it started, and the files in memory that
-they hold (which no process has mapped). It is sampled while a real worker tags the set of `hostile_files`.
+Memory is the proportional set size of the worker's process and its descendants, plus the files in memory that they hold
+(which no process has mapped). It is sampled while a real worker tags the set of `hostile_files`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from autotag.config import Settings
-from autotag.images.children import NURSERY, cpu_seconds
+from autotag.images.children import FORK_SERVER, cpu_seconds
 from autotag.images.decode import Budget, Decoder
 from autotag.images.files import Download, Space
 from benchmarks.report import Figure, Result
@@ -60,7 +60,7 @@ async def _compare(megapixels: float) -> dict[str, float]:
     ours, alone = [], []
     async with Decoder(Budget(10 * MEMORY * 10**6, 25_000_000)) as decoder:
         await _prepare(decoder, photos[0])
-        for _ in range(PHOTOS // len(photos)):  # in turn, because the machine's speed drifts
+        for _ in range(PHOTOS // len(photos)):  # alternately, because the machine's speed drifts
             ours.append(await _ours(decoder, photos))
             began = time.process_time()
             for photo in photos:
@@ -75,9 +75,9 @@ async def _compare(megapixels: float) -> dict[str, float]:
 
 async def _ours(decoder: Decoder, photos: list[bytes]) -> float:
     """Processor time of this process and its children."""
-    before = time.process_time() + sum(map(cpu_seconds, descendants(NURSERY.pid or 0)))
+    before = time.process_time() + sum(map(cpu_seconds, descendants(FORK_SERVER.pid or 0)))
     await asyncio.gather(*(_prepare(decoder, photo) for photo in photos))
-    return time.process_time() + sum(map(cpu_seconds, descendants(NURSERY.pid or 0))) - before
+    return time.process_time() + sum(map(cpu_seconds, descendants(FORK_SERVER.pid or 0))) - before
 
 
 async def _prepare(decoder: Decoder, photo: bytes) -> None:
@@ -99,7 +99,7 @@ def _pillow(photo: bytes) -> None:
 
 
 def hostile_files() -> dict[str, list[bytes]]:
-    """Files by who uploads them."""
+    """The files, by the tenant that uploads them."""
     video = b"\0\0\0\x20ftypisom" + bytes(300_000_000)
     tile = io.BytesIO()
     Image.new("L", (22_000, 22_000)).save(tile, "TIFF", compression="tiff_adobe_deflate", tile=(22_000, 22_000))
@@ -214,7 +214,7 @@ def memory_of(pid: int) -> int:
 
 
 def descendants(pid: int) -> list[int]:
-    """A process and all that it and its descendants have started."""
+    """A process and all its descendants."""
     found = [pid]
     for process in found:
         with contextlib.suppress(OSError):

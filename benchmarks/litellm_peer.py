@@ -19,7 +19,7 @@ import litellm
 from litellm import Router
 from litellm.router_strategy import lowest_tpm_rpm_v2
 
-MAX_TRIES = 200  # the Router raises after its own retries, and then its user has to try again
+MAX_TRIES = 200  # after its own retries, the Router raises an error, and its user has to try again
 
 
 def main() -> None:

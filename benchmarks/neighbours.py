@@ -1,9 +1,8 @@
-"""A quiet tenant beside hostile ones: how long its images take, compared with friendly neighbours.
+"""Measures how long the images of a quiet tenant take beside hostile neighbours, compared with friendly ones.
 
-Phases alternate. In both kinds of phase, as many neighbours upload as many images, and workers are killed and
-connections break as often, by the same random numbers. In half of the phases the neighbours are hostile as well
-(`lab.chaos.hostilities`). In the end the auditor compares the ledger of all uploads with the database, the provider's
-request log and the broadcasts.
+Phases with friendly and with hostile neighbours (`lab.chaos.hostilities`) alternate. Both kinds of phase have the same
+number of neighbours, uploads, killed workers and broken connections, drawn from the same random numbers. At the end,
+the auditor compares the ledger of all uploads with the database, the provider's request log and the broadcasts.
 """
 
 from __future__ import annotations
@@ -39,33 +38,34 @@ from lab.stack import local_stack
 
 WORKERS = 2
 QUIET = 4  # quiet tenants
-QUIET_PAUSE = 1.2  # mean seconds between uploads of one of them
-QUIET_SIZES = (1, 1, 1, 1, 2, 2, 3, 4, 8, 20)  # the last one goes by batch
+QUIET_PAUSE = 1.2  # mean seconds between two uploads of a quiet tenant
+QUIET_SIZES = (1, 1, 1, 1, 2, 2, 3, 4, 8, 20)  # images of an upload; the last size is sent in a batch
 FILES, QUIET_FILES = 10, 30  # pictures of each tenant
 SHRINK = 6  # the pictures are small, so that their preparation does not decide how long an image takes
-PAUSE = (2.0, 20.0)  # seconds between two times that a neighbour does what it does
-#: seconds. A kill delays what its worker held until the lease ends. With fewer kills that is about one upload in a
-#: hundred, and chance decides whether the p99 is such an upload (0.9 to 4.3 s for the same friendly phase).
+PAUSE = (2.0, 20.0)  # seconds between two actions of a neighbour
+#: Seconds between two kills. A kill delays its worker's images until the lease ends. With fewer kills, that is about
+#: one upload in a hundred, and chance decides whether the p99 is such an upload (0.9 to 4.3 s for the same friendly
+#: phase).
 KILL_EVERY = (5.0, 11.0)
 CUT_EVERY = (0.8, 2.2)  # seconds
 POLL = 0.05  # seconds
-LEASE = 6.0  # seconds within which the work of a killed worker goes on
-DRAIN = 90.0  # seconds after a phase in which everything has to end
+LEASE = 6.0  # seconds until the work of a killed worker continues
+DRAIN = 90.0  # seconds after a phase in which all its uploads must end
 FIRST = 1.0  # seconds between the workers' start and a phase
-#: The share of the machine's processor time that friendly neighbours may take. What hostile ones do costs more, and a
-#: machine that is busy all the time would show that, and not who waits for whom.
+#: The share of the machine's processor time that friendly neighbours may take. Hostile ones take more. On a machine
+#: that is always busy, the result would show that, not who waits for whom.
 BUSY = 0.5
 TRIAL = 10.0  # seconds of friendly traffic that show how busy the machine is
 
 
 @dataclass
 class Phase:
-    """What was seen in one phase."""
+    """The measurements of one phase."""
 
     hostile: bool
     seconds: list[float] = field(default_factory=list)  # from the call of enqueue_tagging to the last tags of an upload
     calm: list[float] = field(default_factory=list)  # the same for uploads during which no worker was dead
-    drained: float | None = None  # seconds until everything had ended; None: it did not
+    drained: float | None = None  # seconds until all uploads had ended; None: some did not
     busy: float = 0.0  # share of the machine's processor time during its traffic
 
     def as_json(self) -> dict[str, Any]:
@@ -98,12 +98,12 @@ class Street:
         self.hostile: list[Hostility] = []
         self.friendly: list[Hostility] = []
         self.phases: list[Phase] = []
-        self.pace = 1.0  # all pauses of tenants are longer by this
-        self.troubles: list[str] = []  # what a tenant's own calls ran into
+        self.pace = 1.0  # factor by which all pauses of tenants are longer
+        self.troubles: list[str] = []  # errors of the tenants' own calls
         self._watched: list[Watched] = []
 
     async def move_in(self, kinds: Sequence[type[Hostility]]) -> None:
-        """Makes the tenants and their pictures."""
+        """Creates the tenants and their pictures."""
         self.quiet = [await self._make(QUIET_FILES) for _ in range(QUIET)]
         for kind in kinds or ALL_KINDS:
             self.hostile.append(kind(await self._make(FILES)) if kinds else Friendly(await self._make(FILES), kind))
@@ -118,7 +118,7 @@ class Street:
         return tenant
 
     async def find_pace(self) -> None:
-        """Lets the tenants do less until friendly ones leave enough of the machine's processor time."""
+        """Makes the tenants slower until friendly ones leave enough of the machine's processor time."""
         for _ in range(5):
             trial = await self.phase(0, TRIAL, hostile=False)
             if trial.busy <= BUSY:
@@ -126,7 +126,7 @@ class Street:
             self.pace *= trial.busy / BUSY
 
     async def phase(self, number: int, seconds: float, *, hostile: bool) -> Phase:
-        """Traffic for a time, and then until everything has ended."""
+        """Makes traffic for a time, then waits until all uploads have ended."""
         phase = Phase(hostile)
         ending = asyncio.Event()
         # Both phases of a pair draw the same random numbers.
@@ -165,15 +165,15 @@ class Street:
     # -- the neighbours
 
     async def _live(self, neighbour: Hostility, rng: random.Random, ending: asyncio.Event) -> None:
-        """One neighbour until the phase ends."""
+        """Runs one neighbour until the phase ends."""
         if isinstance(neighbour, Friendly) and neighbour.images >= Storm.images:
             await self._spread(neighbour, ending)
         else:
             pause = (PAUSE[0] * self.pace, PAUSE[1] * self.pace)
-            await happen_often(neighbour, rng, ending, pause=pause, told=self.troubles.append)
+            await happen_often(neighbour, rng, ending, pause=pause, on_error=self.troubles.append)
 
     async def _spread(self, neighbour: Hostility, ending: asyncio.Event) -> None:
-        """As many images as in a storm, little by little."""
+        """Uploads as many images as a storm, but gradually."""
         for _ in range(neighbour.images // 10):
             await neighbour.tenant.upload(10)
             if await wait_for(ending, 0.4 * self.pace):
@@ -215,7 +215,7 @@ class Street:
             self.troubles.append(f"quiet tenant: {type(error).__name__}: {str(error).splitlines()[0]}")
 
     async def _watch(self, phase: Phase) -> None:
-        """Notes when the last image of each quiet upload has its tags."""
+        """Records when the last image of each quiet upload has its tags."""
         while True:
             await asyncio.sleep(POLL)
             waiting = [asset for upload in self._watched for asset in upload.left]
@@ -237,10 +237,10 @@ class Street:
 
 
 def find_kinds(names: Sequence[str] | None) -> list[type[Hostility]]:
-    """The hostilities whose names contain one of these; all if there are no names.
+    """The hostilities whose names contain one of these names; all if there are no names.
 
     Raises:
-        typer.BadParameter: there is none.
+        typer.BadParameter: no hostility matches.
     """
     found = [kind for kind in ALL_KINDS if not names or any(name in kind.name for name in names)]
     if not found and names != ["none"]:
@@ -257,7 +257,7 @@ async def measure(
         console: for progress.
         seconds: the length of each phase.
         pairs: pairs of phases.
-        seed: of the traffic and of what breaks.
+        seed: seed of the traffic and of the faults.
         kinds: the hostilities, with a tenant for each. If there are none, all phases are friendly, and the ratios show
             how far measurements of the same thing differ.
     """
@@ -276,20 +276,20 @@ async def measure(
                 await street.find_pace()
                 console.print(f"pauses are {street.pace:.2f} times as long")
                 for number in range(2 * pairs):
-                    # In turn, so that a machine that slows down does not favour one kind: ABBA.
+                    # The order ABBA, so that a machine that slows down does not favour one kind.
                     hostile = (number % 4) in (1, 2)
                     phase = await street.phase(number, seconds * street.pace, hostile=hostile)
                     street.phases.append(phase)
                     console.print(phase.as_json())
                     if phase.drained is None:
-                        break  # what is left would disturb the phases that follow
+                        break  # its unfinished uploads would disturb the following phases
             violations = await asyncio.to_thread(crew.audit)
             happened = {hostility.name: await hostility.happened() for hostility in street.hostile}
     return evaluate(street, crew, violations, happened)
 
 
 def evaluate(street: Street, crew: Crew, violations: list[str], happened: dict[str, int]) -> Result:
-    """The figures, and what they are made of."""
+    """The figures and their details."""
     friendly, hostile = ([p for p in street.phases if p.hostile is kind] for kind in (False, True))
     figures = {
         "quiet_p99_ratio": Figure(_ratio(hostile, friendly, 0.99), 1.5, "lower"),
@@ -313,7 +313,7 @@ def evaluate(street: Street, crew: Crew, violations: list[str], happened: dict[s
 
 
 def _ratio(hostile: list[Phase], friendly: list[Phase], share: float, *, calm: bool = False) -> float:
-    """Hostile ÷ friendly: a quantile of all uploads of all phases of each kind."""
+    """The ratio hostile ÷ friendly of a quantile over all uploads of all phases of each kind."""
     values = [[s for p in phases for s in (p.calm if calm else p.seconds)] for phases in (hostile, friendly)]
     above, below = (quantile(seconds, share) if seconds else 0.0 for seconds in values)
     return above / below if below else 0.0
@@ -338,7 +338,7 @@ def _noise(hostile: list[Phase], friendly: list[Phase]) -> dict[str, Any]:
 
 
 def _kind(sentence: str) -> str:
-    """A violation without its names."""
+    """The kind of a violation: its sentence without names."""
     if sentence.startswith("the picture of"):
         return "a picture was paid for too often"
     return " ".join(word for word in sentence.split() if not any(c.isdigit() for c in word))[:70]

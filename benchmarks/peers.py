@@ -47,7 +47,7 @@ def _client(url: str, key: str) -> httpx.AsyncClient:
         base_url=url,
         headers={"authorization": f"Bearer {key}"},
         timeout=None,
-        # shorter than the server's 5 s, so that no request meets the end of its connection
+        # shorter than the server's 5 s, so that no request is sent on a connection that the server is closing
         limits=httpx.Limits(max_connections=None, keepalive_expiry=1),
     )
 

@@ -43,7 +43,7 @@ TIMEOUT = 24 * 3600.0  # seconds; with --openai a batch may take a day
 
 
 async def watch(uploads: list[Upload], workers: list[Process], live: Live | None) -> RenderableType:
-    """Polls the jobs until all have finished. Returns the table as it was when the most stages had images."""
+    """Polls the jobs until all have finished. Returns the table of the moment when the most stages had images."""
     busiest, max_active = table(uploads), 0
     deadline = time.monotonic() + TIMEOUT
     while not all(upload.seconds is not None for upload in uploads):
@@ -189,7 +189,8 @@ async def start_stack(console: Console, cleanup: contextlib.AsyncExitStack, proj
         return await cleanup.enter_async_context(supabase_stack(project, plan=plan))
     with console.status("Starting Postgres, the Supabase edge and the OpenAI simulator…"):
         postgres = cleanup.enter_context(local_postgres())
-        await asyncio.to_thread(install_autotag, postgres, editors="members")  # who try the gallery edit its vocabulary
+        # people who try the gallery may edit its vocabulary
+        await asyncio.to_thread(install_autotag, postgres, editors="members")
         return await cleanup.enter_async_context(local_stack(postgres, plan=plan))
 
 

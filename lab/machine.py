@@ -1,4 +1,4 @@
-"""Memory and processor time of processes, read from Linux's /proc, and one way to need less."""
+"""Memory and processor time of processes, read from Linux's /proc, and a way to reduce both."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def processor_seconds(pids: Iterable[int]) -> float:
 
 
 def processor_time() -> tuple[int, int]:
-    """Ticks since the machine's start: those that somebody used (other guests of the host, too), and all."""
+    """Ticks since the machine's start: the used ones (including those of other guests of the host), and all."""
     with Path("/proc/stat").open() as stat:
         user, nice, system, idle, waiting, *others = (int(field) for field in stat.readline().split()[1:9])
     used = user + nice + system + sum(others)
@@ -55,7 +55,7 @@ def server_processes(server: LocalPostgres) -> list[int]:
 
 
 def read_authorities_once() -> None:
-    """From now on the HTTP clients of this process share the web's 150 authorities. Each would read them anew, which
-    takes 25 ms, and a worker has six clients."""
+    """Makes the HTTP clients of this process share the 150 certificate authorities. Otherwise each client would read
+    them, which takes 25 ms, and a worker has six clients."""
     ssl.create_default_context = cache(ssl.create_default_context)  # type: ignore[assignment]
     ssl.create_default_context(cafile=certifi.where())

@@ -22,10 +22,10 @@ class _Connection:
     """One forwarded connection and what is about to happen to it."""
 
     reply: asyncio.StreamWriter
-    asked: float  # when the last statement came by, in seconds of time.monotonic()
+    asked: float  # time of the last statement (time.monotonic())
     loses_next: bool = False  # the next statement runs, and its reply is lost
     drops_next: bool = False  # only half of the next reply arrives
-    doomed: asyncio.Event = field(default_factory=asyncio.Event)  # a statement runs whose reply is to be lost
+    doomed: asyncio.Event = field(default_factory=asyncio.Event)  # a statement whose reply must be lost is running
     reset: asyncio.Event = field(default_factory=asyncio.Event)
     flowing: asyncio.Event = field(default_factory=asyncio.Event)  # cleared while the connection stalls
 
@@ -33,8 +33,8 @@ class _Connection:
 class Proxy:
     """Forwards connections to Postgres, and breaks some.
 
-    `cut_reply` waits for a statement's text. A message carries it unless the statement was prepared before: psycopg
-    prepares it the fifth time, so cut one of the first four. The other breaks hit any connection.
+    `cut_reply` waits for a statement's text. A message contains the text unless the statement is prepared: psycopg
+    prepares it the fifth time, so cut one of the first four. The other breaks affect any connection.
     """
 
     def __init__(self, url: str) -> None:
@@ -56,33 +56,33 @@ class Proxy:
         return self.breaks["reply lost"]
 
     def url(self, url: str | None = None) -> str:
-        """The database's URL (or another login's) by way of this proxy."""
+        """The database's URL (or another login's) through this proxy."""
         parts = urlsplit(url) if url else self._url
         login = parts.netloc.rpartition("@")[0]
         return parts._replace(netloc=f"{login}@{HOST}:{self.port}").geturl()
 
     def cut_reply(self, text: str, times: int = 1) -> None:
-        """The next `times` statements whose text contains `text` run, and their reply never arrives."""
+        """Lets the next `times` statements whose text contains `text` run, but drops their replies."""
         self._pattern, self._remaining = text.encode(), times
 
     def hold_back(self, text: str) -> None:
-        """Statements whose text contains `text` do not reach the server until `let_through`."""
+        """Holds back statements whose text contains `text` until `let_through`."""
         self._held = text.encode()
         self._forwarding.clear()
 
     def let_through(self) -> None:
-        """Forwards what was held back."""
+        """Forwards the statements that were held back."""
         self._held = None
         self._forwarding.set()
 
     def lose_reply(self, rng: random.Random) -> bool:
-        """The next statement of one connection runs, and its reply never arrives; False: no connection is open."""
+        """Lets the next statement of one connection run, but drops its reply; False: no connection is open."""
         if connection := self._pick(rng):
             connection.loses_next = True
         return connection is not None
 
     def drop_bytes(self, rng: random.Random) -> bool:
-        """Half of the next reply of one connection arrives, and then nothing; False: no connection is open."""
+        """Forwards half of the next reply of one connection, then nothing; False: no connection is open."""
         if connection := self._pick(rng):
             connection.drops_next = True
         return connection is not None
@@ -104,7 +104,7 @@ class Proxy:
         return connection is not None
 
     def _pick(self, rng: random.Random) -> _Connection | None:
-        """One of the two connections that were used last: others may wait for notifications only."""
+        """One of the two connections that were used last, because others may only wait for notifications."""
         sound = [c for c in self._open if c.flowing.is_set() and not (c.loses_next or c.drops_next or c.reset.is_set())]
         return rng.choice(sorted(sound, key=lambda c: c.asked)[-2:]) if sound else None
 

@@ -1,48 +1,63 @@
-"""``scripts/release``: generates the migrations from the schema source."""
+"""``scripts/release``: generates the migrations from the schema source.
+
+A release is frozen in two ways. ``supabase/releases`` has the hash of its migration, and its tag ``vX.Y.Z`` has both
+files. Before the first release there is no installation to upgrade. So all of the schema is one migration, named after
+the package's version, and every change generates it again.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from autotag.install.adapter import render
+from autotag.install.adapter import TEMPLATE, render
 from autotag.install.host import Host
-from autotag.install.migrations import TEMPLATE
 from lab import schema
 
 FIRST_VERSION = 20261128000001  # version of the first migration file; each release adds one
-VERSION = re.compile(r"\d+\.\d+\.\d+")
+VERSION = re.compile(r"(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*)){2}")
+VERSION_IN_SCHEMA = r"(?<=select ')[^']+(?='::text)"
 
 
 def expected() -> dict[Path, str]:
     """The generated files that are not released yet, and their expected contents.
 
     Raises:
-        ReleaseError: a table has changed without a step in changes.sql.
+        ReleaseError: a table has changed without a step in changes.sql, or the baseline has changed since its release.
     """
     adapter = render(TEMPLATE.read_text(), Host())
     baseline = (schema.SCHEMAS / "host" / "baseline.sql").read_text()
+    if any(schema.sha256(baseline) != release.baseline for release in schema.releases()):
+        raise schema.ReleaseError(
+            "host/baseline.sql was released and has changed. Databases that have it would never get the change."
+            " Restore it."
+        )
     files = {
         schema.SCHEMAS / "host" / "adapter.sql": adapter,
         schema.MIGRATIONS / f"{FIRST_VERSION}_autotag_host_baseline.sql": baseline,
         schema.MIGRATIONS / f"{FIRST_VERSION + 1}_autotag_host_adapter.sql": adapter,
     }
-    if pending := schema.next_migration(schema.UNRELEASED):
-        files[unreleased()] = pending
+    version = schema.UNRELEASED if schema.releases() else _version()
+    if pending := schema.next_migration(version):
+        files[next_file(version)] = pending
     return files
 
 
-def unreleased() -> Path:
+def next_file(version: str) -> Path:
     """The migration file of the changes since the last release."""
-    return schema.MIGRATIONS / f"{FIRST_VERSION + 2 + len(schema.releases())}_autotag_{schema.UNRELEASED}.sql"
+    number = FIRST_VERSION + 2 + len(schema.releases())
+    return schema.MIGRATIONS / f"{number}_autotag_{version.replace('.', '_')}.sql"
 
 
 def differences() -> list[str]:
     """Every file that differs from what it should be, as sentences."""
     problems = [f"{file} was released and has changed: restore it." for file in schema.changed_files()]
+    problems += [f"{file} is not what its tag has: restore it." for file in changed_since_tag()]
     files = expected()
     problems += [
         f"{path.relative_to(schema.ROOT)} is out of date: run scripts/release."
@@ -58,14 +73,49 @@ def differences() -> list[str]:
     return problems
 
 
-def write() -> None:
-    """Writes the generated files."""
+def changed_since_tag() -> list[str]:
+    """Files of releases that differ from those in their tag, or are gone.
+
+    So neither an edited hash nor a removed record can hide an edited migration.
+
+    Without git, or in a clone without tags, it compares nothing; CI fetches the tags.
+
+    Raises:
+        ReleaseError: on GitHub, git cannot read the tags.
+    """
+    listed = _git("tag", "--list", "v*")
+    if listed is None and os.environ.get("GITHUB_ACTIONS"):
+        raise schema.ReleaseError("git cannot list the tags, so nothing shows that released files are as they were.")
+    changed = []
+    for tag in (listed or b"").decode().split():
+        name = f"supabase/releases/{tag.removeprefix('v')}.json"
+        record = _git("show", f"{tag}:./{name}")
+        if record is None:
+            continue  # no release of this schema
+        migration = f"supabase/migrations/{json.loads(record)['file']}"
+        for path, content in ((name, record), (migration, _git("show", f"{tag}:./{migration}"))):
+            now = schema.ROOT / path
+            if not now.exists() or now.read_bytes() != content:
+                changed.append(path)
+    return changed
+
+
+def _git(*arguments: str) -> bytes | None:
+    """What git prints; None if it fails."""
+    done = subprocess.run(["git", *arguments], cwd=schema.ROOT, capture_output=True, check=False)
+    return None if done.returncode else done.stdout
+
+
+def write() -> list[Path]:
+    """Writes the generated files. Returns those that are new or have changed."""
     files = expected()
     for path in schema.MIGRATIONS.glob(f"*_autotag_{schema.UNRELEASED}.sql"):
         if path not in files:
             path.unlink()
-    for path, text in files.items():
-        path.write_text(text)
+    changed = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
+    for path in changed:
+        path.write_text(files[path])
+    return changed
 
 
 def release(version: str) -> Path:
@@ -79,15 +129,15 @@ def release(version: str) -> Path:
     released = [_order(each.version) for each in schema.releases()]
     if released and _order(version) <= max(released):
         raise schema.ReleaseError(f"{version} is not later than the last release.")
-    if changed := schema.changed_files():
+    if changed := schema.changed_files() + changed_since_tag():
         raise schema.ReleaseError(f"Released files have changed: {', '.join(changed)}. Restore them.")
+    if not schema.next_migration(version):  # before anything is written
+        raise schema.ReleaseError("Nothing has changed since the last release.")
     _set_version(version)
     text = schema.next_migration(version)
-    if not text:
-        raise schema.ReleaseError("Nothing has changed since the last release.")
-    path = unreleased()
-    final = path.with_name(path.name.replace(schema.UNRELEASED, version.replace(".", "_")))
-    path.unlink(missing_ok=True)
+    final = next_file(version)
+    for pending in schema.MIGRATIONS.glob(f"{final.name.partition('_')[0]}_*.sql"):
+        pending.unlink()
     final.write_text(text)
     schema.RELEASES.mkdir(exist_ok=True)
     record = json.dumps(asdict(schema.record(version, final.name)), indent=1, sort_keys=True)
@@ -99,18 +149,39 @@ def release(version: str) -> Path:
     return final
 
 
+def _version() -> str:
+    """The version in the schema source."""
+    found = re.search(VERSION_IN_SCHEMA, (schema.SCHEMAS / "version.sql").read_text())
+    assert found, "version.sql has no version"
+    return found[0]
+
+
 def _order(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
 
 def _set_version(version: str) -> None:
-    """Writes the version into the schema and the packages."""
+    """Writes the version into the schema, the packages, and what depends on them.
+
+    If an example depended on an earlier version of the client, npm would look for that version on the registry.
+    """
+    lock = schema.ROOT / "package-lock.json"
+    dependency = r'(?<="supabase-autotag": "\^)[^"]+'
+    written: dict[Path, str] = {}
     for path, pattern in (
-        (schema.SCHEMAS / "version.sql", r"(select ')[^']+('::text)"),
-        (schema.ROOT / "worker" / "autotag" / "__init__.py", r'(__version__ = ")[^"]+(")'),
-        (schema.ROOT / "clients" / "js" / "package.json", r'("version": ")[^"]+(")'),
+        (schema.SCHEMAS / "version.sql", VERSION_IN_SCHEMA),
+        (schema.ROOT / "worker" / "autotag" / "__init__.py", r'(?<=__version__ = ")[^"]+'),
+        (schema.ROOT / "clients" / "js" / "package.json", r'(?<="version": ")[^"]+'),
+        (lock, r'(?<="name": "supabase-autotag",\n      "version": ")[^"]+'),
+        (lock, dependency),
+        *((schema.ROOT / "examples" / name / "package.json", dependency) for name in ("react", "vue")),
+        (schema.ROOT / "examples" / "plain" / "app.js", r"(?<=npm/supabase-autotag@)[\d.]+"),
     ):
-        path.write_text(re.sub(pattern, rf"\g<1>{version}\g<2>", path.read_text(), count=1))
+        written[path], changes = re.subn(pattern, version, written.get(path) or path.read_text())
+        if not changes:
+            raise schema.ReleaseError(f"{path.relative_to(schema.ROOT)} has no version that fits {pattern}.")
+    for path, text in written.items():
+        path.write_text(text)
 
 
 def main(arguments: list[str]) -> int:
@@ -120,7 +191,8 @@ def main(arguments: list[str]) -> int:
             print("\n".join(problems) if problems else "The migrations are up to date.")
             return bool(problems)
         if not arguments:
-            write()
+            changed = write()
+            print("\n".join(f"Written: {path.relative_to(schema.ROOT)}" for path in changed) or "Nothing has changed.")
         elif len(arguments) == 1 and not arguments[0].startswith("-"):
             path = release(arguments[0])
             print(f"Released: {path.relative_to(schema.ROOT)}. Commit it and tag the commit v{arguments[0]}.")

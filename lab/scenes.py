@@ -1,4 +1,4 @@
-"""Draws scenes with small text and thin lines, of which it is known what stands in them (`lab.openai_sim.reading`)."""
+"""Draws scenes with known small text and thin lines (`lab.openai_sim.reading`)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Scene:
 
     Attributes:
         image: the picture.
-        letters: what is written, and where.
+        letters: the letters and their places.
         lines: for each place on a ruler whether a line is there.
-        ruler: where the ruler is.
+        ruler: the place of the ruler.
     """
 
     image: Image.Image
@@ -56,7 +56,7 @@ def _draw(rng: random.Random, size: tuple[int, int], number: int) -> Scene:
         if there:
             left = ruler[0] + place * SLOT
             pen.rectangle((left, ruler[1], left + LINE - 1, ruler[3]), fill=ink)
-    for _ in range(12):  # something to look at
+    for _ in range(12):  # shapes as a background
         x, y = rng.randrange(size[0]), rng.randrange(size[1] * 2 // 3, size[1])
         pen.ellipse((x, y, x + 90, y + 60), outline=ink, fill=rng.choice(("#c03030", "#30a050", "#3050c0", paper)))
     return Scene(image, tuple(letters), lines, ruler)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -46,8 +48,10 @@ class Statement:
     Attributes:
         key: identifies the object regardless of layout: ``function autotag.claim(uuid, integer)``.
         hash: of a function's text; of other statements' syntax tree, which ignores comments and layout.
-        returns: a function's return type. Postgres cannot replace a function by one with a different type.
+        returns: a function's return type, and the names and defaults of its parameters. If one of them differs,
+            Postgres cannot always replace the function, so the migration drops it first.
         path: the file, relative to ``supabase/schemas``.
+        name: of the object, without its schema; empty for a function, and for a statement that names none.
     """
 
     key: str
@@ -56,16 +60,33 @@ class Statement:
     comment: str
     returns: str
     path: str
+    name: str = ""
 
     @property
     def is_function(self) -> bool:
         return self.key.startswith("function ")
 
+    @property
+    def needs_step(self) -> bool:
+        """Whether an installation needs a statement in changes.sql after a change."""
+        return not self.is_function and self.path not in REPEATED
+
+    def describe(self) -> str:
+        return f"{self.path}: {' '.join(self.text.split())[:100]}"
+
 
 def schema_files() -> list[Path]:
-    """The files of the source in the order of ``config.toml`` (``[db.migrations] schema_paths``)."""
+    """The files of the source in the order of ``config.toml`` (``[db.migrations] schema_paths``).
+
+    Raises:
+        ReleaseError: a file is missing there or in the folder. Its objects would be left out, and dropped.
+    """
     config = tomllib.loads((SUPABASE / "config.toml").read_text())
-    return [SUPABASE / path for path in config["db"]["migrations"]["schema_paths"]]
+    listed = [SUPABASE / path for path in config["db"]["migrations"]["schema_paths"]]
+    if odd := ({*SCHEMAS.rglob("*.sql")} - {CHANGES}) ^ {*listed}:
+        names = ", ".join(str(path.relative_to(SUPABASE)) for path in sorted(odd))
+        raise ReleaseError(f"{names}: name each file in schemas/ in config.toml (schema_paths), and no other.")
+    return listed
 
 
 def source(*, host: bool) -> str:
@@ -94,24 +115,52 @@ def _statement(text: str, before: str, path: str) -> Statement:
         returns = RawStream()(node.returnType) if node.returnType else ""
         outs = [RawStream()(p) for p in node.parameters or () if p.mode.value in "obt"]
         inputs = [RawStream()(p.argType) for p in node.parameters or () if p.mode.value in "idvb"]
+        parameters = [f"{p.name}{'=' if p.defexpr else ''}" for p in node.parameters or ()]
         name = ".".join(part.sval for part in node.funcname or ())
         digest = hashlib.sha256(text.encode()).hexdigest()
-        return Statement(f"function {name}({', '.join(inputs)})", digest, text, comment, f"{returns} {outs}", path)
+        return Statement(
+            f"function {name}({', '.join(inputs)})", digest, text, comment, f"{returns} {outs} {parameters}", path
+        )
     meaning = json.dumps(_without_locations(json.loads(parse_sql_json(text))), sort_keys=True)
     digest = hashlib.sha256(meaning.encode()).hexdigest()
-    return Statement(f"{type(node).__name__} {digest[:16]}", digest, text, comment, "", path)
+    return Statement(f"{type(node).__name__} {digest[:16]}", digest, text, comment, "", path, _object_name(node))
+
+
+def _object_name(node: ast.Node | None) -> str:
+    """The name of the object that a statement creates or changes, without its schema."""
+    for attribute in ("idxname", "trigname", "policy_name", "schemaname"):
+        if isinstance(name := getattr(node, attribute, None), str):
+            return name
+    for attribute in ("relation", "view", "sequence", "typevar", "table"):
+        if isinstance(table := getattr(node, attribute, None), ast.RangeVar):
+            return table.relname or ""
+    for attribute in ("domainname", "typeName"):
+        if names := getattr(node, attribute, None):
+            return str(names[-1].sval)
+    return ""
 
 
 def _without_locations(node: Any) -> Any:
     """A syntax tree without the locations of its parts."""
     if isinstance(node, dict):
-        return {k: _without_locations(v) for k, v in node.items() if not k.endswith(("location", "_len"))}
+        return {
+            k: _without_locations(v)
+            for k, v in node.items()
+            if not k.endswith(("location", "_len", "list_start", "list_end"))
+        }
     return [_without_locations(part) for part in node] if isinstance(node, list) else node
 
 
 def engine() -> list[Statement]:
-    """All statements of the source except the host's."""
-    return [s for path in schema_files() if path.parent.name != "host" for s in statements(path)]
+    """All statements of the source except the host's.
+
+    Raises:
+        ReleaseError: two of them define the same object.
+    """
+    found = [s for path in schema_files() if path.parent.name != "host" for s in statements(path)]
+    if twice := [key for key, count in Counter(s.key for s in found).items() if count > 1]:
+        raise ReleaseError(f"Defined more than once: {', '.join(twice)}.")
+    return found
 
 
 # -- releases
@@ -119,13 +168,22 @@ def engine() -> list[Statement]:
 
 @dataclass(frozen=True)
 class Release:
-    """A released version: its migration's file and hash, and the source at that time (key -> hash)."""
+    """A released version: its migration's file and hash, and the source at that time.
+
+    Attributes:
+        statements: key -> hash of each statement.
+        returns: key -> `Statement.returns` of each function.
+        objects: key -> name and description of each statement whose change needs a step.
+        baseline: hash of ``host/baseline.sql``.
+    """
 
     version: str
     file: str
     sha256: str
     statements: dict[str, str]
     returns: dict[str, str]
+    objects: dict[str, tuple[str, str]]
+    baseline: str
 
 
 @cache
@@ -152,7 +210,7 @@ def next_migration(version: str) -> str:
     """The migration from the last release to the current source; empty when nothing has changed.
 
     Raises:
-        ReleaseError: a table has changed and changes.sql has no step for it.
+        ReleaseError: an object that is no function has changed, and changes.sql does not name it.
     """
     now = engine()
     last = releases()[-1] if releases() else None
@@ -162,15 +220,15 @@ def next_migration(version: str) -> str:
     steps = CHANGES.read_text() if CHANGES.exists() else ""
     new = [s for s in now if before.get(s.key) != s.hash]
     removed = sorted(set(before) - {s.key for s in now})
-    tables = [s for s in new if not s.is_function and s.path not in REPEATED]
     functions = [s for s in new if s.is_function]
-    if not (functions or removed or tables or any(s.path in REPEATED for s in new)):
+    if not (new or removed or _has_statements(steps)):
         return ""
-    if tables and not _has_statements(steps):
-        changed = "\n".join(f"  {s.path}: {' '.join(s.text.split())[:100]}" for s in tables)
+    changed = [(s.name, s.describe()) for s in new if s.needs_step]
+    changed += [(name, f"removed from {text}") for key, (name, text) in last.objects.items() if key in removed]
+    if missing := [text for name, text in changed if not _names(steps, name)]:
         raise ReleaseError(
-            f"Tables changed since {last.version}. Add the statements that update an existing schema to"
-            f" supabase/schemas/changes.sql:\n{changed}"
+            f"Changed since {last.version}. Add statements that name these objects, and update an existing schema, to"
+            " supabase/schemas/changes.sql:\n" + "\n".join(f"  {text}" for text in missing)
         )
     drops = [key for key in removed if key.startswith("function ")]
     drops += [s.key for s in functions if s.key in before and last.returns.get(s.key, s.returns) != s.returns]
@@ -189,8 +247,19 @@ set local client_min_messages = warning;  -- without a notice for each %type"""
 HEADER = "-- autotag {version}. Made by scripts/release from supabase/schemas; what is released never changes."
 
 
+def _without_comments(text: str) -> str:
+    return "\n".join(line.partition("--")[0] for line in text.splitlines()).strip()
+
+
 def _has_statements(text: str) -> bool:
-    return any(line.strip() and not line.strip().startswith("--") for line in text.splitlines())
+    return bool(_without_comments(text))
+
+
+def _names(steps: str, name: str) -> bool:
+    """Whether a statement of changes.sql names an object. Without a name, any statement will do."""
+    if not name:
+        return _has_statements(steps)
+    return bool(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", _without_comments(steps)))
 
 
 def record(version: str, file: str) -> Release:
@@ -199,4 +268,6 @@ def record(version: str, file: str) -> Release:
     return Release(
         version, file, sha256((MIGRATIONS / file).read_text()),
         {s.key: s.hash for s in now}, {s.key: s.returns for s in now if s.is_function},
+        {s.key: (s.name, s.describe()) for s in now if s.needs_step},
+        sha256((SCHEMAS / "host" / "baseline.sql").read_text()),
     )  # fmt: skip

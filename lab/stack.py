@@ -1,4 +1,4 @@
-"""Starts what production gets from Supabase and OpenAI, on free ports of this machine."""
+"""Starts local replacements of Supabase and OpenAI on free ports of this machine."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Member:
 
 
 def connect_anew(url: str) -> AbstractContextManager[psycopg.Connection[Any]]:
-    """A new connection that commits by itself, closed at the end."""
+    """A new connection in autocommit mode, which is closed at the end."""
     return psycopg.connect(url, autocommit=True)
 
 
@@ -126,7 +126,7 @@ class Stack:
             connection.execute(
                 sql.SQL("alter database {} set autotag.speed = {}").format(name, sql.Literal(str(speed)))
             )
-        anew = replace(self, connect=connect_anew)  # a connection that was there before has not that clock
+        anew = replace(self, connect=connect_anew)  # existing connections do not have the new clock
         anew.configure(test_clock=True, lease=f"{60 * speed} s")
 
     @contextlib.contextmanager

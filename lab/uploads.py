@@ -77,7 +77,7 @@ async def sign_in(stack: Stack, token: str) -> AsyncClient:
 
 
 async def make_upload(stack: Stack, drawings: Sequence[Drawing], number: int) -> Upload:
-    """Stores the files, as the member's own client does. The project's trigger makes the rows."""
+    """Stores the files like the member's own client. The project's trigger inserts the rows."""
     member = stack.add_member(f"workspace {number}")
     upload = Upload(member, drawings, await sign_in(stack, member.token))
     bucket, gate = upload.client.storage.from_("assets"), asyncio.Semaphore(MAX_PARALLEL_UPLOADS)

@@ -1,5 +1,5 @@
-"""Workers that are killed, a provider that fails, a database that restarts; and an auditor who compares the books.
+"""Kills workers, makes the provider fail and restarts the database; then an auditor compares all records.
 
-`doomed` makes a worker die at a point, `forks` starts such workers quickly, `run` keeps them busy and dying, `soak`
-goes on for long, and `auditor` compares OpenAI's book, the database's and the clients'.
+`doomed` makes a worker die at a certain point, `forks` starts such workers quickly, `run` runs rounds of them, `soak`
+is one long run, and `auditor` compares the records of OpenAI, the database and the clients.
 """

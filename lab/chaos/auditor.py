@@ -1,6 +1,6 @@
-"""Three books compared: the provider's own record, the database's rows, and what clients received.
+"""Compares three records: the provider's own, the database's rows, and the broadcasts that clients received.
 
-What each image should become is not read from any of them: whoever uploaded it says so (`Books.truth`, `Books.ends`).
+What should become of each image comes from none of them, but from its uploader (`Books.truth`, `Books.ends`).
 """
 
 from __future__ import annotations
@@ -17,24 +17,21 @@ from lab.stack import Stack
 
 METADATA_KEY = "autotag_batch"
 PUBLIC_TOPIC, WORKSPACE_TOPIC = "batch-updates", "tagging:"
-PUBLIC_KEYS = {"batch_id", "id"}  # all that everybody may learn
+PUBLIC_KEYS = {"batch_id", "id"}  # the only keys of payloads that everybody may see
 EVENTS = {"job-progress", "job-complete", "batch-complete"}
-#: Seconds between the provider's answer and the moment from which it may no longer be lost with its worker, also on a
-#: busy machine.
+#: Seconds after the provider's answer during which it may be lost with its worker, even on a busy machine.
 UNREPORTED = 5.0
-#: Seconds for which a request may lie in the simulator's socket before it is read, on a busy machine; its worker may
-#: have been killed meanwhile.
+#: Seconds that a request may wait in the simulator's socket on a busy machine. Its worker may be killed meanwhile.
 UNREAD = 1.0
-#: What an image may become: `tagged`, `gone` (its row was deleted), `moved` (to another workspace before it was
-#: tagged), `untouched` (nobody asked for tags), `anything` (nobody knows what became of its row), or the code of an
-#: error that it fails with.
+#: How an image may end: `tagged`, `gone` (its row was deleted), `moved` (to another workspace before it was tagged),
+#: `untouched` (nobody asked for tags), `anything` (unknown), or the code of the error with which it fails.
 TAGGED = frozenset({"tagged"})
 ANYTHING = frozenset({"anything"})
 
 
 @dataclass
 class Books:
-    """What each of the three says when everything has ended."""
+    """The contents of the three records when everything has ended."""
 
     #: the simulator's requests (`Simulator.request_log`), its batches and the files it still has
     requests: list[dict[str, Any]]
@@ -50,28 +47,28 @@ class Books:
     #: OpenAI ids of every batch-complete that the database sent, and that a client received
     sent: list[str]
     received: list[str]
-    #: how many were sent without a batch, for uploads that ended without one after them
+    #: the number of batch-complete without a batch, for uploads whose last change was not the end of a batch
     sent_without_batch: int = 0
     #: the tags that each asset must have
     truth: dict[str, frozenset[str]] = field(default_factory=dict)
-    #: single calls whose answer may have died with its worker before it was reported
+    #: single calls whose answer may have been lost with its worker before it was reported
     may_be_lost: int = 0
     #: whether the client was connected all the time (a broadcast is delivered at most once)
     client_heard_all: bool = True
-    #: what each asset may become, where that is not tagged
+    #: how each asset may end, if not tagged
     ends: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    #: how many times each picture (its tags) was to be tagged; None: once for each asset, and pictures do not matter
+    #: how many times each picture (identified by its tags) should be tagged; None: once for each asset
     pictures: Counter[frozenset[str]] | None = None
     #: when workers were killed, in epoch seconds; None: not recorded
     kills: Sequence[float] | None = None
     #: every broadcast {topic, event, payload, private, workspace (of the payload's job)}
     broadcasts: list[dict[str, Any]] = field(default_factory=list)
-    #: each worker that ended by itself, as a sentence
+    #: a sentence for each worker that ended by itself
     fallen: Sequence[str] = ()
 
 
 def compare_books(books: Books) -> list[str]:
-    """Every way in which the books disagree with each other or with the promises, as sentences."""
+    """A sentence for each contradiction between the records, or with autotag's promises."""
     return [
         *_images(books), *_jobs(books), *_batches(books), *_payments(books), *_pictures(books), *_broadcasts(books),
         *_topics(books), *books.fallen,
@@ -80,7 +77,7 @@ def compare_books(books: Books) -> list[str]:
 
 
 def _files(books: Books) -> list[str]:
-    """The files that were left at OpenAI."""
+    """Violations: files that remain at OpenAI."""
     batches = {f"autotag-{row['id']}.jsonl": row for row in books.batches}
     return [
         f"file {file['id']} ({file['filename']}, batch: {batches.get(file['filename'])}) was left at OpenAI"
@@ -101,7 +98,7 @@ def _images(books: Books) -> list[str]:
 
 
 def _image(asset: dict[str, Any], truth: frozenset[str], ends: frozenset[str]) -> list[str]:
-    """What is wrong with one image that may end in these ways."""
+    """Violations of one image that may end in these ways."""
     if "anything" in ends:
         return []
     name, stage, tags = f"image {asset['id']}", asset["stage"], set(asset["tags"] or ())
@@ -122,13 +119,13 @@ def _image(asset: dict[str, Any], truth: frozenset[str], ends: frozenset[str]) -
 def _jobs(books: Books) -> list[str]:
     found = [f"upload {job['id']} has not ended" for job in books.jobs if not job["finished"]]
     for job in books.jobs:
-        told = (job["failed"], job["image_count"] - job["completed"])
+        recorded = (job["failed"], job["image_count"] - job["completed"])
         counted = (job["tasks_failed"], job["tasks"])
-        if told != counted:
-            found.append(f"upload {job['id']} counts {told} as failed and without tags, its images are {counted}")
+        if recorded != counted:
+            found.append(f"upload {job['id']} counts {recorded} as failed and without tags, its images are {counted}")
     stages = Counter(asset["stage"] for asset in books.assets)
     completed = sum(job["completed"] for job in books.jobs)
-    # A row that goes away or moves may have been tagged before.
+    # A row that is deleted or moved may have been tagged before.
     unsure = sum(1 for ends in books.ends.values() if ends & {"gone", "moved", "anything"})
     if not 0 <= completed - stages["completed"] <= unsure:
         found.append(f"uploads count {completed} images as completed, {stages['completed']} are")
@@ -160,7 +157,7 @@ def _payments(books: Books) -> list[str]:
     def tokens(entries: list[dict[str, Any]]) -> int:
         return sum(e["usage"]["prompt_tokens"] + e["usage"]["completion_tokens"] for e in entries)
 
-    # A single call whose answer died with its worker is paid and unknown; nothing else may be.
+    # Only single calls whose answer was lost with a worker may be paid for without a result.
     lost = len(lines) + len(singles) - books.usage["requests"]
     if not 0 <= lost <= books.may_be_lost:
         found.append(
@@ -179,7 +176,8 @@ def _payments(books: Books) -> list[str]:
 
 
 def _pictures(books: Books) -> list[str]:
-    """Pictures that were paid for more often than uploaded: by batch, or singly without a kill that explains it."""
+    """Violations: pictures that were paid for more often than uploaded, in batches, or in single calls that no kill
+    explains."""
     if books.pictures is None:
         return []
     found = []
@@ -212,7 +210,7 @@ def _may_have_died(call: dict[str, Any], kills: Sequence[float]) -> bool:
 
 
 def _relate(calls: Sequence[dict[str, Any]], kills: Sequence[float]) -> str:
-    """The calls and the kills as seconds since the first call, for whoever looks for the cause."""
+    """The calls and the kills as seconds since the first call, to help find the cause."""
     start = min(call["at"] for call in calls)
     times = ", ".join(f"{call['at'] - start:.1f}–{(call.get('done') or call['at']) - start:.1f}" for call in calls)
     return f"calls at {times} s; kills at {', '.join(f'{kill - start:.1f}' for kill in kills) or 'no time'}"
@@ -223,7 +221,7 @@ def _name(picture: frozenset[str]) -> str:
 
 
 def _topics(books: Books) -> list[str]:
-    """Broadcasts that somebody receives whom they are not for."""
+    """Violations: broadcasts that reach somebody who may not receive them."""
     found = []
     for sent in books.broadcasts:
         topic, event, payload = sent["topic"], sent["event"], sent["payload"]
@@ -256,7 +254,7 @@ def _broadcasts(books: Books) -> list[str]:
 def read_books(
     stack: Stack, truth: dict[str, frozenset[str]], received: list[str], *, may_be_lost: int, client_heard_all: bool
 ) -> Books:
-    """The books of a stack as they are now."""
+    """Reads the current records of a stack."""
     with psycopg.connect(stack.database_url(), row_factory=dict_row) as connection:
 
         def rows(statement: str) -> list[dict[str, Any]]:

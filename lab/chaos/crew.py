@@ -21,7 +21,7 @@ from lab.chaos.tenants import Project
 from lab.proxy import Proxy
 from lab.stack import WORKER_ROLE, Stack
 
-SLOTS = 16  # single calls in flight of each worker: as many answers can die with it
+SLOTS = 16  # single calls in flight of each worker: this many answers can be lost with it
 STOP = 60.0  # seconds that a worker may take to stop
 STALL = 1.0  # seconds that a connection stalls: less than two heartbeats, so that no lease is lost
 KILL = "worker killed"
@@ -29,7 +29,7 @@ KILL = "worker killed"
 
 @dataclass
 class Crew:
-    """Some workers; each is replaced as soon as it has ended. They reach Postgres by way of a proxy."""
+    """Some workers, which connect through a proxy. Each is replaced as soon as it has ended."""
 
     forks: Forks
     project: Project
@@ -44,7 +44,7 @@ class Crew:
 
     @property
     def breaks(self) -> Counter[str]:
-        """What was broken so far."""
+        """The breaks so far, by kind."""
         return self.proxy.breaks + Counter({KILL: len(self.kills), "session terminated": self.terminated})
 
     @contextlib.asynccontextmanager
@@ -66,7 +66,7 @@ class Crew:
                 worker.kill()
 
     async def _keep(self) -> None:
-        """One worker after the other."""
+        """Runs one worker after another."""
         while True:
             worker = await self.forks.start(self._environment(), self.log)
             self._living.append(worker)
@@ -78,7 +78,7 @@ class Crew:
                 return
             if code != -signal.SIGKILL:
                 self.fallen.append(f"worker {worker.pid} ended by itself with {code}; its log is {self.log}")
-                await asyncio.sleep(0.5)  # what ends a worker at once must not keep the machine busy
+                await asyncio.sleep(0.5)  # if workers end at once, do not keep the machine busy with restarts
 
     def _environment(self) -> dict[str, str]:
         environment = self.project.stack.worker_environment()
@@ -90,7 +90,7 @@ class Crew:
         }
 
     def audit(self) -> list[str]:
-        """Every violation of a promise so far, as sentences."""
+        """A sentence for each violation of a promise so far."""
         ledger = self.project.ledger
         books = read_books(
             self.project.stack, ledger.truth, [], may_be_lost=SLOTS * len(self.kills), client_heard_all=False
@@ -99,7 +99,7 @@ class Crew:
         return compare_books(books)
 
     def kill(self, rng: random.Random) -> bool:
-        """Kills one worker; False: none lives."""
+        """Kills one worker; False: none is running."""
         if not self._living:
             return False
         self.kills.append(time.time())

@@ -1,7 +1,7 @@
 """Makes a worker kill itself with SIGKILL at one point, for example ``before:settle:2``.
 
-A point is ``before`` or ``after``, the name of a database function or of a request to OpenAI, and how often it has
-to come by. Every step of a worker is one of these calls, so that every step has a boundary to die at.
+A point is ``before`` or ``after``, the name of a database function or of a request to OpenAI, and the number of the
+call. Every step of a worker is one of these calls, so a worker can die before and after every step.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ FUNCTIONS = (
 REQUESTS = (
     "POST /chat/completions", "POST /files", "POST /batches", "GET /batches", "GET /files/content", "DELETE /files",
 )  # fmt: skip
-#: Calls that come by several times while one batch is made.
+#: Calls that occur several times while one batch is made.
 REPEATED = {"batch_step": 3}
-#: Every point once; the harvest's and the batch's own first, because they take longest to come by.
+#: Every point once. Points in the harvest and in batches come first, because it takes longest to reach them.
 POINTS = [
     f"{when}:{name}:{count}"
     for name in (*FUNCTIONS, *REQUESTS)
@@ -32,7 +32,7 @@ POINTS = [
 
 
 class Doom:
-    """Counts what comes by, and kills this process when it is time."""
+    """Counts calls, and kills this process at its point."""
 
     def __init__(self, point: str) -> None:
         self._when, self._name, count = point.split(":")
@@ -40,7 +40,7 @@ class Doom:
         self._passed: Counter[str] = Counter()
 
     async def around(self, name: str, call: Callable[[], Awaitable[Any]]) -> Any:
-        """Makes the call, unless this is the end."""
+        """Makes the call, or kills the process at its point."""
         self._passed[name] += 1
         due = name == self._name and self._passed[name] == self._count
         if due and self._when == "before":
@@ -52,26 +52,21 @@ class Doom:
 
 
 def doom(point: str) -> None:
-    """Puts the point into this process's database calls and its requests to OpenAI."""
+    """Installs the point in this process's database calls and requests to OpenAI."""
     from openai import AsyncOpenAI
 
     from autotag.db.connections import Connections, Purpose
 
     end = Doom(point)
-    once, request = Connections.call_once, AsyncOpenAI.request
+    call, request = Connections._call, AsyncOpenAI.request  # `call` and `call_once` end in it
 
-    async def doomed_call(
-        self: Connections, purpose: Purpose, statement: str, *arguments: object, **more: Any
-    ) -> dict[str, Any]:
+    async def doomed_call(self: Connections, purpose: Purpose, statement: str, *more: Any, **named: Any) -> object:
         match = re.search(r"autotag\.(\w+)", statement)
-        answer: dict[str, Any] = await end.around(
-            match[1] if match else "", lambda: once(self, purpose, statement, *arguments, **more)
-        )
-        return answer
+        return await end.around(match[1] if match else "", lambda: call(self, purpose, statement, *more, **named))
 
     async def doomed_request(self: AsyncOpenAI, cast_to: Any, options: Any, **more: Any) -> Any:
         path = re.sub(r"/(file-|batch_)\w+", "", options.url)
         return await end.around(f"{options.method.upper()} {path}", lambda: request(self, cast_to, options, **more))
 
-    Connections.call_once = doomed_call  # type: ignore[method-assign]
+    Connections._call = doomed_call  # type: ignore[method-assign]
     AsyncOpenAI.request = doomed_request  # type: ignore[assignment, method-assign]

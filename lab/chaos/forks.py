@@ -1,7 +1,7 @@
 """Workers that are forked from a process which has imported everything: ``python -m lab.chaos.forks``.
 
-A worker that is killed a second after its start costs mostly imports. The fork server imports once and forks a
-process for each worker. What is forked is a worker like any other: it has its own process, environment and connections.
+A worker that is killed a second after its start spends most of its time with imports. The fork server imports once and
+forks a process for each worker. A forked worker is like any other: it has its own process, environment and connections.
 
 The server reads orders from its standard input, one JSON object a line, and writes what happens to its standard
 output: ``{"order": 1, "pid": 42}`` when the worker of an order has begun, ``{"pid": 42, "code": -9}`` when it has ended
@@ -55,13 +55,13 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
     def end(self, code: int) -> None:
-        """What the server has told of its end."""
+        """Notes the worker's end, as the server has reported it."""
         self.returncode = code
         self._ended.set()
 
 
 class Forks:
-    """A fork server that runs, and the workers that it has forked."""
+    """A running fork server, and the workers that it has forked."""
 
     def __init__(self, server: asyncio.subprocess.Process) -> None:
         self._server = server
@@ -73,9 +73,9 @@ class Forks:
         """A worker with this environment whose output is appended to a file.
 
         Args:
-            environment: all of its environment.
-            log: where its standard output and error go.
-            point: where it kills itself (`lab.chaos.doomed`); None: nowhere.
+            environment: its complete environment.
+            log: the file for its standard output and error.
+            point: where it kills itself (`lab.chaos.doomed`); None: never.
 
         Raises:
             RuntimeError: the server has ended.
@@ -89,19 +89,19 @@ class Forks:
         return await begun
 
     async def listen(self) -> None:
-        """Hears what the server tells, until it ends."""
+        """Reads the server's messages until it ends."""
         assert self._server.stdout
         async for line in self._server.stdout:
-            told = json.loads(line)
-            if "order" in told:
-                worker = self._living[told["pid"]] = Forked(told["pid"])
-                begun = self._ordered.pop(told["order"])
-                if begun.cancelled():  # whoever ordered it has gone
+            message = json.loads(line)
+            if "order" in message:
+                worker = self._living[message["pid"]] = Forked(message["pid"])
+                begun = self._ordered.pop(message["order"])
+                if begun.cancelled():  # its caller was cancelled
                     worker.kill()
                 else:
                     begun.set_result(worker)
             else:
-                self._living.pop(told["pid"]).end(told["code"])
+                self._living.pop(message["pid"]).end(message["code"])
         for worker in self._living.values():
             worker.end(-signal.SIGKILL)
         for begun in self._ordered.values():
@@ -110,7 +110,7 @@ class Forks:
 
 @contextlib.asynccontextmanager
 async def fork_server() -> AsyncIterator[Forks]:
-    """A server for as long as the context is open. Workers that still live then are killed."""
+    """A server for as long as the context is open. At the end, workers that are still running are killed."""
     server = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "lab.chaos.forks", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
         process_group=group(),
@@ -130,7 +130,7 @@ async def fork_server() -> AsyncIterator[Forks]:
 
 
 def serve() -> None:
-    """Forks workers as they are ordered, until nobody can order any more; then it kills those that live."""
+    """Forks workers on order until its input closes; then kills those that are still running."""
     run = prepare()
     living: set[int] = set()
     ended, noted = os.pipe()
@@ -162,7 +162,7 @@ def serve() -> None:
 
 
 def prepare() -> Callable[[list[str]], Any]:
-    """Imports all that a worker does, and what its libraries import when they are first used."""
+    """Imports everything that a worker imports, including what its libraries import at their first use."""
     from autotag.__main__ import load
 
     run = load()
@@ -179,7 +179,7 @@ def prepare() -> Callable[[list[str]], Any]:
 
 
 def reap(living: set[int]) -> None:
-    """Tells of all workers that have ended."""
+    """Reports all workers that have ended."""
     while living:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:

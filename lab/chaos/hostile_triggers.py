@@ -1,6 +1,6 @@
-"""Trouble by triggers and constraints on the shared table. They concern one tenant's rows only.
+"""Trouble from triggers and constraints on the shared table, which affect only one tenant's rows.
 
-Every trigger counts with a sequence that it has fired, because a sequence is not rolled back.
+Every trigger counts how often it has fired in a sequence, because a sequence is not rolled back.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ class Trigger(Hostility):
         await self.tenant.upload(self.images)
 
     async def list(self, assets: list[str]) -> None:
-        """Lists images that the trigger concerns."""
+        """Lists the images that the trigger affects."""
         await self.project.execute(
             "insert into public.hostile_images select u, %s from unnest(%s::uuid[]) u", self.tenant.workspace, assets
         )
 
     @contextlib.asynccontextmanager
     async def on(self) -> AsyncIterator[None]:
-        """The trigger is on in this context."""
+        """Turns the trigger on while the context is open."""
         workspace = self.tenant.workspace
         await self.project.execute("insert into public.hostile_now values (%s)", workspace)
         try:
@@ -100,7 +100,7 @@ class Refusing(Trigger):
 
 
 def refusing(name: str, statement: str) -> type[Refusing]:
-    """A kind whose trigger runs a statement that raises."""
+    """A hostility whose trigger runs a statement that raises an error."""
     body = f"if {LISTED} then {{fired}} {statement} end if; return new;"
     return type(name, (Refusing,), {"name": name, "body": body, "__doc__": f"A trigger: {name}."})
 
@@ -108,7 +108,8 @@ def refusing(name: str, statement: str) -> type[Refusing]:
 Raising = refusing("a trigger raises an exception", "raise exception 'not this one';")
 Asserting = refusing("a trigger's assertion fails", "assert false, 'not this one';")
 Dividing = refusing("a trigger divides by zero", "perform 1 / 0;")
-#: Errors that mean "the server is going down", "you lost the lease" and "the schema was upgraded" elsewhere.
+#: Errors that mean "the server is going down", "you lost the lease" and "the schema was upgraded" if autotag raises
+#: them.
 Shutting = refusing("a trigger raises admin_shutdown", "raise exception 'not this one' using errcode = '57P01';")
 ReplacedRaising = refusing("a trigger raises AT001", "raise exception 'not this one' using errcode = 'AT001';")
 NotHeldRaising = refusing("a trigger raises PT409", "raise exception 'not this one' using errcode = 'PT409';")
@@ -145,7 +146,8 @@ SerializationRaising = retryable("serialization_failure")
 class RaisingAtCommit(Refusing):
     """A constraint trigger raises when the transaction commits.
 
-    Postgres runs it as the login then, whoever owns the function that made the update; `LoggingAtCommit` shows that.
+    At commit, Postgres runs the trigger as the login, whoever owns the function that made the update; `LoggingAtCommit`
+    shows that.
     """
 
     name = "a constraint trigger raises at commit"
@@ -211,7 +213,7 @@ class Deallocating(Trigger):
 
 
 class Slow(Trigger):
-    """A trigger sleeps as long as this lasts."""
+    """A trigger sleeps while the hostility lasts."""
 
     name = "a trigger sleeps"
     ends: ClassVar = TAGGED | NOT_STORED
@@ -300,7 +302,8 @@ class Check(Hostility):
 
 
 class AutomaticRefusal(Trigger, Automatic):
-    """In automatic mode, rows that refuse every update: they cannot show that they wait, nor that they failed."""
+    """In automatic mode, rows that refuse every update, so they can show neither that they wait nor that they
+    failed."""
 
     name = "rows that refuse every update in automatic mode"
     condition = "true"

@@ -1,4 +1,4 @@
-"""Trouble by uploads: rows that are tagged without a call, and very many of them."""
+"""Trouble from uploads: rows that are tagged without a call, and very large uploads."""
 
 from __future__ import annotations
 

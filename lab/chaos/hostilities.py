@@ -1,8 +1,8 @@
-"""Trouble that one tenant makes in its own workspace: transactions that stay open, rows that go away, huge uploads.
+"""Trouble that a tenant makes in its own workspace: transactions that stay open, rows that disappear, huge uploads.
 
 Each kind is a class; an instance belongs to one tenant. Trouble begins and ends with `Hostility.happen`, and the tenant
-uploads images meanwhile. `Hostility.happened` says how often it really happened: a row was held while its image was
-being tagged, a trigger fired. `hostile_uploads` has the kinds that are uploads, `hostile_triggers` those that need
+uploads images meanwhile. `Hostility.happened` says how often it really had an effect: a row was locked while its image
+was being tagged, a trigger fired. `hostile_uploads` has the kinds that are uploads, `hostile_triggers` those that need
 triggers and constraints.
 """
 
@@ -20,7 +20,7 @@ from lab.chaos.auditor import TAGGED
 from lab.chaos.tenants import Tenant
 from lab.stack import WORKER_ROLE
 
-ONCE = (3600.0, 3600.0)  # seconds: as long as the tenant is watched
+ONCE = (3600.0, 3600.0)  # seconds: for the whole run
 LOCKED = 1.0  # seconds that the whole table is locked
 UNDER_WAY = "('queued', 'preparing', 'submitted', 'processing', 'completing')"
 
@@ -38,7 +38,7 @@ class Hostility:
         self._count = 0
 
     def note(self, times: int = 1) -> None:
-        """It has happened."""
+        """Notes that the trouble had an effect."""
         self._count += times
 
     async def happened(self) -> int:
@@ -46,34 +46,34 @@ class Hostility:
         return self._count
 
     async def install(self) -> None:
-        """What the host needs before it can happen."""
+        """Creates the objects in the host's schema that the trouble needs."""
 
     async def remove(self) -> None:
         """Undoes `install`."""
 
     @contextlib.asynccontextmanager
     async def happen(self) -> AsyncIterator[None]:
-        """Begins; ends with the context."""
+        """Makes trouble while the context is open."""
         await self.tenant.upload(self.images)
         yield
 
 
 async def happen_often(
     hostility: Hostility, rng: random.Random, ending: asyncio.Event, *, pause: tuple[float, float],
-    told: Callable[[str], None],
+    on_error: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Lets it happen at random moments until the end; ``told`` hears what the tenant's own calls run into."""
+    """Makes the trouble happen at random moments until the end. ``on_error`` gets errors of the tenant's own calls."""
     hostility.tenant.rng = rng
     while not await wait_for(ending, rng.uniform(*pause)):
         try:
             async with hostility.happen():
                 await wait_for(ending, rng.uniform(*hostility.seconds))
         except psycopg.Error as error:
-            told(f"{hostility.name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            on_error(f"{hostility.name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
 async def wait_for(ending: asyncio.Event, seconds: float) -> bool:
-    """Waits for the end, at most so long; whether it has come."""
+    """Waits for the end, at most this long; returns whether it has come."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await ending.wait()
@@ -91,18 +91,18 @@ class Friendly(Hostility):
 
 
 class OpenTransaction(Hostility):
-    """A transaction that has done something and stays open."""
+    """A transaction that does something and stays open."""
 
     async def before(self) -> list[str]:
         """The tenant's upload; the images that the transaction is about."""
         return await self.tenant.upload(self.images)
 
     async def do(self, connection: psycopg.AsyncConnection[Any], assets: list[str]) -> bool:
-        """What the transaction does; whether it did anything."""
+        """The work of the transaction; returns whether it did anything."""
         raise NotImplementedError
 
     def commits(self) -> bool:
-        """Whether it is committed in the end."""
+        """Whether it is committed at the end."""
         return False
 
     @contextlib.asynccontextmanager
@@ -116,7 +116,7 @@ class OpenTransaction(Hostility):
         self.ended(assets, committed=commits)
 
     def ended(self, assets: list[str], *, committed: bool) -> None:
-        """The transaction has ended."""
+        """Called after the transaction has ended."""
 
 
 class HeldRow(OpenTransaction):
@@ -190,7 +190,7 @@ class OpenCancel(OpenTransaction):
 
 
 class OpenRateLimit(OpenTransaction):
-    """The project's server asks for the allowance of a workspace and does not commit."""
+    """The project's server takes the allowance of a workspace and does not commit."""
 
     name = "check_rate_limit in an open transaction"
 
@@ -231,7 +231,7 @@ class WholeTable(Hostility):
 
 
 class Vanishing(Hostility):
-    """What happens to rows while their images are being tagged."""
+    """Changes rows while their images are being tagged."""
 
     images = 8
 
@@ -245,7 +245,7 @@ class Vanishing(Hostility):
         yield
 
     async def change(self, asset: str) -> None:
-        """What happens to one row."""
+        """Changes one row."""
         raise NotImplementedError
 
 
@@ -304,7 +304,7 @@ class Replaced(Vanishing):
 
 
 class SmallTimeouts(Hostility):
-    """The workers' login has settings of the project that are smaller than some statements take."""
+    """The project sets timeouts for the workers' login that are too short for some statements."""
 
     name = "statement_timeout and lock_timeout of the login are small"
     _since: tuple[Any, ...] | None = None
@@ -341,7 +341,7 @@ class SmallTimeouts(Hostility):
 
 
 class SilentTopic(Hostility):
-    """realtime.send raises for the workspace's topic, as where today's partition is missing."""
+    """realtime.send raises an error for the workspace's topic, as it does if today's partition is missing."""
 
     name = "realtime.send raises"
     _before: int | None = None

@@ -32,7 +32,7 @@ from lab.pictures import draw
 from lab.postgres import LocalPostgres
 from lab.stack import Member, Stack
 
-#: Small uploads take every way: single calls, chunks, one batch, several batches.
+#: Settings with which small uploads use every strategy: single calls, chunks, one batch, several batches.
 UPLOADS = (2, 4, 9, 24)
 SETTINGS = {
     "realtime_max_images": 2, "chunk_max_images": 5, "batch_max_images": 12, "batch_split_images": 12,
@@ -42,15 +42,15 @@ SETTINGS = {
     "batch_batches_per_hour": 100_000, "batch_images_per_hour": 10_000_000, "broadcast_interval": "0.2 s",
     "upload_quiet": "0.3 s", "upload_longest": "3 s",
 }  # fmt: skip
-SLOTS = 4  # of each worker: so many answers can die with it
+SLOTS = 4  # slots of each worker: this many answers can be lost with it
 KILLS_PER_ROUND = 10
 NEIGHBOURS_AT_ONCE, NEIGHBOUR_FILES = 6, 14
-MOST_IMAGES = 100  # uploaded by a neighbour each time
+MAX_IMAGES = 100  # uploaded by a neighbour each time
 FAULTS_AT_ONCE = 4
-LIFE = 5.0  # seconds a worker has to reach its point before it is killed wherever it is
-HEARING = 10.0  # seconds that the last broadcast may take to the client
+LIFE = 5.0  # seconds that a worker has to reach its point; then it is killed wherever it is
+HEARING = 10.0  # seconds that the last broadcast may take to reach the client
 ROUND_END = 90.0  # seconds that healthy workers may take to end a round
-TICK = 0.3  # seconds between ticks, in place of pg_cron's minute
+TICK = 0.3  # seconds between ticks, instead of pg_cron's minute
 
 FAULTS = (
     Fault(cut=True, times=2),
@@ -122,7 +122,7 @@ class Chaos:
         self._log = Path(tempfile.mkdtemp(prefix="autotag-chaos-")) / "workers.log"
 
     def _endless_dooms(self) -> Iterator[str | None]:
-        """Every point in a random order, with deaths at any time in between, again and again."""
+        """Yields all points in random order and again from the start, mixed with deaths at random times."""
         while True:
             points: list[str | None] = [*self._points]
             points += [None] * (len(points) // 4)
@@ -130,14 +130,19 @@ class Chaos:
             yield from points
 
     async def run(
-        self, *, kills: int, until: float | None = None, told: Callable[[str], None] = print, neighbours: bool = True
+        self,
+        *,
+        kills: int,
+        until: float | None = None,
+        on_progress: Callable[[str], None] = print,
+        neighbours: bool = True,
     ) -> Report:
-        """Rounds until so many workers have died (and until a moment of `time.monotonic`).
+        """Runs rounds until this many workers have died, and at least until a time of `time.monotonic`.
 
         Args:
             kills: workers that have to die.
-            until: the earliest end.
-            told: hears of every round.
+            until: the earliest time to end.
+            on_progress: called after every round.
             neighbours: whether hostile tenants share the database.
         """
         self._stack.configure(**SETTINGS)
@@ -153,14 +158,14 @@ class Chaos:
             await around.enter_async_context(self._ticks())
             while self.report.kills < kills or (until is not None and time.monotonic() < until):
                 await self._round(forks)
-                told(str(self.report))
+                on_progress(str(self.report))
                 if self.report.violations:
-                    told(f"the workers' log: {self._log}")
+                    on_progress(f"the workers' log: {self._log}")
                     break
         return self.report
 
     async def _round(self, forks: Forks) -> None:
-        """Uploads under doomed workers, then healthy ones to the end, then the auditor."""
+        """Uploads with doomed workers, then healthy workers until everything has ended, then the auditor."""
         self.report.rounds += 1
         restart_after = self._random.randrange(KILLS_PER_ROUND) if self.report.rounds % 2 == 0 else None
         last = self.report.kills + KILLS_PER_ROUND
@@ -193,7 +198,7 @@ class Chaos:
         self.report.violations += compare_books(books)
 
     def _read_books(self) -> Books:
-        """The books, with what the neighbours have uploaded."""
+        """Reads the records, including the neighbours' uploads."""
         ledger = self._project.ledger if self._project else Ledger()
         books = read_books(
             self._stack, self._truth | ledger.truth, self._heard, may_be_lost=self._may_be_lost(),
@@ -203,29 +208,30 @@ class Chaos:
         return books
 
     async def _move_in(self, project: Project) -> None:
-        """Makes the hostile tenants, one of each kind that does not flood a provider with the limits of tier 1."""
+        """Creates the hostile tenants, one of each kind that does not flood a provider with tier 1's limits."""
         self._project = project
         pictures = draw(1000, seed=3, shrink=6)
         for kind in ALL_KINDS:
-            if kind.images < MOST_IMAGES:
+            if kind.images < MAX_IMAGES:
                 tenant = Tenant(project, random.Random(self._random.random()))
                 await tenant.store(list(islice(pictures, NEIGHBOUR_FILES)))
                 self._neighbours.append(kind(tenant))
                 await self._neighbours[-1].install()
 
     def _make_trouble(self, ending: asyncio.Event) -> list[asyncio.Task[None]]:
-        """Some of the neighbours until the end."""
+        """Runs some of the neighbours until the end."""
         some = self._random.sample(self._neighbours, min(NEIGHBOURS_AT_ONCE, len(self._neighbours)))
         self.report.hostilities |= {hostility.name for hostility in some}
         return [
             asyncio.create_task(
-                happen_often(hostility, hostility.tenant.rng, ending, pause=(0.0, 3.0), told=lambda _: None)
+                happen_often(hostility, hostility.tenant.rng, ending, pause=(0.0, 3.0), on_error=lambda _: None)
             )
             for hostility in some
         ]
 
     def _may_be_lost(self) -> int:
-        """Single answers that can have died unreported: a worker's slots for each death, and what was cut off."""
+        """The number of single answers that may have been lost: a worker's slots for each death, plus cut
+        connections."""
         return SLOTS * self.report.kills + 2 * self.report.faults
 
     # -- workers
@@ -238,7 +244,7 @@ class Chaos:
 
     @contextlib.asynccontextmanager
     async def _worker(self, forks: Forks, point: str | None = None) -> AsyncIterator[Forked]:
-        """A worker until the end of the context, doomed to a point or to none."""
+        """Runs a worker until the end of the context, with or without a point at which it dies."""
         worker = await forks.start(self._environment(), self._log, point)
         try:
             yield worker
@@ -247,7 +253,7 @@ class Chaos:
             await worker.wait()
 
     async def _die_often(self, forks: Forks, last: int) -> None:
-        """One worker after the other, each with its own end."""
+        """Runs one worker after another, each with its own point."""
         while self.report.kills < last:
             point = next(self._dooms)
             life = LIFE if point else self._random.uniform(1, LIFE)
@@ -263,13 +269,13 @@ class Chaos:
                 self.report.kills += 1
 
     async def _finish(self, forks: Forks) -> None:
-        """Two healthy workers until everything has ended and no file is left."""
+        """Runs two healthy workers until everything has ended and no file is left."""
         async with self._worker(forks) as one, self._worker(forks) as two:
             deadline = time.monotonic() + ROUND_END
             while await self._live() or self._stack.simulator.files:
                 await asyncio.sleep(0.1)
                 if time.monotonic() > deadline:
-                    break  # the auditor says what is missing
+                    break  # the auditor reports what is missing
             for worker in (one, two):
                 worker.send_signal(signal.SIGTERM)
             for worker in (one, two):
@@ -288,7 +294,7 @@ class Chaos:
                 self._files[member].append((path, drawing.tags))
 
     def _upload(self) -> None:
-        """One upload of each size, by two workspaces in turn; tried again while the database is away."""
+        """Makes one upload of each size, by two workspaces in turn; retries while the database is unreachable."""
         for number, size in enumerate(UPLOADS):
             member, files = list(self._files.items())[number % 2]
             chosen = self._random.sample(files, size)
@@ -315,7 +321,7 @@ class Chaos:
     # -- around it
 
     async def _live(self, *, of_ours: bool = False) -> bool:
-        """Whether any upload has not ended, or any of ours, which are not the neighbours'."""
+        """Whether any upload has not ended; or any of our own, without the neighbours'."""
         ours = [member.workspace for member in self._files] if of_ours else None
 
         def ask() -> bool:
@@ -335,7 +341,7 @@ class Chaos:
         return await asyncio.to_thread(ask)
 
     def _ticks(self) -> contextlib.AbstractAsyncContextManager[None]:
-        """The scheduler's part, more often than it would."""
+        """Does the scheduler's work, more often than the scheduler would."""
 
         def tick() -> None:
             with self._owner.transaction() as owner:

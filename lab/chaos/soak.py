@@ -1,5 +1,6 @@
-"""A long run: uploads without a break, a worker that is never restarted beside one that is all the time, faults of the
-provider, housekeeping. Whether memory and tables stay as they are, and whether everything is tagged in the end."""
+"""A long run with uploads without a pause, faults of the provider and housekeeping. One worker is never restarted,
+another one all the time. Checks whether memory and tables keep their size, and whether everything is tagged at the
+end."""
 
 from __future__ import annotations
 
@@ -13,16 +14,16 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from lab.chaos.forks import Forks, fork_server
-from lab.chaos.run import SETTINGS, Chaos
+from lab.chaos.run import ROUND_END, SETTINGS, Chaos
 from lab.machine import memory
 from lab.stack import worker_process
 
-KEEP = 10.0  # seconds: finished uploads are kept: a month's retention in a sixth of a minute
-HOUSEKEEPING = 5.0  # seconds: a day's
+KEEP = 10.0  # seconds that finished uploads are kept, instead of a month
+HOUSEKEEPING = 5.0  # seconds between two runs, instead of a day
 RESTART = 4.0  # seconds that the other worker lives
 FAULTS_EVERY = 4.0  # seconds
 SAMPLE = 1.0  # seconds
-MOST_LIVE = 4  # uploads of each size under way
+MAX_LIVE = 4  # max uploads of each size in progress
 SIZES = """
     select coalesce(sum(pg_total_relation_size(c.oid)), 0)::bigint from pg_class c
     where c.relkind = 'r' and c.relnamespace = 'autotag'::regnamespace"""
@@ -30,7 +31,7 @@ SIZES = """
 
 @dataclass
 class Lived:
-    """What was seen."""
+    """The measurements."""
 
     uploads: int = 0
     images: int = 0
@@ -41,35 +42,56 @@ class Lived:
     tables: list[float] = field(default_factory=list)  # megabytes of autotag's tables with their indexes
 
 
+@dataclass(frozen=True)
+class Least:
+    """The minimum that a short run must show."""
+
+    restarts: int = 0
+    faults: int = 0
+    images: int = 0
+
+    def reached(self, lived: Lived, images: int) -> bool:
+        return lived.restarts >= self.restarts and lived.faults >= self.faults and images >= self.images
+
+
 class Soak(Chaos):
     """One stack for a long time."""
 
-    async def live(self, seconds: float, told: Callable[[str], None], pause: float = 0.1, pace: float = 1.0) -> Lived:
-        """So many seconds of it, and then as long as what is under way takes.
+    async def live(
+        self,
+        seconds: float,
+        on_progress: Callable[[str], None],
+        pause: float = 0.1,
+        pace: float = 1.0,
+        least: Least | None = None,
+    ) -> Lived:
+        """Runs for ``seconds``, then waits until everything in progress has ended.
 
         Args:
-            seconds: how long.
-            told: hears of it twice a minute.
-            pause: seconds between two rounds of uploads, at least.
+            seconds: how long, from when the steady worker has tagged its first upload.
+            on_progress: called with the progress twice a minute.
+            pause: min seconds between two rounds of uploads.
             pace: how many times faster than usual restarts, faults and housekeeping follow each other.
+            least: the minimum that must have happened before the end, however long that takes on a busy machine.
         """
-        lived = Lived()
+        lived, least = Lived(), least or Least()
         self._stack.configure(**SETTINGS | {"keep_finished": timedelta(seconds=KEEP / pace)})
         self._lift_daily_limit()
         plan = self._stack.simulator.plan
         plan.latency, plan.batch_latency = (0.01, 0.1), (0.3, 0.8)
         await self._store_pictures()
-        until = time.monotonic() + seconds
         async with self._ticks(), fork_server() as forks, self._steady() as steady:
+            await self._warm_up()
+            until = time.monotonic() + seconds
             around = (
                 self._restart(forks, lived, pace),
                 self._trouble(lived, pace),
                 self._keep_house(pace),
-                self._sample(steady.pid, lived, told, pace),
+                self._sample(steady.pid, lived, on_progress, pace),
             )
             helpers = [asyncio.create_task(work) for work in around]
-            while time.monotonic() < until:
-                if await asyncio.to_thread(self._count_live) < MOST_LIVE:
+            while time.monotonic() < until or not least.reached(lived, len(self._truth)):
+                if await asyncio.to_thread(self._count_live) < MAX_LIVE:
                     await asyncio.to_thread(self._upload)
                     lived.uploads += 1
                 await asyncio.sleep(pause)
@@ -85,8 +107,18 @@ class Soak(Chaos):
         self._owner.close()
         return lived
 
+    async def _warm_up(self) -> None:
+        """Makes one upload, which the steady worker tags alone. Before that, its memory would only show its imports."""
+        await asyncio.to_thread(self._upload)
+        deadline = time.monotonic() + ROUND_END
+        while await asyncio.to_thread(self._count_live):
+            await asyncio.sleep(0.1)
+            if time.monotonic() > deadline:
+                break  # missing images are reported at the end
+
     def _lift_daily_limit(self) -> None:
-        """An hour of this makes more than tier 1's 10,000 single calls a day: the rest would wait for tomorrow."""
+        """Removes the daily limit. In an hour, the run makes more than tier 1's 10,000 single calls a day, and the rest
+        would wait until tomorrow."""
         self._stack.simulator.limits.day = None
         with self._owner.transaction() as owner:
             owner.execute("update autotag.provider_limits set requests_per_day = null")
@@ -132,13 +164,13 @@ class Soak(Chaos):
             await asyncio.sleep(HOUSEKEEPING / pace)
             await asyncio.to_thread(self._execute, "select autotag.housekeeping()")
 
-    async def _sample(self, pid: int, lived: Lived, told: Callable[[str], None], pace: float) -> None:
+    async def _sample(self, pid: int, lived: Lived, on_progress: Callable[[str], None], pace: float) -> None:
         for number in itertools.count():
             await asyncio.sleep(SAMPLE / pace)
             lived.memory.append(memory(pid, "VmRSS"))
             lived.tables.append(await asyncio.to_thread(self._execute, SIZES) / 1e6)
             if number % 30 == 29:
-                told(
+                on_progress(
                     f"{lived.uploads} rounds of uploads, {lived.restarts} restarts, {lived.faults} faults;"
                     f" the worker has {lived.memory[-1]:.0f} MB, the tables {lived.tables[-1]:.1f} MB"
                 )
@@ -150,7 +182,7 @@ class Soak(Chaos):
 
 
 def growth(samples: list[float]) -> float:
-    """The median of the last quarter ÷ that of the second one (the first is the start)."""
+    """The median of the last quarter ÷ the median of the second quarter (the first one includes the start)."""
     quarter = max(len(samples) // 4, 1)
     early, late = sorted(samples[quarter : 2 * quarter]), sorted(samples[-quarter:])
     return late[len(late) // 2] / early[len(early) // 2]

@@ -1,7 +1,7 @@
-"""Workspaces that share one table, and a ledger of what each of their images should become.
+"""Workspaces that share one table, and a ledger of how each of their images should end.
 
-The ledger is kept by those who upload, delete and refuse images. The auditor compares it with the database and with the
-provider's request log, neither of which it is read from.
+The code that uploads, deletes and refuses images writes the ledger. The auditor compares it with the database and with
+the provider's request log, which are independent of it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from lab.openai_sim.limits import Limits
 from lab.pictures import Drawing
 from lab.stack import WORKER_ROLE, Member, Stack
 
-STATEMENT_TIMEOUT = 20_000  # milliseconds: a tenant that has locked itself out gives up
+STATEMENT_TIMEOUT = 20_000  # milliseconds, after which a tenant that has locked itself out gives up
 CONNECTIONS = 8
-TICK = 0.5  # seconds between ticks, in place of pg_cron's minute
+TICK = 0.5  # seconds between ticks, instead of pg_cron's minute
 UPLOADS_AT_ONCE = 8  # files
-#: An image whose insert or upload may not have happened.
+#: The possible ends of an image whose insert or upload may not have happened.
 UNSURE = frozenset({"gone", "untouched"})
 
-#: Uploads of every strategy that end within seconds.
+#: Settings with which uploads of every strategy end within seconds.
 SETTINGS = {
     "realtime_max_images": 5, "chunk_max_images": 12, "batch_max_images": 200, "batch_split_images": 100,
     "express_images": 5, "chunk_delay": "0.1 s", "retry_delay": "0.05 s", "retry_delay_max": "1 s",
@@ -41,8 +41,9 @@ SETTINGS = {
     "batch_batches_per_hour": 100_000, "batch_images_per_hour": 10_000_000, "broadcast_interval": "0.2 s",
     "upload_quiet": "0.3 s", "upload_longest": "3 s",
 }  # fmt: skip
-#: What the hostile tenants' host has: who is hostile at the moment, which images are refused, a table to write to,
-#: counters, a trigger of automatic mode for some workspaces, and a realtime.send() that raises for some topics.
+#: The objects in the hostile tenants' project: who is hostile at the moment, which images are refused, a table to write
+#: to, counters, a trigger of automatic mode for some workspaces, and a realtime.send() that raises errors for some
+#: topics.
 HOST = """
     create table public.hostile_now (workspace_id uuid primary key, silent boolean not null default false);
     create table public.hostile_images (asset_id uuid primary key, workspace_id uuid not null);
@@ -86,29 +87,29 @@ HOST = """
 
 @dataclass
 class Ledger:
-    """What was uploaded, and what each image should become (`lab.chaos.auditor`)."""
+    """The uploaded images, and how each of them should end (`lab.chaos.auditor`)."""
 
     truth: dict[str, frozenset[str]] = field(default_factory=dict)
     ends: dict[str, frozenset[str]] = field(default_factory=dict)
     pictures: Counter[frozenset[str]] = field(default_factory=Counter)
 
     def add(self, asset: str, picture: frozenset[str]) -> None:
-        """An image that is about to be inserted; until `expect`, it may not exist."""
+        """Adds an image that is about to be inserted. Until `expect`, it may not exist."""
         self.truth[asset] = picture
         self.pictures[picture] += 1
         self.ends[asset] = TAGGED | UNSURE
 
     def expect(self, assets: Iterable[str], ends: frozenset[str] = TAGGED) -> None:
-        """From now on these images have to end in one of these ways."""
+        """Notes that these images must end in one of these ways."""
         for asset in assets:
             self.ends[asset] = ends
 
     def forget(self, asset: str) -> None:
-        """Nobody knows which picture a row names."""
+        """Notes that it is unknown which picture a row names."""
         self.ends[asset] = ANYTHING
 
     def replace(self, asset: str, picture: frozenset[str]) -> None:
-        """A row names another picture now."""
+        """Notes that a row now names another picture."""
         self.truth[asset] = picture
         self.pictures[picture] += 1
 
@@ -122,13 +123,13 @@ class Project:
     ledger: Ledger = field(default_factory=Ledger)
 
     async def execute(self, statement: str, *arguments: object) -> list[tuple[Any, ...]]:
-        """One statement of the owner, in a transaction of its own."""
+        """Executes one statement as the owner, in its own transaction."""
         async with self.pool.connection() as connection:
             cursor = await connection.execute(statement.encode(), arguments)
             return await cursor.fetchall() if cursor.description else []
 
     async def live(self) -> int:
-        """Uploads, batches and collections of new rows that have not ended."""
+        """The number of uploads, batches and collections of new rows that have not ended."""
         [(count,)] = await self.execute("""
             select (select count(*) from autotag.jobs where finished_at is null)
               + (select count(*) from autotag.batches where state not in ('done', 'cancelled'))
@@ -136,19 +137,19 @@ class Project:
         return int(count)
 
     async def calm(self) -> None:
-        """Ends what a hostile tenant could not end, because the server was restarted."""
+        """Ends trouble that a hostile tenant could not end itself, because the server was restarted."""
         await self.execute("delete from public.hostile_now where workspace_id is not null")
         async with self.connect("supabase_admin") as admin:
             await admin.execute(f"alter role {WORKER_ROLE} reset all".encode())
             await admin.commit()
 
     def ticks(self) -> contextlib.AbstractAsyncContextManager[None]:
-        """The scheduler's part, more often than it would."""
+        """Does the scheduler's work, more often than the scheduler would."""
         return ticking(lambda: self.execute("select autotag.tick()"), TICK)
 
     @contextlib.asynccontextmanager
     async def connect(self, user: str = "postgres") -> AsyncIterator[psycopg.AsyncConnection[Any]]:
-        """A connection whose transaction stays open until its end: rolled back, unless it was committed."""
+        """A connection with an open transaction, which is rolled back at the end unless it was committed."""
         connection = await psycopg.AsyncConnection.connect(
             self.stack.database_url(user), options=f"-c statement_timeout={STATEMENT_TIMEOUT}"
         )
@@ -159,7 +160,7 @@ class Project:
 
 
 def widen(stack: Stack) -> None:
-    """Limits that nothing here meets, and uploads of every strategy that end within seconds."""
+    """Sets limits that nothing here reaches, and makes uploads of every strategy end within seconds."""
     with psycopg.connect(stack.database_url("supabase_admin"), autocommit=True) as admin:
         admin.execute("""
             update autotag.provider_limits set requests_per_minute = 100000, tokens_per_minute = 500000000,
@@ -241,7 +242,7 @@ class Tenant:
     async def enqueue(
         self, assets: Sequence[str], ends: frozenset[str] = TAGGED, *, as_server: bool = False
     ) -> dict[str, Any]:
-        """Makes an upload of images, which then have to end in one of these ways unless that is decided already."""
+        """Enqueues images, which must then end in one of these ways, unless the ledger already says how."""
         async with self.project.pool.connection() as connection, connection.transaction():
             if not as_server:
                 await self.act_as_member(connection)

@@ -1,4 +1,4 @@
-"""The scheduler's part, more often than pg_cron would do it."""
+"""Does the scheduler's work, more often than pg_cron would."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psycopg
 
 @contextlib.asynccontextmanager
 async def ticking(tick: Callable[[], Awaitable[object]], seconds: float) -> AsyncIterator[None]:
-    """Calls ``tick`` all the time, with pauses of ``seconds``. Errors of the database are part of the chaos."""
+    """Calls ``tick`` repeatedly, with pauses of ``seconds``. Errors of the database are expected here."""
 
     async def forever() -> None:
         while True:

@@ -29,7 +29,7 @@ from lab.edge.tokens import TokenError, bearer, verify
 
 
 class _Cors(CORSMiddleware):
-    """Everything is allowed, but resumable uploads have their own list of headers, which is shorter."""
+    """Allows everything, except that resumable uploads have their own, shorter list of headers."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "OPTIONS" and scope["path"].startswith(f"/storage/v1{PATH}"):
@@ -69,7 +69,7 @@ def make_edge(authenticator_url: str, owner_url: str, secret: str, files: Path, 
         return JSONResponse({"message": f"The local edge does not support {feature}.", "code": "LOCAL501"}, 501)
 
     async def user(request: Request) -> Response:
-        """``GET /auth/v1/user``: whose token it is. Servers ask it; nothing else of Auth is here."""
+        """``GET /auth/v1/user``: the user of a token, for servers. This is the only part of Auth that exists here."""
         try:
             claims = verify(secret, bearer(request.headers.get("authorization")))
         except TokenError as error:
@@ -99,7 +99,7 @@ def make_edge(authenticator_url: str, owner_url: str, secret: str, files: Path, 
 
 
 class Gateway:
-    """What stands before the services: while they are down, it answers everything itself."""
+    """The gateway before the services. While they are down, it answers all requests itself."""
 
     def __init__(self, app: ASGIApp, manners: Manners) -> None:
         self._app, self._manners = app, manners

@@ -1,4 +1,4 @@
-"""How Supabase's services behave beside answering: what a test or a bench can make the local edge do."""
+"""Special behaviour of Supabase's services that a test or benchmark can turn on in the local edge."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BAD_GATEWAY = "<html><head><title>502 Bad Gateway</title></head><body><center>ng
 
 @dataclass(eq=False)
 class Manners:
-    """Ways of the real services, each off by default. They may be changed while the edge runs.
+    """Behaviours of the real services, each off by default. They may be changed while the edge runs.
 
     Attributes:
         penalty: share of Realtime's delays before it refuses (2 s for a connection, 5 s for a join), 0 to 1.
@@ -34,10 +34,10 @@ class Manners:
     sockets: set[WebSocket] = field(default_factory=set, repr=False)
 
     def forget(self) -> None:
-        """The tenant has been quiet: the next join is its first."""
+        """Makes the next join count as the tenant's first, as after a quiet time."""
         self.reads_from = None
 
     async def go_down(self) -> None:
-        """An outage begins: open sockets end, and nothing gets in until `down` is set back."""
+        """Starts an outage: closes open sockets and refuses requests until `down` is reset."""
         self.down = True
         await asyncio.gather(*(socket.close(1012) for socket in list(self.sockets)), return_exceptions=True)

@@ -1,4 +1,4 @@
-"""The objects of Supabase Storage: their rows, their files, and how an upload becomes one, whichever way it came."""
+"""The objects of Supabase Storage: their rows and files, and how any kind of upload becomes an object."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class NewObject:
-    """What an upload makes an object of."""
+    """The properties of an object that an upload creates."""
 
     bucket: str
     path: str
@@ -62,14 +62,14 @@ class Objects:
         self._folder = folder
 
     def file(self, version: str) -> Path:
-        """Where the bytes of an object's version are."""
+        """The file of an object's version."""
         return self._folder / version
 
     async def bucket(self, name: str) -> Bucket:
-        """A bucket, whoever asks.
+        """A bucket, without a check of the caller.
 
         Raises:
-            StorageError: there is none.
+            StorageError: it does not exist.
         """
         async with as_caller(self._pool, {"role": "service_role"}) as connection:
             cursor = await connection.execute(
@@ -95,10 +95,10 @@ class Objects:
             raise StorageError("409", "Duplicate", "The resource already exists", "KeyAlreadyExists") from None
 
     async def complete(self, upload: NewObject) -> str:
-        """Makes a file that has arrived an object, with the service's rights, and returns its id.
+        """Creates the object of a complete file, with the service's rights, and returns its id.
 
-        As on the real server, the caller's rights were checked before the file arrived. If two uploads of one name were
-        under way, the last one replaces the other.
+        As on the real server, the caller's rights were checked before the file arrived. If two uploads of one name
+        overlap, the last one replaces the other.
         """
         async with as_caller(self._pool, {"role": "service_role"}) as connection:
             cursor = await connection.execute(

@@ -12,9 +12,9 @@ OPERATORS = {"eq": "=", "neq": "<>", "gt": ">", "gte": ">=", "lt": "<", "lte": "
 CONTAINERS = {"cs": "@>", "cd": "<@", "ov": "&&"}
 RESERVED = {"select", "order", "limit", "offset", "columns", "on_conflict"}
 LOGICAL = {"or", "and", "not.or", "not.and"}
-#: Rows of one answer at most, as in hosted projects (PostgREST's db-max-rows).
+#: Max rows of one answer, as in hosted projects (PostgREST's db-max-rows).
 MAX_ROWS = 1000
-DEEPEST = 50  # groups of conditions in each other
+DEEPEST = 50  # max depth of nested groups of conditions
 IDENTIFIER = re.compile(r"\w+", re.ASCII)
 
 
@@ -106,7 +106,7 @@ def _order(term: str, table: str | None) -> sql.Composable:
 
 
 def _group(query: Query, text: str, table: str | None, depth: int = 0) -> sql.Composable:
-    """The conditions of ``or(…)`` or ``and(…)``, which may have groups in them."""
+    """The conditions of ``or(…)`` or ``and(…)``, which may contain further groups."""
     head, _, rest = text.partition("(")
     if not rest.endswith(")") or depth > DEEPEST:
         raise RestError(400, "PGRST100", f'"failed to parse logic tree ({text[:60]})"')
@@ -124,7 +124,7 @@ def _group(query: Query, text: str, table: str | None, depth: int = 0) -> sql.Co
 
 
 def _parts(text: str) -> list[str]:
-    """Splits at the commas that are neither in quotes nor in brackets."""
+    """Splits at commas outside of quotes and brackets."""
     parts, depth, quoted, escaped = [""], 0, False, False
     for character in text:
         if character == "," and not depth and not quoted:
@@ -140,7 +140,7 @@ def _parts(text: str) -> list[str]:
 
 
 def _unquoted(value: str) -> str:
-    """A value without the quotes that it has in a group of conditions."""
+    """A value of a group of conditions, without its quotes."""
     return re.sub(r"\\(.)", r"\1", value[1:-1]) if len(value) > 1 and value[0] == value[-1] == '"' else value
 
 

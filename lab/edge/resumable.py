@@ -1,7 +1,7 @@
 """Resumable uploads to Supabase Storage: TUS 1.0.0 below ``/upload/resumable``, as its server (`@tus/server`) does.
 
-What has arrived of an upload is in the folder of the objects, beside a file that describes it; so an edge that starts
-anew goes on with it. The last byte makes it an object. Errors are plain text, with the real status.
+The received part of an upload is in the folder of the objects, next to a file that describes the upload, so a restarted
+edge can continue it. With the last byte, it becomes an object. Errors are plain text, with the real status.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ HEADERS = (
     " Upload-Defer-Length, Upload-Length, Upload-Metadata, Upload-Offset, X-HTTP-Method-Override, X-Requested-With,"
     " X-Forwarded-Host, X-Forwarded-Proto, Forwarded"
 )
-#: What Storage allows in addition.
+#: Headers that Storage allows in addition.
 MORE_HEADERS = "Authorization, X-Upsert, Upload-Expires, ApiKey, x-signature"
 
 
@@ -63,7 +63,7 @@ class _Upload:
     metadata: dict[str, str]
 
     def identify(self) -> str:
-        """The last part of its URL."""
+        """The last part of the upload's URL."""
         return base64.urlsafe_b64encode(f"{self.bucket}/{self.path}/{self.version}".encode()).decode().rstrip("=")
 
     def expires(self) -> dict[str, str]:
@@ -72,7 +72,7 @@ class _Upload:
 
 @dataclass
 class _Hold:
-    """The request that works on an upload. A newer one makes it stop, because its connection may be dead."""
+    """The request that is working on an upload. A newer request stops it, because its connection may be dead."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     wanted: asyncio.Event = field(default_factory=asyncio.Event)
@@ -119,7 +119,7 @@ class Resumable:
         except psycopg.errors.InsufficientPrivilege:
             return Response("new row violates row-level security policy", 403)
         except ClientDisconnect:
-            return Response()  # nobody reads it; what has arrived is kept
+            return Response()  # nobody reads this response; the received bytes are kept
 
     def _claims(self, request: Request) -> dict[str, Any]:
         return verify(self._secret, bearer(request.headers.get("authorization")))
@@ -166,15 +166,15 @@ class Resumable:
         return Response(status_code=201, headers=headers)
 
     async def _head(self, request: Request) -> Response:
-        """Needs a valid token and no rights, as on the real server."""
+        """Requires a valid token, but no rights, as on the real server."""
         self._claims(request)
         upload = self._find(request)
         async with self._hold(upload):
-            told = {
+            headers = {
                 "Cache-Control": "no-store", "Upload-Offset": str(self._offset(upload)),
                 "Upload-Length": str(upload.length), "Upload-Metadata": _written(upload.metadata),
             }  # fmt: skip
-        return Response(headers=told)
+        return Response(headers=headers)
 
     async def _patch(self, request: Request) -> Response:
         claims, upload = self._claims(request), self._find(request, expired=True)
@@ -209,8 +209,8 @@ class Resumable:
         """The upload of a URL.
 
         Raises:
-            StorageError: the URL is none of an upload.
-            TusError: there is no such upload (any more).
+            StorageError: this is not the URL of an upload.
+            TusError: the upload does not exist (any more).
         """
         name = request.path_params["id"]
         try:
@@ -242,7 +242,7 @@ class Resumable:
 
     @contextlib.asynccontextmanager
     async def _hold(self, upload: _Upload) -> AsyncIterator[asyncio.Event]:
-        """One request at a time works on an upload. A newer one sets the event that is yielded to the older one."""
+        """Lets one request at a time work on an upload. Yields an event, which a newer request sets."""
         hold = self._holds.setdefault(upload.version, _Hold())
         hold.wanted.set()
         async with hold.lock:
@@ -252,7 +252,8 @@ class Resumable:
     async def _receive(
         self, request: Request, claims: dict[str, Any], upload: _Upload, wanted: asyncio.Event
     ) -> dict[str, str]:
-        """Writes the body as it comes, until it ends or another request wants the upload: headers of the answer."""
+        """Writes the body as it arrives, until it ends or another request wants the upload. Returns the headers of the
+        answer."""
         room = upload.length - self._offset(upload)
         if int(request.headers.get("content-length", 0)) > room:
             raise TusError(413, "upload's size exceeded\n")
@@ -260,8 +261,8 @@ class Resumable:
             async for chunk in _until(request.stream(), wanted):
                 file.write(chunk[:room])
                 room -= min(len(chunk), room)
-        told = {"Upload-Offset": str(upload.length - room)}
-        return told | (upload.expires() if room else await self._finish(claims, upload))
+        headers = {"Upload-Offset": str(upload.length - room)}
+        return headers | (upload.expires() if room else await self._finish(claims, upload))
 
     async def _finish(self, claims: dict[str, Any], upload: _Upload) -> dict[str, str]:
         data = self._objects.file(upload.version).read_bytes()
@@ -273,7 +274,7 @@ class Resumable:
 
 
 async def _until(chunks: AsyncIterator[bytes], wanted: asyncio.Event) -> AsyncIterator[bytes]:
-    """The chunks that come before the event is set."""
+    """The chunks that arrive before the event is set."""
     stop = asyncio.ensure_future(wanted.wait())
     try:
         while True:
@@ -291,7 +292,7 @@ async def _until(chunks: AsyncIterator[bytes], wanted: asyncio.Event) -> AsyncIt
 
 
 def _check_headers(request: Request) -> None:
-    """What the server checks before anything else."""
+    """The checks that the server makes before anything else."""
     headers = request.headers
     if "tus-resumable" not in headers:
         raise TusError(412, "Tus-Resumable Required\n")
@@ -335,7 +336,7 @@ def _kind(upload: _Upload) -> str:
 
 
 def _user_metadata(upload: _Upload) -> dict[str, Any] | None:
-    """The JSON object in the field `metadata`; what is none counts as missing."""
+    """The JSON object in the field `metadata`. Any other value counts as missing."""
     with contextlib.suppress(ValueError):
         parsed = json.loads(upload.metadata.get("metadata", ""))
         return parsed if isinstance(parsed, dict) else None

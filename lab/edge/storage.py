@@ -92,7 +92,7 @@ class Storage:
         return await self._row(claims, bucket, path)
 
     async def _row(self, claims: dict[str, Any], bucket: str, path: str) -> dict[str, Any]:
-        """The same for a bucket that exists."""
+        """The row of an object in an existing bucket."""
         async with as_caller(self._pool, claims) as connection:
             cursor = await connection.execute(
                 "select id::text, version, metadata, created_at, updated_at from storage.objects"
@@ -176,7 +176,8 @@ class Storage:
         return self._send(stored, stored["metadata"]["cacheControl"])
 
     async def _render(self, request: Request) -> Response:
-        """A scaled image, by the project's image transformations. One that may not be seen seems not to exist."""
+        """A scaled image, as the project's image transformations make it. If the caller may not see it, it seems not to
+        exist."""
         claims = self._claims(request)
         bucket, path = request.path_params["bucket"], request.path_params["path"]
         stored = await self._object(claims, bucket, path)

@@ -179,6 +179,7 @@ class Simulator:
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
         try:
             await asyncio.sleep(self.rng.uniform(*self.plan.latency))
+            await self.plan.until_answers()
         finally:
             self.in_flight -= 1
             entry["done"] = time.time()

@@ -138,6 +138,7 @@ class Batches:
         for i, line in enumerate(lines):
             if batch["status"] == "cancelling" or i >= last:
                 break
+            await plan.until_answers()
             succeeded, answer = await self._answer(batch, line)
             (output if succeeded else errors).append(json.dumps(answer))
             batch["request_counts"]["completed" if succeeded else "failed"] += 1

@@ -14,8 +14,8 @@ from typing import Literal
 QUANTISED_ABOVE = 3000  # requests a minute
 DAY = 86_400.0  # seconds
 
-#: What ``x-ratelimit-…-requests`` counts where there is a limit per day: the day (OpenAI's tier 1, Groq), the minute
-#: (the day's limit is not told), both (SambaNova: the day as ``…-requests-day``), or one after the other (gateways).
+#: What ``x-ratelimit-…-requests`` counts if there is a daily limit: the day (OpenAI's tier 1, Groq), the minute (the
+#: daily limit is not reported), both (SambaNova: the day as ``…-requests-day``), or one after the other (gateways).
 RequestHeaders = Literal["day", "minute", "both", "alternating"]
 
 

@@ -40,8 +40,8 @@ class Model:
     efforts: tuple[str, ...] = ()  # reasoning efforts; empty: the model does not reason
     default_effort: str | None = None  # the effort of a request that sets none
     vision: bool = True
-    patch: Decimal | None = Decimal(1)  # tokens per 32-pixel patch of an image …
-    tile: tuple[int, int] | None = None  # … or tokens per image and per 512-pixel tile
+    patch: Decimal | None = Decimal(1)  # tokens per 32-pixel patch of an image; or:
+    tile: tuple[int, int] | None = None  # tokens per image and per 512-pixel tile
     prices: Prices | None = None
     shutdown_date: str | None = None  # YYYY-MM-DD
     tiers: frozenset[str] = frozenset()  # service tiers besides "default"

@@ -31,6 +31,7 @@ class Plan:
     requests_per_day: int | None = 10_000
     queued_batch_tokens: int = 2_000_000
     latency: tuple[float, float] = (0.05, 0.3)  # seconds, uniform
+    hold_answers: bool = False  # while set, no call and no line of a batch is answered
     batch_latency: tuple[float, float] = (2.0, 4.0)  # seconds from creation to completion, uniform
     batch_validation: float | None = None  # seconds in `validating`; None: a tenth of batch_latency
     batch_may_end: asyncio.Event | None = None  # a batch stays `cancelling` until it is set (OpenAI: up to ten minutes)
@@ -41,7 +42,7 @@ class Plan:
     #: reasoning tokens by effort, minimum and maximum; picture, effort and seed determine the number
     reasoning_tokens: dict[str, tuple[int, int]] = field(default_factory=REASONING_TOKENS.copy)
 
-    #: what pictures are tagged with instead of what is in them: gets the tags of a picture, returns others
+    #: replaces the tags of a picture by others
     tags: Callable[[tuple[str, ...]], tuple[str, ...]] | None = None
 
     # -- the account
@@ -56,7 +57,13 @@ class Plan:
     rate_headers: bool = True  # False: no x-ratelimit headers
     request_headers: RequestHeaders = "day"  # what the headers about requests count, if there is a limit per day
     response_formats: frozenset[str] = frozenset({"json_schema", "json_object", "text"})
-    token_parameters: frozenset[str] | None = None  # of max_completion_tokens and max_tokens; None: as the model does
+    # the supported ones of max_completion_tokens and max_tokens; None: as the model does
+    token_parameters: frozenset[str] | None = None
     effort_parameter: bool | None = None  # whether reasoning_effort is supported; None: as the model does
     detail_parameter: bool = True  # whether image_url.detail is supported
     vision: bool = True  # False: no model accepts images; the error is LM Studio's
+
+    async def until_answers(self) -> None:
+        """Waits while answers are held."""
+        while self.hold_answers:  # noqa: ASYNC110 - tests set it from other threads, too
+            await asyncio.sleep(0.02)

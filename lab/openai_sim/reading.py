@@ -1,6 +1,6 @@
-"""Reads small text and thin lines in a picture of which it is known where they are.
+"""Reads small text and thin lines at known places in a picture.
 
-It stands in for a model's eye: the more a picture was blurred or lost its lines when it was scaled, the less it reads.
+It simulates how well a model sees: the more a picture was blurred by scaling, or lost lines, the less it can read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Vector = tuple[float, ...]
 
 
 def read(image: Image.Image, scene: Scene) -> int:
-    """How many letters and places on the ruler are recognised in a picture of this scene, whatever its size."""
+    """The number of letters and of places on the ruler that are recognised in a picture of this scene, in any size."""
     grey = image.convert("L")
     letters = sum(_letter(_cell(grey, box, scene), box) == letter for letter, box in scene.letters)
     return letters + sum(seen == there for seen, there in zip(_lines(grey, scene), scene.lines, strict=True))

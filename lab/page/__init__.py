@@ -1,4 +1,4 @@
-"""The demo's page: a gallery in plain HTML, CSS and JavaScript, with supabase-js and tus-js-client as they are."""
+"""The demo's page: a gallery in plain HTML, CSS and JavaScript, with unmodified supabase-js and tus-js-client."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.staticfiles import StaticFiles
 from lab.stack import Member, Stack
 
 HERE = Path(__file__).parent
-#: Where npm has the libraries. If a file does not exist, the page loads it from the CDN.
+#: The files of the libraries in node_modules. If a file does not exist, the page loads it from the CDN.
 PACKAGES, CDN = HERE.parents[1] / "node_modules", "https://cdn.jsdelivr.net/npm"
 LIBRARIES = {
     "/supabase.js": ("@supabase/supabase-js", "2", "dist/umd/supabase.js"),

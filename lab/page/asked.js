@@ -1,4 +1,4 @@
-// What the images of the workspace are asked: its vocabulary and its profile. Members see them, editors change them
+// The workspace's vocabulary and profile, which every request uses. Members see them, editors change them
 // (docs/vocabulary.md, docs/profiles.md).
 import { $, element, showError, supabase, workspace } from './client.js'
 
@@ -16,7 +16,7 @@ async function call(name, given = {}) {
   throw error
 }
 
-/** Reads both, and shows them to members. Of others the database refuses both calls. */
+/** Reads both, and shows them to members. The database refuses these calls to anybody else. */
 export async function refreshAsked() {
   try {
     [vocabulary, profile] = await Promise.all([call('tagging_vocabulary'), call('tagging_profile')])
@@ -59,19 +59,19 @@ function showWord({ tag, aliases, description, parent, general }) {
   return line
 }
 
-/** Runs a change, reads again, and says that it is done. */
+/** Makes a change, reads both again, and says that the change is saved. */
 async function saved(change, said) {
   try {
     await change()
   } catch {
-    return false // it is shown
+    return false // the error is shown
   }
   await refreshAsked()
   $('asked-said').textContent = said
   return true
 }
 
-/** The profile as the form has it; what is empty is as by default. */
+/** The profile in the form. Empty fields have their defaults. */
 const written = () => ({
   instructions: $('instructions').value.trim(),
   language: $('language').value.trim() || null,
@@ -81,7 +81,7 @@ const written = () => ({
 
 function showProfile() {
   const form = $('profile')
-  if (form.dirty) return // somebody is writing
+  if (form.dirty) return // the user is editing it
   filled = profile
   for (const [id, value] of Object.entries({
     instructions: profile.instructions, language: profile.language, 'tag-count': profile.tag_count, mode: profile.vocabulary_mode,
@@ -94,7 +94,7 @@ function showProfile() {
 $('profile').oninput = () => { $('profile').dirty = true }
 $('profile').onsubmit = async (event) => {
   event.preventDefault()
-  // Only what this person has changed is sent: the rest may have been changed by another one meanwhile.
+  // Send only what this person has changed, because somebody else may have changed the rest meanwhile.
   const changes = Object.fromEntries(Object.entries(written()).filter(([name, value]) => value !== (filled[name] ?? null)))
   await saved(async () => {
     await call('set_tagging_profile', { profile: changes })

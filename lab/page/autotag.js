@@ -53,7 +53,7 @@ const LONGEST_DELAY = 3e4;
 const STEADY = 1e4;
 const TOKEN_LIMIT = 1e4;
 const PROVIDER = "The provider of the access token";
-const MOST_JOBS = 1e3;
+const MAX_JOBS = 1e3;
 const LONG_HIDDEN = 3e4;
 const own = new WeakSet();
 function userOf(token) {
@@ -177,28 +177,28 @@ var Live = class {
 	}
 	#deliver({ event, payload }) {
 		if (!payload || typeof payload !== "object") return;
-		let told = payload;
-		const ids = told.asset_ids;
+		let message = payload;
+		const ids = message.asset_ids;
 		this.#listsIds ||= ids !== void 0;
-		if (ids != null && !(Array.isArray(ids) && ids.every(isId))) told = {
-			...told,
+		if (ids != null && !(Array.isArray(ids) && ids.every(isId))) message = {
+			...message,
 			asset_ids: null,
 			many: true
 		};
-		const counts = event.startsWith("job-") && typeof told.job_id === "string" && this.#isNewest(event, told);
+		const counts = event.startsWith("job-") && typeof message.job_id === "string" && this.#isNewest(event, message);
 		this.#tell((listener) => {
-			if (event === "job-progress" && counts) listener.onProgress?.(told);
-			else if (event === "job-complete" && counts) listener.onJobComplete?.(told);
-			else if (event === "batch-complete") listener.onBatchComplete?.(told);
+			if (event === "job-progress" && counts) listener.onProgress?.(message);
+			else if (event === "job-complete" && counts) listener.onJobComplete?.(message);
+			else if (event === "batch-complete") listener.onBatchComplete?.(message);
 		});
-		if (told.asset_ids === void 0 && this.#listsIds && event === "batch-complete") return;
-		if (told.asset_ids?.length !== 0) this.changed(told.asset_ids ?? null, told.job_id ?? null);
+		if (message.asset_ids === void 0 && this.#listsIds && event === "batch-complete") return;
+		if (message.asset_ids?.length !== 0) this.changed(message.asset_ids ?? null, message.job_id ?? null);
 	}
 	#isNewest(event, { job_id, completed, failed }) {
 		const count = event === "job-complete" ? 1e400 : completed + failed;
 		if (count < this.#counted.get(job_id)) return false;
 		this.#counted.set(job_id, count);
-		if (this.#counted.size > MOST_JOBS) this.#counted.delete(this.#counted.keys().next().value);
+		if (this.#counted.size > MAX_JOBS) this.#counted.delete(this.#counted.keys().next().value);
 		return true;
 	}
 	#tell(say) {

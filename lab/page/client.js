@@ -1,4 +1,4 @@
-// What every part of the page needs: the client, who looks, and how errors are shown.
+// What every part of the page needs: the client, the user, and how to show errors.
 // The address has the workspace and the member's JWT: #workspace=…&token=…. /config.json has the project's URL and key.
 
 import { createAutotag } from './autotag.js'
@@ -12,7 +12,7 @@ export const autotag = createAutotag(supabase, { workspaceId: workspace })
 
 export const $ = (id) => document.getElementById(id)
 
-/** A new element. Text of users and models only ever becomes text. */
+/** Makes an element. Text of users and models is never read as HTML. */
 export function element(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties)
   made.append(...children)

@@ -4,10 +4,10 @@ import { refreshAsked } from './asked.js'
 import { describeEta, describeStage, oneAtATime } from './autotag.js'
 import { $, autotag, element, showError, supabase, token, workspace } from './client.js'
 import { COLUMNS, makeEditable, showTags } from './tags.js'
-import { uploading, uploadPhotos } from './upload-list.js'
+import { PAUSE, uploading, uploadPhotos } from './upload-list.js'
 
 const MAX_SHOWN = 500 // images; the newest ones
-const MOST_IDS = 100 // in an address
+const MAX_IDS = 100 // in an address
 const WITH_BAR = ['submitted', 'processing', 'completing']
 const jobs = new Map() // uploads of this window and those announced by broadcasts, by job id
 const assets = new Map() // rows by id, which is a number or text, as the project's keys are
@@ -50,7 +50,7 @@ const doneOf = (job) => (job?.completed ?? 0) + (job?.failed ?? 0)
 
 function showJob(job) {
   const known = jobs.get(job.job_id)
-  const current = doneOf(job) < doneOf(known) ? { ...job, ...known } : { ...known, ...job } // a message may have overtaken an answer
+  const current = doneOf(job) < doneOf(known) ? { ...job, ...known } : { ...known, ...job } // a broadcast may arrive before the reply to an older request
   jobs.set(job.job_id, current)
   let item = document.querySelector(`[data-job="${job.job_id}"]`)
   if (!item) {
@@ -77,7 +77,7 @@ function showJob(job) {
 
 /** Fetches these rows, or (null) all that are shown. */
 export const refresh = oneAtATime(async (changed, signal) => {
-  const ids = changed && changed.length <= MOST_IDS ? changed : null
+  const ids = changed && changed.length <= MAX_IDS ? changed : null
   const query = supabase.from('assets').select(COLUMNS).eq('workspace_id', workspace).order('created_at', { ascending: false }).limit(MAX_SHOWN).abortSignal(signal)
   const { data, error } = await (ids ? query.in('id', ids) : query)
   if (error) return showError(error)
@@ -87,7 +87,7 @@ export const refresh = oneAtATime(async (changed, signal) => {
   await showPictures(missing)
 })
 
-/** Images that no upload has got as far as tagging: their window was closed. */
+/** Shows how many images were uploaded and never enqueued, because their window was closed. */
 function showUntagged() {
   const ids = [...assets.values()].filter((asset) => !asset.tagging_stage && !asset.tags).map((asset) => asset.id)
   $('untagged').hidden = !ids.length || uploading()
@@ -132,14 +132,19 @@ async function upload(files) {
   }
 }
 
-async function enqueue(ids) {
+/** Enqueues images, and tries again for as long as the connection is broken, like the upload before it. */
+async function enqueue(ids, again = false) {
   showError(null)
   try {
     const made = await autotag.enqueue(ids)
     if (made.image_count) showJob(made)
-    else showError({ message: 'Nothing to do: these images are being tagged, or were tagged a moment ago.', hint: 'Try again in a minute.' })
+    else if (!again) showError({ message: 'Nothing to do: these images are being tagged, or were tagged a moment ago.', hint: 'Try again in a minute.' })
   } catch (error) {
     showError(error)
+    if (error.code === 'network') {
+      await new Promise((resolve) => setTimeout(resolve, PAUSE))
+      return enqueue(ids, true) // what the lost call has enqueued is skipped
+    }
     await refresh(ids)
   }
 }
@@ -169,7 +174,7 @@ if (!workspace || !token) {
     onEnqueued: refresh,
     onSync() {
       refresh(null)
-      autotag.jobs({ onlyLive: true }).then((jobs) => jobs.forEach(showJob), () => {}) // otherwise with their next message
+      autotag.jobs({ onlyLive: true }).then((jobs) => jobs.forEach(showJob), () => {}) // if it fails, their next broadcast shows them
     },
     onProgress: showJob,
     onJobComplete(job) { showJob(job); refreshUsage() },

@@ -2,7 +2,7 @@
 import { $, element, showError, supabase } from './client.js'
 
 export const COLUMNS = 'id, storage_path, tagging_stage, tagging_progress, tagging_eta, tagging_error, tags, tagging_result'
-const ATTEMPTS = 5 // of one edit, each against the newest row
+const ATTEMPTS = 5 // at one edit, each with the newest row
 
 /** The form in which two tags are compared. */
 const key = (tag) => tag.normalize('NFC').toLowerCase().replace(/\s+/g, ' ').trim()
@@ -11,8 +11,8 @@ const key = (tag) => tag.normalize('NFC').toLowerCase().replace(/\s+/g, ' ').tri
 const literal = (tags) => `{${tags.map((tag) => tag === null ? 'null' : `"${tag.replace(/["\\]/g, '\\$&')}"`).join()}}`
 
 /**
- * Writes edit(tags), and returns the row as it is then. The update holds only for the list that was read: if a run or another window
- * has changed it meanwhile, the edit is made again, to the newer list. An edit that returns null changes nothing.
+ * Writes edit(tags), and returns the new row. The update applies only to the list that was read. If a run or another window has changed the
+ * list meanwhile, the edit is repeated with the newer list. An edit that returns null changes nothing.
  */
 export async function editTags(asset, edit) {
   let row = asset
@@ -47,7 +47,7 @@ function giver(tag, result) {
   return { by: 'autotag', short: `AI${percent}`, long: `given by autotag${percent && `, confidence${percent}`}` }
 }
 
-/** Makes a card's list of tags, if it has changed, so that the focus stays where it is. */
+/** Replaces a card's list of tags only if it has changed, so that the focus stays where it is. */
 export function showTags(item, asset, remove) {
   const list = item.querySelector('.tags')
   const tags = (asset.tags ?? []).filter((tag) => typeof tag === 'string')
@@ -67,7 +67,7 @@ export function showTags(item, asset, remove) {
   }))
 }
 
-/** Makes a new card's tags editable. `current` returns its newest row, `changed` gets the row after an edit. */
+/** Makes the tags of a new card editable. `current` returns its newest row; `changed` is called with the row after an edit. */
 export function makeEditable(item, current, changed) {
   const [form, input] = [item.querySelector('.add'), item.querySelector('.add input')]
   const edit = async (change, tag, said) => {

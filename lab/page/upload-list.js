@@ -1,10 +1,10 @@
-// The list of uploads: a line with a progress bar for each file. What it needs of the network is in upload.js.
+// The list of uploads: a line with a progress bar for each file. upload.js sends the files.
 import { $, config, supabase, token, workspace } from './client.js'
 import { storeFile } from './upload.js'
 
 const AT_ONCE = 3 // files
-const NAMES = 50 // paths in one request, whose address must not get too long
-const PAUSE = 2000 // milliseconds between two tries of a request
+const NAMES = 50 // paths in one request, because its URL must not get too long
+export const PAUSE = 2000 // milliseconds between two attempts at a request
 const storage = { url: config.url, key: config.anonKey, token: async () => token, bucket: 'assets', folder: workspace }
 const running = new Set() // selections that are being uploaded, each with its AbortController
 
@@ -82,8 +82,8 @@ async function storeLine(line, signal) {
 }
 
 /**
- * The ids of the rows of a selection. The database makes a file's row together with the file. A file without a row has not arrived
- * after all (Storage had all bytes and failed to make an object of them), or somebody has deleted its row.
+ * The ids of a selection's rows. The database inserts a file's row together with the file. If a file has no row, either it has not arrived
+ * after all (Storage received all bytes and then failed to create the object), or somebody has deleted the row.
  */
 async function findRows({ lines, stopping }) {
   const paths = () => [...new Set(lines.filter((line) => line.path).map((line) => line.path))]
@@ -107,7 +107,7 @@ async function rowsOf(paths) {
   return rows
 }
 
-/** The rows that a request returns; it is repeated while the connection is broken. */
+/** The rows that a request returns. The request is repeated while the connection is broken. */
 async function ask(query) {
   for (;;) {
     const { data, error, status } = await query()

@@ -1,11 +1,11 @@
-// Sends files to Storage so that a slow or breaking connection costs time and nothing else (docs/frontend.md, "Uploading on a bad
-// connection"). It uses tus-js-client, unmodified, and no part of the page.
+// Sends files to Storage so that a bad connection costs only time (docs/frontend.md, "Uploading on a bad connection").
+// It uses tus-js-client, unmodified, and no other part of the page.
 //
 // A file's name in Storage is the hash of its content. So the same photo has the same name, and Storage takes it once: after a double
 // click, in two windows, after a reload, and when the reply to the last request was lost.
 
 const CHUNK = 6 * 1024 * 1024 // bytes; Storage asks for exactly this
-const SMALL = 64 * 1024 // bytes; such a file goes along with the request that creates its upload, and is not worth resuming
+const SMALL = 64 * 1024 // bytes; such a file is sent in the request that creates its upload, and is not worth resuming
 const RETRY_DELAYS = [0, 1000, 2000, 5000, ...Array(10_000).fill(10_000)] // milliseconds; it never gives up while the page is open
 const STALLED = 60_000 // milliseconds without a byte: the connection is dead, even if the browser does not know yet
 
@@ -35,23 +35,23 @@ async function hash(file) {
 }
 
 /**
- * Sends one file; it tries for as long as the page is open.
+ * Sends one file, and tries again for as long as the page is open.
  *
  * @param {File} file
  * @param {object} to {url: of the project, key: publishable or anon, token: async () => the user's JWT, bucket, folder}
- * @param {object} told {progress(share: 0 to 1), waiting(): the connection is broken, signal: ends the upload}
+ * @param {object} callbacks {progress(share: 0 to 1), waiting(): the connection is broken, signal: ends the upload}
  * @returns {Promise<{path: string, there: boolean}>} there: Storage had this file before
  * @throws {Error} with a message for people; an AbortError if the signal ended it
  */
-export async function storeFile(file, to, told) {
+export async function storeFile(file, to, callbacks) {
   let path
   try {
     path = `${to.folder}/${await hash(file)}${file.name.match(/\.\w{1,5}$/)?.[0].toLowerCase() ?? ''}`
   } catch (error) {
     throw new Error(explain(error))
   }
-  // Two windows share what they know of unfinished uploads; one of them at a time goes on with it.
-  return navigator.locks.request(`upload:${path}`, { signal: told.signal }, () => send(file, path, to, told))
+  // All windows see the same unfinished uploads. One window at a time continues an upload.
+  return navigator.locks.request(`upload:${path}`, { signal: callbacks.signal }, () => send(file, path, to, callbacks))
 }
 
 function send(file, path, to, { progress, waiting, signal }) {

@@ -10,29 +10,35 @@ set local client_min_messages = warning;  -- without a notice for each %type
 --   batch      It belongs to a *batch*, which is one OpenAI Batch. claim_batches() gives the whole batch to a worker, which
 --              builds and uploads the input file. When OpenAI has finished, a worker harvests the answers.
 --
--- Workers hold no state. They ask (claim, claim_batches), do the I/O, and report (report_stages, settle, batch_*). This schema
--- makes every decision. The files, in the order of supabase/config.toml:
+-- Workers keep no state that would be missed. They ask (claim, claim_batches), do the I/O, and report (report_stages, settle,
+-- batch_*). This schema makes every decision. Its files:
 --
 --   tables/       everything that is stored; settings has every number that can be changed
 --   host/         the host's tables for a stand-alone stack, and the adapter: everything that autotag knows of a host's tables
 --   basics/       the clock, checks of values from outside, who calls
+--   profiles/     what a workspace wants asked about its images, in versions, and what that costs in tokens
 --   models/       what a model costs, how it is asked, what its answers were like; another model asked (autotag compare)
---   uploads/      the strategy of an upload; enqueue, cancel, retry; quotas
+--   vocabulary/   the tags that a workspace uses: their names, and what becomes of a model's tags
+--   uploads/      the strategy of an upload; enqueue, cancel, retry; quotas; automatic mode; images that exist already
 --   scheduling/   exact windows per workspace, the mirror of the provider's bucket, leases, the release of single calls
 --   batches/      OpenAI Batches: planned, uploaded, polled, harvested
 --   results/      what a worker reports: tags, failures, requeued images; usage; broadcasts
 --   views/        stage, progress and ETA; status, metrics, what autotag doctor asks
 --   seed          the first rows of every installation
---   api_types, api, cron, version, grants    the public RPCs, tick and housekeeping, all rights
+--   api_types, api, cron, version, grants    the public RPCs and their types, tick and housekeeping, the version, all rights
+--   changes       steps for existing installations since the last release
 --
--- Locks. A workspace's tables, transactions, triggers and clock belong to its tenant; every tenant needs the provider row. So:
+-- supabase/config.toml has the order in which they run. docs/contributing/change-the-schema.md has the aliases of the tables.
+--
+-- Locks. A workspace's tables, transactions, triggers and clock belong to its tenant, but every tenant needs the provider row. So:
 --   * A transaction that holds the provider row never waits for a lock that a tenant's transaction can hold (skip locked), and never
 --     reads or writes the host's tables. claim() and claim_batches() begin with it; the others take it last.
---   * The host's rows are written one workspace at a time (finish, show), by transactions that hold nothing else that is shared, and
---     wait at most 50 ms for a lock. What cannot be written is kept (unstored) and tried again.
---   * queues and workspaces are written only under the provider row; enqueue_tagging inserts new queues, and takes advisory locks.
---   * The order within a transaction: advisory locks, jobs by id, batches by id, tasks by id, assets; windows and the provider row
---     last, or first. After the provider row come a worker's row and the clock.
+--   * The host's rows are written one workspace at a time (finish, show). Such a transaction holds nothing else that tenants share,
+--     and waits at most 50 ms for a lock. An outcome that cannot be written is kept (unstored) and tried again.
+--   * Only a transaction that holds the provider row updates queues or workspaces. (enqueue_tagging inserts new queues under an
+--     advisory lock.)
+--   * A transaction locks in this order: advisory locks, jobs by id, batches by id, tasks by id, assets. Windows and the provider
+--     row come last, or before all of these. A worker's row and the clock come after the provider row.
 
 -- Every function sets its search_path to pg_catalog, pg_temp (the adapter's functions have the host's schemas before pg_temp),
 -- and every name outside pg_catalog has its schema.
@@ -53,7 +59,7 @@ begin
 end $$;
 
 -- The database does not trust a worker. A stolen worker's login can call every function that is granted to it, with any
--- arguments. It can slow down and waste what its workers hold, and nothing else:
+-- arguments. These limits hold then:
 --   * A worker's id belongs to its login (session_user, which poolers keep). No login acts for the workers of another one, even
 --     if it learns their ids from status(). Workers of one login count as one.
 --   * A worker acts only on what it holds: tasks with their attempt, batches with theirs, and the poll of the provider that
@@ -61,12 +67,14 @@ end $$;
 --   * Reports are data. Counts, waits and sizes are cut to bounds (clean_number, clean_usage), shapes are validated
 --     (clean_result, clean_error), and texts are made printable. check_list refuses a report that is not a list or too long
 --     before any work is done. One bad report of many affects its own image only.
---   * What a worker reports of the provider (waits, limits, request form, Batch API) and of the account holds for every
---     workspace, because only workers see the provider. So a stolen login can pause tagging (an hour at most each time), slow it
---     down and make it dearer: missing features are tried again after model_check_interval, usage is believed up to
---     believable_usage(), and forget_provider() forgets all of it. It can also claim queued images and report anything about
---     them. When the login is revoked, its images are requeued as its leases run out.
---   * It reads what it claims, and what status(), metrics() and diagnose() return: counts, ids, and one path.
+-- A stolen login can do these things, and nothing else:
+--   * It can claim queued images and report anything about them. When the login is revoked, its images are requeued as its
+--     leases run out.
+--   * It can pause tagging (an hour at most each time), slow it down and make it dearer. A worker's report about the provider
+--     (waits, limits, request form, Batch API) or the account holds for every workspace, because only workers see the provider.
+--     Missing features are tried again after model_check_interval, usage is believed up to believable_usage(), and
+--     forget_provider() forgets all such reports.
+--   * It can read what it claims, and what status(), metrics() and diagnose() return: counts, ids, and one path.
 
 -- The kinds of error and their consequences. Python has the same table (autotag/errors.py); a test compares them.
 -- A kind that is not in this table is treated as transient: an unknown error neither fails an image at once nor makes it
@@ -120,10 +128,11 @@ create table autotag.settings (
   batch_images_per_hour integer not null default 5000 check (batch_images_per_hour > 0),
   -- single calls that would wait longer are sent in a batch instead, if that is expected to be done sooner
   realtime_max_wait interval not null default '10 min' check (realtime_max_wait > '0'),
-  -- how long newer uploads of its workspace may pass an upload whose single calls wait; uploads of more than chunk_max_images
-  -- images can be passed for longer, in proportion
+  -- how long newer uploads of the same workspace may pass an upload whose single calls wait; for uploads of more than
+  -- chunk_max_images images, longer in proportion
   upload_patience interval not null default '2 min' check (upload_patience >= '0'),
-  -- whether automatic mode tags rows that somebody without a user inserts, such as anon: whoever may insert rows spends your money then
+  -- whether automatic mode tags rows that somebody without a user inserts, such as anon; if so, anybody who can insert rows spends
+  -- your money
   automatic_for_anyone boolean not null default false,
   -- whether members may call check_rate_limit, which counts against the limit; they may always call peek_rate_limit
   members_may_take boolean not null default false,
@@ -185,7 +194,7 @@ create table autotag.settings (
   batch_give_up_after interval not null default '23 h' check (batch_give_up_after > '0'),
   -- shortest time between two job-progress broadcasts of one upload
   broadcast_interval interval not null default '1 s' check (broadcast_interval >= '0'),
-  -- an upload that ends without a batch-complete after it sends one without a batch on batch-updates, for clients that listen only there
+  -- an upload that ends without a batch-complete broadcasts one without a batch id on batch-updates, for clients that listen only there
   broadcast_single_calls boolean not null default true,
 
   -- retention
@@ -290,17 +299,18 @@ create table autotag.windows (
   units integer[] not null default '{}',
   primary key (workspace_id, request_type)
 ) with (fillfactor = 50);
--- The view below shows the column as it is, so that the host can insert into the view; and generated client types do not follow domains.
+-- This column gets the base type instead of the domain, because the view below exposes it: the host inserts into that view, and
+-- generated client types do not follow domains.
 do $$
 begin
   execute (select format('alter table autotag.windows alter column workspace_id type %s', format_type(k.atttypid, null))
     from pg_attribute k where k.attrelid = 'autotag.keys'::regclass and k.attname = 'workspace_id');
 end $$;
 alter table autotag.windows enable row level security;
--- What the host sees of it. It is a view because windows are written while the provider row is held: a trigger or a foreign key of the
--- host's on a table would run there, and one that raises would stop every tenant.
+-- The host's view of the windows. The host gets no table, because windows are written while the provider row is held: a trigger or a
+-- foreign key of the host would run then, and one that raises would stop every tenant.
 create view public.workspace_rate_limits with (security_invoker = true) as
-  select w.workspace_id, w.request_type, w.max_requests, w.max_units, w.admitted_at, w.requests, w.units from autotag.windows w;
+  select wn.workspace_id, wn.request_type, wn.max_requests, wn.max_units, wn.admitted_at, wn.requests, wn.units from autotag.windows wn;
 
 create table autotag.provider_limits (
   id boolean primary key default true check (id),
@@ -367,7 +377,7 @@ alter table autotag.provider_limits enable row level security;
 -- Uploads (jobs), their images (tasks), and the queues of single calls.
 
 -- A workspace with single calls waiting: its place in fair queueing. Only the transaction that holds the provider row writes this
--- table and queues (but for the insert of a new queue), so that no tenant's transaction can hold one of their rows.
+-- table and queues, so that no tenant's transaction can hold one of their rows. (Any transaction may insert a new queue.)
 create table autotag.workspaces (
   workspace_id autotag.workspace_id primary key,
   queued integer not null default 0 check (queued >= 0),   -- the sum of its joined queues; repair_queues() checks it
@@ -391,7 +401,7 @@ create table autotag.jobs (
   created_at timestamptz not null,
   cancelled_at timestamptz,
   finished_at timestamptz,
-  fallback text,                        -- why images go another way than the strategy says, as a sentence for users
+  fallback text,                        -- why images are processed in another way than their number implies, as a sentence for users
   eta timestamptz,                      -- median of the predicted end …
   eta_p90 timestamptz,                  -- … and its 90th percentile
   progress integer not null default 0 check (progress between 0 and 100),
@@ -473,17 +483,17 @@ create index tasks_suspects_idx on autotag.tasks (workspace_id, retry_at) where 
 create index tasks_retry_at_idx on autotag.tasks (retry_at) where retry_at is not null;
 alter table autotag.tasks enable row level security;
 
--- Which way an upload goes.
+-- How an upload is processed (choose_strategy).
 create type autotag.upload_plan as (
   strategy text,
-  fallback text,               -- why it is another than its size says
-  wait interval,               -- what single calls are expected to wait for the limits
+  fallback text,               -- why the strategy differs from the one for this number of images
+  wait interval,               -- how long single calls are expected to wait for the limits
   batches integer,
   express integer,             -- images that are sent as single calls
   chunk integer                -- of which at most this many at a time; null: all at once
 );
 
--- OpenAI Batches: one row is one batch at OpenAI, whichever worker dies at whichever step.
+-- OpenAI Batches: one row is one batch at OpenAI, even if workers die, at any step.
 --
 --   planned ─► preparing ─► uploading ─► creating ─► submitted ─► ended ─► harvesting ─► done
 --      ▲  (images fetched,   (input file  (about to   (OpenAI has  (OpenAI  (answers are
@@ -514,7 +524,7 @@ create table autotag.batches (
   asked_at timestamptz,                  -- when its file was built; shows which question it asks
   keep_files integer,                    -- seconds after which OpenAI deletes its files (provider_limits.keep_files then)
   extra_tokens bigint not null default 0,     -- tokens to reserve beyond the usual: some of its images had answers cut off
-  reserved_tokens bigint not null default 0,  -- what it takes of the provider's queued-token limit, until OpenAI is done with it
+  reserved_tokens bigint not null default 0,  -- its part of the provider's queued-token limit, until OpenAI is done with it
   openai_batch_id text unique,
   openai_status text,
   input_file_id text,
@@ -552,11 +562,11 @@ create index batches_workspace_planned_idx on autotag.batches (workspace_id) whe
 create index batches_unannounced_idx on autotag.batches (id) where state = 'done' and not stored;
 alter table autotag.batches enable row level security;
 
--- The provider's queue of batch tokens, and whether there is room in it for all that waits.
+-- The provider's queue of batch tokens, and whether all waiting batches fit into it.
 create type autotag.batch_queue as (
-  tokens bigint,               -- of what the provider has, or is about to have
-  short boolean,               -- not all that waits can be queued there at the same time
-  patient_since timestamptz    -- if so, what waits since then is not passed any more
+  tokens bigint,               -- of batches that the provider has, or is about to have
+  short boolean,               -- the waiting batches do not all fit into it together
+  patient_since timestamptz    -- if so, no other batch passes a batch that has waited since then
 );
 
 -- Workers and their leases. One heartbeat extends the lease on everything that the worker holds; when the lease ends, all
@@ -626,7 +636,7 @@ create table autotag.quotas (
 create unique index quotas_key on autotag.quotas (scope, period, workspace_id, user_id) nulls not distinct;
 alter table autotag.quotas enable row level security;
 
--- What images that are being tagged reserve in quotas of dollars.
+-- The dollars that images reserve in quotas while they are being tagged.
 create type autotag.reservation_prices as (
   single numeric,              -- an image that goes as a single call …
   batch numeric,               -- … or in a batch
@@ -652,9 +662,9 @@ alter table autotag.durations enable row level security;
 --   insert ─► autotag_collect (adapter) ─► collect(): arrivals ─► seal_uploads(): a job, or a postponed upload
 --
 -- The host's transaction only adds rows to arrivals. It shares no row and no key with another transaction, so no insert waits for
--- another one. When an upload is complete follows from its arrivals (list_arriving).
+-- another one. The arrivals of an upload show when it is complete (list_uploads).
 
--- A new image that has no job yet. Not unique: an image that comes twice is tagged once (start_upload).
+-- A new image that has no job yet. Rows are not unique: an image that comes twice is tagged once (start_upload).
 create table autotag.arrivals (
   id bigint generated always as identity primary key,
   asset_id autotag.asset_id not null,
@@ -664,7 +674,7 @@ create table autotag.arrivals (
   arrived_at timestamptz not null,       -- when the row was inserted; it may be old when its transaction commits
   upload_id bigint                       -- the postponed upload that it waits in; null: its upload may still grow
 ) with (fillfactor = 90);
--- No foreign key: its trigger would cost each insert of the host. housekeeping() repairs what has no upload.
+-- There is no foreign key, because its trigger would slow down each insert of the host. housekeeping() repairs rows whose upload is gone.
 create index arrivals_new_idx on autotag.arrivals (workspace_id, uploader, arrived_at) where upload_id is null;
 create index arrivals_upload_idx on autotag.arrivals (upload_id, id) where upload_id is not null;
 alter table autotag.arrivals enable row level security;
@@ -682,7 +692,7 @@ create index uploads_seal_at_idx on autotag.uploads (seal_at);
 alter table autotag.uploads enable row level security;
 
 -- The pictures of an upload: a hash of id and location of each image. enqueue_tagging compares them, so that an image whose tags were
--- stored a moment ago is not tagged again (repeat_window). 8 bytes an image, and no write when it is tagged.
+-- stored a moment ago is not tagged again (repeat_window). That takes 8 bytes per image, and no write when the image is tagged.
 create table autotag.pictures (
   job_id uuid primary key references autotag.jobs on delete cascade,
   workspace_id autotag.workspace_id not null,
@@ -690,18 +700,6 @@ create table autotag.pictures (
 );
 alter table autotag.pictures alter column marks set storage external;   -- hashes do not shrink
 alter table autotag.pictures enable row level security;
-
--- The picture of an image, while it is enqueued.
-create type autotag.picture as (
-  asset_id autotag.asset_id,
-  mark bigint                  -- hash of id and location
-);
-
--- An image that is being tagged or was a moment ago, and the job that it belongs to (find_repeats).
-create type autotag.repeated as (
-  asset_id autotag.asset_id,
-  job_id uuid
-);
 
 -- Outgoing messages (outbox) and webhook deliveries from OpenAI (webhooks).
 
@@ -762,10 +760,10 @@ create type autotag.batch_poll as (
   error_kind text
 );
 
--- Outcomes that wait for the host's rows, and what calls have shown of the provider.
+-- Outcomes that wait for the host's rows, and workers' reports about the provider.
 
 -- The outcome of an image whose row could not be written at once: another transaction holds it, or writing it takes too long.
--- Nothing waits for the host: the outcome is durable here, and a worker tries again with growing delays (store_waiting). Its
+-- Nothing waits for the host: the outcome is durable here, and a worker tries again with exponential backoff (store_waiting). Its
 -- task stays live (retry_at = infinity) and belongs to no worker.
 create table autotag.unstored (
   task_id bigint primary key,            -- of autotag.tasks; without a foreign key, as tasks.job_id
@@ -787,7 +785,7 @@ create index unstored_workspace_idx on autotag.unstored (workspace_id, next_at);
 create index unstored_batch_idx on autotag.unstored (batch_id) where batch_id is not null;
 alter table autotag.unstored enable row level security;
 
--- What a worker's report says about the provider (report_provider).
+-- A worker's report about the provider (report_provider).
 create type autotag.provider_report as (
   worker_id uuid,
   at timestamptz,
@@ -799,12 +797,12 @@ create type autotag.provider_report as (
   form_changed boolean,        -- a parameter was refused, and the model's row has its next form
   inputs integer[],            -- prompt and answer tokens to learn from, where there are no answers
   outputs integer[],
-  briefs bigint[],             -- what each of them was asked (autotag.answer)
-  windows jsonb                -- corrections of windows that were held: [{workspace_id, reserved_at, requests, units}]
+  briefs bigint[],             -- the brief of each of them (autotag.answer)
+  windows jsonb                -- corrections for windows whose rows were locked: [{workspace_id, reserved_at, requests, units}]
 );
 
--- Reports that can wait: nothing in them is new. The next transaction that locks the provider row applies them together
--- (lock_provider), which costs as much as one.
+-- Reports that can wait, because they contain no news. The next transaction that locks the provider row applies all of them together
+-- (lock_provider), at the cost of one.
 create table autotag.provider_reports (
   id bigint generated always as identity primary key,
   worker_id uuid,                        -- null: corrections of windows only
@@ -821,7 +819,7 @@ create table autotag.provider_reports (
 );
 alter table autotag.provider_reports enable row level security;
 
--- An image that has its outcome: what finish() writes to the host.
+-- The outcome of an image, as finish() writes it to the host.
 create type autotag.finished as (
   task bigint,
   job_id uuid,
@@ -835,9 +833,9 @@ create type autotag.finished as (
 -- Rows of the host that are written in parts, because some of them raise (next_part).
 create type autotag.parts as (
   size integer,                -- of the next part
-  odd integer,                 -- of so many next rows one raises; 0: unknown
-  written integer,             -- rows until now, and 64 …
-  raised integer               -- … and those that raised
+  odd integer,                 -- one of this many next rows raises; 0: unknown
+  written integer,             -- 64, plus the rows until now …
+  raised integer               -- … and how many of them raised
 );
 
 -- Images of a job that have ended, for its counts (count_ended). assets: null: many.
@@ -845,9 +843,9 @@ create type autotag.ended as (job_id uuid, completed integer, failed integer, as
 
 -- What a workspace wants asked about its images.
 
--- A version of a profile. A change inserts a new version (save_profile), so that whoever has read a row never has to read it again.
--- check_profile() refuses what no request could ask, also in your own inserts. Versions of all workspaces are of one sequence, so the
--- number in tagging_result tells whether an image was asked what holds now (list_assets), also if it came from another workspace.
+-- A version of a profile. A change inserts a new version (save_profile), so a row that was read never has to be read again.
+-- check_profile() refuses versions that no request could ask, also in your own inserts. All workspaces share one sequence of versions.
+-- So the version in tagging_result shows whether an image was asked what holds now (list_assets), even if another workspace had it before.
 create sequence autotag.profile_versions as integer;
 create table autotag.profiles (
   id bigint generated always as identity primary key,
@@ -867,9 +865,9 @@ create table autotag.profiles (
 create unique index profiles_key on autotag.profiles (workspace_id, version) nulls not distinct;
 alter table autotag.profiles enable row level security;
 
--- What the images of an upload are asked beside the question: a version of a profile, and the vocabulary of that moment. A job names its
--- brief, so that all of it is asked the same, and a batch's answers are read as they were asked. A job without one is asked the
--- question alone. Workers read a brief once.
+-- What the images of an upload are asked beside the question: a version of a profile, and the vocabulary of that moment. A job has one
+-- brief, so all its images are asked the same, and the answers of a batch are read by what was asked. A job without a brief is asked
+-- the question alone. Workers read a brief once.
 create table autotag.briefs (
   id bigint generated always as identity primary key,
   profile_id bigint not null,
@@ -886,12 +884,11 @@ create table autotag.briefs (
   output_mean integer not null,
   created_at timestamptz not null
 ) with (fillfactor = 50);
--- Not unique: two first uploads may each insert one, and neither waits for the other's transaction.
+-- This index is not unique: two first uploads may each insert a brief, so that neither waits for the other's transaction.
 create index briefs_profile_idx on autotag.briefs (profile_id, md5(vocabulary::text));
 alter table autotag.briefs enable row level security;
 
--- The tags that a workspace uses, in its own words. What an image gets of them is decided when its tags are stored (match_tags), by the
--- vocabulary of that moment.
+-- The tags that a workspace uses, in its own words. A model's tags are matched with the vocabulary when they are stored (match_tags).
 
 --   insert into autotag.vocabulary (tag, aliases, parent) values ('cat', '{kitty, pussycat}', 'animal');
 -- Two triggers clean what comes in and refuse what would be ambiguous (vocabulary/words.sql).
@@ -910,7 +907,7 @@ create unique index vocabulary_key on autotag.vocabulary (workspace_id, key) nul
 create index vocabulary_uses_idx on autotag.vocabulary (workspace_id, uses desc, key);
 alter table autotag.vocabulary enable row level security;
 
--- Every name of every entry: its tag and its aliases. The unique index is what makes a name mean one tag.
+-- Every name of every entry: its tag and its aliases. Because of the unique index, a name has one tag.
 create table autotag.vocabulary_names (
   id bigint generated always as identity primary key,
   vocabulary_id bigint not null references autotag.vocabulary on delete cascade,
@@ -927,7 +924,7 @@ create type autotag.known_tag as (
   id bigint                    -- of the entry
 );
 
--- An entry and one above it. depth: 1 is its parent.
+-- An entry, and one above it. depth: 1 is the parent.
 create type autotag.ancestor as (id bigint, above bigint, depth integer);
 
 -- An entry as it will be stored (read_entries).
@@ -936,13 +933,13 @@ create type autotag.vocabulary_entry as (key text, tag text, aliases text[], des
 -- autotag's clock. Tests can change it; all other code reads the time here.
 
 -- How much faster autotag's clock runs than real time: 1, except in tests and benchmarks that compress time
--- (`alter database … set autotag.speed = 10`). Like every function that is called often it is in plpgsql, which keeps its
--- plans; an SQL function that cannot be inlined is planned with every call.
+-- (`alter database … set autotag.speed = 10`). Functions that are called often are in plpgsql, because it keeps their plans.
+-- An SQL function that cannot be inlined is planned again in every call.
 create or replace function autotag.speed() returns double precision
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  -- most often nothing is set, and then settings need not be read: 2 µs instead of 10
+  -- Usually nothing is set. Then it does not read settings, and takes 2 µs instead of 10.
   if coalesce(current_setting('autotag.speed', true), '') = '' or not (select s.test_clock from autotag.settings s) then
     return 1;
   end if;
@@ -1000,8 +997,8 @@ begin
     detail = (jsonb_build_object('code', p_code) || p_detail)::text;
 end $$;
 
--- Matches what no printable text has: control, bidirectional and invisible characters, and white space but U+0020. U+200C and U+200D
--- (joiners) count as letters. Planning replaces the call by its value.
+-- Matches characters that a printable text does not have: control, bidirectional and invisible ones, and white space except U+0020.
+-- U+200C and U+200D (joiners) count as letters. Planning replaces the call by its value.
 create or replace function autotag.unprintable() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -1054,8 +1051,8 @@ begin
   return v_text;
 end $$;
 
--- What is removed from words: the unprintable characters, and what is invisible in other ways (fillers and the like). Planning
--- replaces the call by its value, as that of the next two.
+-- Matches characters that are removed from words: unprintable ones, and fillers and others that nobody sees. Planning replaces the
+-- call by its value, here and in the next two functions.
 create or replace function autotag.invisible() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$ select autotag.unprintable() || '|[\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0]' $$;
@@ -1186,7 +1183,8 @@ begin
   return session_user <> 'authenticator' and current_setting('role') not in ('anon', 'authenticated');
 end $$;
 
--- Refuses a token that names no user: its claim is not of the type of the users' ids, as where another service signs people in.
+-- Refuses a token that names no user: its claim does not have the type of the users' ids. That happens where another service signs
+-- people in.
 create or replace function autotag.check_caller() returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1212,7 +1210,7 @@ begin
   end if;
 end $$;
 
--- The same for a change of what a workspace's images are asked and how they are tagged: its profile and its vocabulary.
+-- The same for a change of a workspace's profile or vocabulary.
 create or replace function autotag.check_editor(p_workspace_id autotag.workspace_id) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1259,7 +1257,7 @@ create or replace function autotag.is_own_worker(p_worker uuid) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return exists (select from autotag.workers w where w.id = p_worker and w.login = session_user);
+  return exists (select from autotag.workers wk where wk.id = p_worker and wk.login = session_user);
 end $$;
 
 -- Models as rows of autotag.models: finding the row of a name, prices, the question, end of life.
@@ -1283,12 +1281,14 @@ as $$
 declare
   v_row autotag.models;
 begin
-  select * into v_row from autotag.models m where m.name = p_model;
+  select * into v_row from autotag.models mo where mo.name = p_model;
   if not found then
     -- The first condition is in every form of names_model(), and costs a fraction of the call.
-    select * into v_row from autotag.models m
-    where starts_with(p_model, left(m.name, greatest(length(m.name) - 7, 0))) and autotag.names_model(m.name, p_model)
-    order by length(m.name) desc limit 1;
+    select * into v_row from autotag.models mo
+    where starts_with(p_model, case when right(mo.name, 1) = '*' then left(mo.name, -1)
+        when right(mo.name, 7) = '-latest' then left(mo.name, -6) else mo.name end)
+      and autotag.names_model(mo.name, p_model)
+    order by length(mo.name) desc limit 1;
   end if;
   return v_row;
 end $$;
@@ -1362,7 +1362,7 @@ create or replace trigger autotag_announce after update on autotag.settings
 create or replace trigger autotag_announce after insert or update or delete on autotag.models
   for each statement execute function autotag.notify_workers();
 
--- The provider refused a parameter: moves the model's row to the next form. False: there is none, or another transaction holds
+-- Moves the model's row to the next form, because the provider refused a parameter. False: there is none, or another transaction holds
 -- the row. A model without a row gets one (without prices). Locks: the model's row (skip locked).
 create or replace function autotag.downgrade_request_form(p_model text, p_parameter text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -1381,7 +1381,7 @@ begin
     insert into autotag.models (name) values (p_model) on conflict do nothing;
     m.name := p_model;
   end if;
-  select * into m from autotag.models x where x.name = m.name for update skip locked;
+  select * into m from autotag.models mo where mo.name = m.name for update skip locked;
   if not found then
     return false;
   end if;
@@ -1396,16 +1396,16 @@ begin
   m := jsonb_populate_record(m, jsonb_build_object(v_column, v_next));
   m.degraded := m.degraded || jsonb_build_object(v_column, jsonb_build_array(
     case when m.degraded -> v_column -> 1 = v_before then m.degraded -> v_column -> 0 else v_before end, v_next));
-  update autotag.models x
+  update autotag.models mo
   set cap_parameter = m.cap_parameter, answer_format = m.answer_format, sends_effort = m.sends_effort,
       sends_detail = m.sends_detail, sends_tier = m.sends_tier, degraded = m.degraded, degraded_at = autotag.now()
-  where x.name = m.name;
+  where mo.name = m.name;
   return true;
 end $$;
 
--- What refusals before p_before have shown to be missing is tried again: parameters of the request, the Batch API, expiring files.
+-- Makes calls try again what refusals before p_before showed to be missing: parameters of the request, the Batch API, expiring files.
 -- The provider may support it by now, or a worker may have lied. A call that is refused again is not billed.
--- What the owner changed meanwhile stays. Called by tick(). Locks: provider, models (skip locked).
+-- Values that the owner changed meanwhile stay. Called by tick(). Locks: provider, models (skip locked).
 create or replace function autotag.retry_features(p_before timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1414,16 +1414,16 @@ begin
   set has_batches = case when not p.batches_refused then p.has_batches end, batches_refused = false, keep_files = 604800,
       degraded_at = null
   where p.degraded_at <= p_before;
-  if exists (select from autotag.models m where m.degraded_at <= p_before) then
-    update autotag.models m
-    set cap_parameter = case when m.degraded #>> '{cap_parameter,1}' = m.cap_parameter
-          then m.degraded #>> '{cap_parameter,0}' else m.cap_parameter end,
-        answer_format = case when m.degraded #>> '{answer_format,1}' = m.answer_format
-          then m.degraded #>> '{answer_format,0}' else m.answer_format end,
-        sends_effort = m.sends_effort or m.degraded ? 'sends_effort',
-        sends_detail = m.sends_detail or m.degraded ? 'sends_detail',
-        sends_tier = m.sends_tier or m.degraded ? 'sends_tier', degraded = '{}', degraded_at = null
-    where m.name in (select d.name from autotag.models d where d.degraded_at <= p_before order by d.name for update skip locked);
+  if exists (select from autotag.models mo where mo.degraded_at <= p_before) then
+    update autotag.models mo
+    set cap_parameter = case when mo.degraded #>> '{cap_parameter,1}' = mo.cap_parameter
+          then mo.degraded #>> '{cap_parameter,0}' else mo.cap_parameter end,
+        answer_format = case when mo.degraded #>> '{answer_format,1}' = mo.answer_format
+          then mo.degraded #>> '{answer_format,0}' else mo.answer_format end,
+        sends_effort = mo.sends_effort or mo.degraded ? 'sends_effort',
+        sends_detail = mo.sends_detail or mo.degraded ? 'sends_detail',
+        sends_tier = mo.sends_tier or mo.degraded ? 'sends_tier', degraded = '{}', degraded_at = null
+    where mo.name in (select due.name from autotag.models due where due.degraded_at <= p_before order by due.name for update skip locked);
   end if;
 end $$;
 
@@ -1500,11 +1500,11 @@ language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (
-    select min(s.size) from (
+    select min(x.size) from (
       select w.key::integer as size, sum(w.value::double precision) over (order by w.key::integer) as upto,
         sum(w.value::double precision) over () as total
-      from jsonb_each_text(p_weights) w) s
-    where s.upto >= p_share * s.total - 0.000001);
+      from jsonb_each_text(p_weights) w) x
+    where x.upto >= p_share * x.total - 0.000001);
 end $$;
 
 create or replace function autotag.mean_size(p_weights jsonb) returns integer
@@ -1672,7 +1672,7 @@ begin
   select * into v_provider from autotag.provider_limits;
   v_question := coalesce(p_question, v_provider.question);
   if p_brief is not null then
-    select * into v_brief from autotag.briefs b where b.id = p_brief;
+    select * into v_brief from autotag.briefs br where br.id = p_brief;
     if not found then
       return;
     end if;
@@ -1725,8 +1725,9 @@ begin
 end $$;
 
 -- Previews asking p_model about p_sample tagged images of a workspace: {images (at most p_sample), cost (dollars; null:
--- unknown), reserved (tokens of one image), question, brief (what the workspace's profile asks beside it; null: nothing), shutdown_date, current_model, current_effort, current_cost_per_1000
--- (dollars, as single calls of the model in use; null: unknown), current_answers (number of answers behind that figure)}.
+-- unknown), reserved (tokens of one image), question, brief (what the workspace's profile asks beside it; null: nothing),
+-- shutdown_date, current_model, current_effort, current_cost_per_1000 (dollars, as single calls of the model in use; null: unknown),
+-- current_answers (number of answers behind that figure)}.
 -- p_effort null: the one in the model's row. Refuses an invalid model or effort, a workspace without tagged images, and more
 -- than a quota allows.
 create or replace function autotag.preview_comparison(p_workspace_id autotag.workspace_id, p_model text, p_effort text, p_sample integer)
@@ -1827,7 +1828,7 @@ begin
   -- A workspace whose next image never fits its window (ready_at is infinite) does not hold others back. Queues that no claim has
   -- counted yet (not joined) wait, too.
   elsif v_provider.account_error is null
-    and (exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity'))
+    and (exists (select from autotag.workspaces ws where ws.queued > 0 and (ws.ready or ws.ready_at < 'infinity'))
       or exists (select from autotag.queues q where not q.joined and q.queued > 0)) then
     return autotag.retry_later('live', v_now, v_now + autotag.clock_interval(1));
   end if;
@@ -1917,7 +1918,7 @@ begin
   end if;
   case v_error ->> 'kind'
     when 'rate_limit' then
-      -- admit_comparison() returns when, except for a host of images
+      -- admit_comparison() returns the time, except for a host of images
       return jsonb_build_object('next', 'again',
         'wait', case when v_error ->> 'origin' = 'host' then (v_error ->> 'retry_after')::double precision end);
     when 'account' then
@@ -1981,7 +1982,7 @@ begin
   if p_observed is not null then
     perform autotag.update_provider_limits(p_observed);
   end if;
-  if v_used > 0 and (v_brief.id is null) = (v_brief.profile_id is null) then   -- a brief of no upload has no number to learn by
+  if v_used > 0 and (v_brief.id is null) = (v_brief.profile_id is null) then   -- nothing is learned for a brief that no upload has used
     -- A cut-off answer needs an unknown number of tokens: at least the cap of the next try.
     perform autotag.learn(array[v_used], array[case when v_answer.error ->> 'code' = 'answer_too_long'
       then coalesce(autotag.next_cap(v_answer), 1) else greatest((v_answer.usage -> 'output')::integer, 1) end],
@@ -1995,17 +1996,17 @@ end $$;
 
 -- Profiles: what a workspace wants asked about its images, in versions.
 
--- The profile of a workspace: the newest version of its own, else of the one for all workspaces, else the default with version 0.
+-- The profile of a workspace: the newest version of its own profile, else of the one for all workspaces, else the default with version 0.
 create or replace function autotag.profile_of(p_workspace_id autotag.workspace_id) returns autotag.profiles
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_profile autotag.profiles;
 begin
-  select * into v_profile from autotag.profiles p
-  where p.workspace_id = p_workspace_id order by p.version desc limit 1;
+  select * into v_profile from autotag.profiles pr
+  where pr.workspace_id = p_workspace_id order by pr.version desc limit 1;
   if not found then
-    select * into v_profile from autotag.profiles p where p.workspace_id is null order by p.version desc limit 1;
+    select * into v_profile from autotag.profiles pr where pr.workspace_id is null order by pr.version desc limit 1;
   end if;
   if not found then
     v_profile.version := 0;
@@ -2018,8 +2019,8 @@ begin
   return v_profile;
 end $$;
 
--- Refuses a new version that no request could ask, and every change of a version: what was asked is read again when the answers of a
--- batch arrive, hours later.
+-- Refuses a version that no request could ask. Also refuses every change of an existing version, because the answers of a batch arrive
+-- hours later and are read by the version that their images were asked.
 create or replace function autotag.check_profile() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2087,7 +2088,7 @@ begin
   end if;
 end $$;
 
--- Refuses one field that no schema could contain. Returns how many values it has, and their characters.
+-- Refuses one field that no schema could contain. Returns the number of its values, and of their characters.
 create or replace function autotag.check_field(p_field jsonb, out value_count integer, out characters bigint)
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
@@ -2121,18 +2122,19 @@ begin
   end if;
 end $$;
 
--- The words of a vocabulary: the form in which they are compared, and what may not be in one.
+-- The words of a vocabulary: the form in which they are compared, and which words are refused.
 
--- Punctuation that separates words (a class of Unicode; those of ASCII but # % . @ and the apostrophe; the minus sign). Planning replaces the call by
--- its value.
+-- Matches punctuation that separates words: Unicode's, ASCII's except # % . @ and the apostrophe, and the minus sign. Planning replaces
+-- the call by its value.
 create or replace function autotag.punctuation() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select '[]!"&()*,/:;?[\\_{}`~\u00a1\u00a7\u00ab\u00b6-\u00b7\u00bb\u00bf\u055a-\u055f\u0589-\u058a\u05be\u05c0\u05c3\u05c6\u05f3-\u05f4\u0609-\u060a\u060c-\u060d\u061b\u061d-\u061f\u066a-\u066d\u06d4\u0700-\u070d\u07f7-\u07f9\u0830-\u083e\u085e\u0964-\u0965\u0970\u09fd\u0a76\u0af0\u0c77\u0c84\u0df4\u0e4f\u0e5a-\u0e5b\u0f04-\u0f0b\u0f0d-\u0f12\u0f14\u0f3a-\u0f3d\u0f85\u0fd0-\u0fd4\u0fd9-\u0fda\u104a-\u104f\u10fb\u1360-\u1368\u1400\u166e\u169b-\u169c\u16eb-\u16ed\u1735-\u1736\u17d4-\u17d6\u17d8-\u17da\u1800-\u180a\u1944-\u1945\u1a1e-\u1a1f\u1aa0-\u1aa6\u1aa8-\u1aad\u1b5a-\u1b60\u1b7d-\u1b7e\u1bfc-\u1bff\u1c3b-\u1c3f\u1c7e-\u1c7f\u1cc0-\u1cc7\u1cd3\u2010\u2012-\u2016\u2018-\u2023\u2027\u2030-\u2032\u2035\u2038-\u203b\u203d\u203f-\u2043\u2045-\u2046\u204a-\u2051\u2053-\u2056\u2058-\u205e\u2308-\u230b\u2768-\u2775\u27c5-\u27c6\u27e6-\u27ef\u2983-\u2998\u29d8-\u29db\u29fc-\u29fd\u2cf9-\u2cfc\u2cfe-\u2cff\u2d70\u2e00-\u2e2e\u2e30-\u2e4f\u2e52-\u2e5d\u3001-\u3003\u3008-\u3011\u3014-\u301f\u3030\u303d\u30a0\u30fb\ua4fe-\ua4ff\ua60d-\ua60f\ua673\ua67e\ua6f2-\ua6f7\ua874-\ua877\ua8ce-\ua8cf\ua8f8-\ua8fa\ua8fc\ua92e-\ua92f\ua95f\ua9c1-\ua9cd\ua9de-\ua9df\uaa5c-\uaa5f\uaade-\uaadf\uaaf0-\uaaf1\uabeb\ufd3e-\ufd3f\ufe45-\ufe46\u2212-]'
 $$;
 
--- The form in which tags are compared: "T-Shirts!" and "t shirts" are one tag, "c#", ".net" and "100%" keep what makes them a name.
--- "": there is nothing to compare. Characters that nobody sees do not count, nor how an emoji is drawn. The worker's form of a tag (autotag/tags.py) has the same key as the text that it was made of.
+-- The form in which tags are compared: "T-Shirts!" and "t shirts" are one tag, but "c#", ".net" and "100%" keep their signs. "": there is
+-- nothing to compare. Characters that nobody sees do not count, and neither does the style of an emoji. The worker changes the form of
+-- a tag (autotag/tags.py), but never its key.
 create or replace function autotag.tag_key(p_tag text) returns text
 language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -2143,12 +2145,12 @@ begin
     return v_key;
   end if;
   v_key := lower(v_key);
-  if v_key !~ '^[a-z0-9\u00df-\u00f6\u00f8-\u00ff]+( [a-z0-9\u00df-\u00f6\u00f8-\u00ff]+)*$' then   -- and of people, but for capitals
+  if v_key !~ '^[a-z0-9\u00df-\u00f6\u00f8-\u00ff]+( [a-z0-9\u00df-\u00f6\u00f8-\u00ff]+)*$' then   -- nearly every tag of a person, except for capitals
     v_key := regexp_replace(p_tag, autotag.blanks(), ' ', 'g');
     v_key := regexp_replace(v_key, autotag.invisible() || '|[\u180b-\u180d\u180f\u200c\u200d\ufe00-\ufe0f\U000e0100-\U000e01ef]', '', 'g');
     -- the lower case of İ has a second dot, and a final sigma is a sigma
     v_key := normalize(replace(lower(replace(normalize(v_key, NFKC), 'İ', 'i')), 'ς', 'σ'), NFKC);
-    -- # and % belong to the word before them, a full stop and @ to the one behind them
+    -- # and % belong to the word before them, a full stop and @ to the word after them
     v_key := regexp_replace(v_key, '(?<![[:alnum:]])[#%]|[.@](?![[:alnum:]])|(?<=\.)\.', ' ', 'g');
     v_key := regexp_replace(v_key, '[''’‘ʼ]', '', 'g');
     v_key := regexp_replace(v_key, autotag.punctuation(), ' ', 'g');
@@ -2176,7 +2178,8 @@ begin
   perform autotag.refuse(400, p_code, p_message, 'Correct it and try again; nothing was saved.', p_detail);
 end $$;
 
--- A tag, alias or parent as it is stored, or refused. p_what: what it is. p_entry: the place of its entry in a list.
+-- Returns a tag, alias or parent in the form that is stored, or refuses it. p_what: `tag`, `alias` or `parent`. p_entry: the place of
+-- its entry in a list.
 create or replace function autotag.clean_word(p_word text, p_what text, p_entry bigint default null) returns text
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
@@ -2221,7 +2224,7 @@ end $$;
 create or replace trigger autotag_clean before insert or update of tag, key, aliases, description, parent, parent_key on autotag.vocabulary
   for each row execute function autotag.clean_vocabulary();
 
--- Keeps the names of new entries, and refuses a name that has two tags, and an entry that is above itself.
+-- Records the names of new entries. Refuses a name of two tags, and an entry that is above itself.
 create or replace function autotag.keep_names() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2239,7 +2242,7 @@ declare
     select n.id from new_rows n left join old_rows o on o.id = n.id
     where (n.workspace_id, n.tag, n.aliases, n.parent_key) is distinct from (o.workspace_id, o.tag, o.aliases, o.parent_key));
 begin
-  delete from autotag.vocabulary_names n where n.vocabulary_id = any (v_changed);
+  delete from autotag.vocabulary_names vn where vn.vocabulary_id = any (v_changed);
   perform autotag.add_names(v_changed);
   return null;
 end $$;
@@ -2249,7 +2252,7 @@ create or replace trigger autotag_names after insert on autotag.vocabulary
 create or replace trigger autotag_names_changed after update on autotag.vocabulary
   referencing old table as old_rows new table as new_rows for each statement execute function autotag.keep_changed_names();
 
--- Adds the names of these entries and checks what is above them, or refuses.
+-- Adds the names of these entries, and checks the entries above them. Refuses as keep_names() says.
 create or replace function autotag.add_names(p_entries bigint[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -2273,8 +2276,8 @@ begin
     perform autotag.refuse_vocabulary(format('“%s” is a name of two tags: %s.', v_clash.key, (
       select autotag.name_some(array_agg(format('“%s”', v.tag) order by v.key)) from autotag.vocabulary v
       where v.id = v_clash.id or v.id = (
-        select n.vocabulary_id from autotag.vocabulary_names n
-        where n.workspace_id is not distinct from v_clash.workspace_id and n.key = v_clash.key))), 'two_tags',
+        select vn.vocabulary_id from autotag.vocabulary_names vn
+        where vn.workspace_id is not distinct from v_clash.workspace_id and vn.key = v_clash.key))), 'two_tags',
       jsonb_build_object('name', v_clash.key));
   end if;
   perform autotag.check_parents(p_entries);
@@ -2304,8 +2307,8 @@ begin
   end loop;
 end $$;
 
--- Matching a model's tags with the vocabulary, when they are stored. Whatever the model answered and whenever it did: the vocabulary
--- of that moment decides, so with the mode `only` no other tag reaches a row of the host.
+-- Matches a model's tags with the vocabulary when they are stored. The vocabulary of that moment decides, whatever the model answered
+-- and however long ago. So with the mode `only`, no other tag reaches a row of the host.
 
 -- The results of images of one workspace as they are stored. write_outcomes(), the only caller of store_tags(), calls it.
 create or replace function autotag.match_results(p_workspace_id autotag.workspace_id, p_results jsonb[]) returns jsonb[]
@@ -2322,9 +2325,11 @@ end $$;
 
 -- Replaces the tags of results by those of the vocabulary. p_mode: `prefer` keeps tags that it does not know, every other mode drops
 -- them. p_parents: adds the tags above, with the confidence of the tag below. Tags that become the same keep the highest confidence.
--- The most confident come first, then in the model's order; at most 50. names: {tag: [key, …]}, by which a person may know a tag of the
--- vocabulary: its own, its aliases, and what the model gave (merge_tags, which also finds what is nearly the same). above: {tag: [tag, …]},
--- the tags for whose sake a parent was added; not one that the model gave itself (answered_tags).
+-- The most confident come first, then in the model's order; at most 50. Two keys are added to each result:
+--   names   {tag: [key, …]}: the keys under which a person may know a tag of the vocabulary: its own, those of its aliases, and that of
+--           the model's word. merge_tags() compares them with the tags of a row.
+--   above   {tag: [tag, …]}: for a tag that was added as a parent, the tags below it. A parent that the model gave itself has no entry
+--           (answered_tags).
 create or replace function autotag.match_tags(
   p_workspace_id autotag.workspace_id, p_results jsonb[], p_mode text, p_parents boolean
 ) returns jsonb[]
@@ -2374,8 +2379,7 @@ begin
     from unnest(p_results) with ordinality r (result, i) left join matched m on m.i = r.i order by r.i);
 end $$;
 
--- Results whose tags stay as they are (the mode `open`), with `names` as in match_tags(): a tag that the vocabulary knows is also known by
--- the other names that it has there.
+-- Adds `names` to results, as match_tags() does, for the mode `open`: their tags stay as they are.
 create or replace function autotag.name_tags(p_workspace_id autotag.workspace_id, p_results jsonb[]) returns jsonb[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set jit = off
 as $$
@@ -2398,7 +2402,8 @@ begin
     from unnest(p_results) with ordinality r (result, i) order by r.i);
 end $$;
 
--- The keys of all names that these entries have for a workspace: of general ones, not those that are names of the workspace's own.
+-- The keys of all names that these entries have for a workspace. A name of a general entry does not count if an entry of the workspace
+-- has it.
 create or replace function autotag.names_of(p_workspace_id autotag.workspace_id, p_entries bigint[]) returns table (id bigint, key text)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
@@ -2406,12 +2411,12 @@ as $$
 begin
   return query
     select n.vocabulary_id, n.key from unnest(p_entries) e cross join lateral (
-      select x.vocabulary_id, x.key, x.workspace_id from autotag.vocabulary_names x where x.vocabulary_id = e) n
+      select vn.vocabulary_id, vn.key, vn.workspace_id from autotag.vocabulary_names vn where vn.vocabulary_id = e) n
     where n.workspace_id is not null or not exists (
-      select from autotag.vocabulary_names o where o.workspace_id = p_workspace_id and o.key = n.key);
+      select from autotag.vocabulary_names own where own.workspace_id = p_workspace_id and own.key = n.key);
 end $$;
 
--- Those of these tags that the vocabulary knows: by their key, else because they are a tag with its description, else because exactly
+-- The tags among these that the vocabulary knows: by their key, else because they are a tag with its description, else because exactly
 -- one name is nearly the same.
 create or replace function autotag.know_tags(p_workspace_id autotag.workspace_id, p_tags text[]) returns autotag.known_tag[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -2434,9 +2439,9 @@ begin
     from unnest(p_tags, v_keys) t (tag, key) join unnest(v_names, v_ids) n (key, id) on n.key = t.key);
 end $$;
 
--- The entries that have these names for a workspace: its own, else the general ones, unless one of its own has their name. (The plan is
--- kept, as in read_reports(): planning would take longer than the search. By lateral, because the planner does not know how many keys
--- there are.)
+-- The entries that have these names for a workspace: its own, else general ones, unless one of its own has the general entry's tag. (The
+-- plan is kept, as in read_reports(), because planning would take longer than the search. The join is lateral, because the planner does
+-- not know the number of keys.)
 create or replace function autotag.find_names(p_workspace_id autotag.workspace_id, p_keys text[]) returns table (key text, id bigint)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
@@ -2446,16 +2451,17 @@ begin
     select k.key, f.id from unnest(p_keys) k (key)
     cross join lateral (
       select x.id from (
-        select n.vocabulary_id as id, 1 as rank from autotag.vocabulary_names n where n.workspace_id = p_workspace_id and n.key = k.key
+        select vn.vocabulary_id as id, 1 as rank from autotag.vocabulary_names vn where vn.workspace_id = p_workspace_id and vn.key = k.key
         union all
-        select n.vocabulary_id, 2 from autotag.vocabulary_names n join autotag.vocabulary g on g.id = n.vocabulary_id
-        where n.workspace_id is null and n.key = k.key and not exists (
-          select from autotag.vocabulary_names o where o.workspace_id = p_workspace_id and o.key = g.key)) x
+        select vn.vocabulary_id, 2 from autotag.vocabulary_names vn join autotag.vocabulary v on v.id = vn.vocabulary_id
+        where vn.workspace_id is null and vn.key = k.key and not exists (
+          select from autotag.vocabulary_names own where own.workspace_id = p_workspace_id and own.key = v.key)) x
       order by x.rank limit 1) f;
 end $$;
 
--- Those of these tags that are a name of an entry with (the beginning of) its description, which the prompt gives and a model may copy:
--- "barn: a building for hay", "barn (a building for hay)". Other words behind a name can mean something else: "jaguar (car)".
+-- The tags among these that are a name of an entry followed by (the beginning of) its description. The prompt has descriptions, and a
+-- model may copy them: "barn: a building for hay", "barn (a building for hay)". Other words after a name can mean something else:
+-- "jaguar (car)".
 create or replace function autotag.find_described(p_workspace_id autotag.workspace_id, p_tags text[]) returns table (key text, id bigint)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2472,12 +2478,12 @@ begin
     where c.said <> '' and starts_with(autotag.tag_key(v.description), c.said) order by c.key;
 end $$;
 
--- For each of these keys, which no entry has, the entry with a name that is nearly the same: trigrams (of all that one or the other
--- has, 70 % are in both, as pg_trgm counts them, which need not be installed), and no other entry is within 10 % of it. The first three
--- letters have to be equal, and so do numbers and words of less than four letters (is_spelling). So it finds plurals and misspellings of
--- longer words.
--- Only the 20 names before and behind a key by the alphabet are compared. So a key takes as long in a vocabulary of any size, and one
--- whose names all begin alike holds nobody up.
+-- For each of these keys, which no entry has, the entry with a name that is nearly the same. So it finds plurals and misspellings of
+-- longer words. Two keys are nearly the same if they share 70 % of their trigrams, counted as pg_trgm does (which need not be
+-- installed); if no other entry is within 10 % of that; and if their first three letters, their numbers and their words of less than
+-- four letters are equal (is_spelling).
+-- A key is compared only with the 20 names before and after it in the alphabet. So it takes the same time in a vocabulary of any size,
+-- even if all names begin alike.
 create or replace function autotag.find_similar(p_workspace_id autotag.workspace_id, p_keys text[]) returns table (key text, id bigint)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
@@ -2494,17 +2500,17 @@ begin
     ), near as materialized (
       select a.key, a.grams, n.vocabulary_id as id, n.key as name, n.general, autotag.key_grams(n.key) as others
       from asked a cross join lateral (
-        (select x.vocabulary_id, x.key, false as general from autotag.vocabulary_names x
-         where x.workspace_id = p_workspace_id and x.key > a.key and x.key < a.last order by x.key limit 20)
+        (select vn.vocabulary_id, vn.key, false as general from autotag.vocabulary_names vn
+         where vn.workspace_id = p_workspace_id and vn.key > a.key and vn.key < a.last order by vn.key limit 20)
         union all
-        (select x.vocabulary_id, x.key, false from autotag.vocabulary_names x
-         where x.workspace_id = p_workspace_id and x.key < a.key and x.key >= a.first order by x.key desc limit 20)
+        (select vn.vocabulary_id, vn.key, false from autotag.vocabulary_names vn
+         where vn.workspace_id = p_workspace_id and vn.key < a.key and vn.key >= a.first order by vn.key desc limit 20)
         union all
-        (select x.vocabulary_id, x.key, true from autotag.vocabulary_names x
-         where x.workspace_id is null and x.key > a.key and x.key < a.last order by x.key limit 20)
+        (select vn.vocabulary_id, vn.key, true from autotag.vocabulary_names vn
+         where vn.workspace_id is null and vn.key > a.key and vn.key < a.last order by vn.key limit 20)
         union all
-        (select x.vocabulary_id, x.key, true from autotag.vocabulary_names x
-         where x.workspace_id is null and x.key < a.key and x.key >= a.first order by x.key desc limit 20)) n
+        (select vn.vocabulary_id, vn.key, true from autotag.vocabulary_names vn
+         where vn.workspace_id is null and vn.key < a.key and vn.key >= a.first order by vn.key desc limit 20)) n
       where length(n.key) between c_like * length(a.key) - 1 and length(a.key) / c_like + 2
         and length(n.key) - length(replace(n.key, ' ', '')) = length(a.key) - length(replace(a.key, ' ', ''))
     ), compared as (
@@ -2513,8 +2519,8 @@ begin
       select c.key, c.id, max(c.shared / (cardinality(c.grams) + cardinality(c.others) - c.shared)) as likeness from compared c
       where c.shared >= c_like * (cardinality(c.grams) + cardinality(c.others) - c.shared) and autotag.is_spelling(c.key, c.name)
         and not (c.general and exists (
-          select from autotag.vocabulary g join autotag.vocabulary_names o on o.workspace_id = p_workspace_id and o.key in (g.key, c.name)
-          where g.id = c.id))
+          select from autotag.vocabulary v join autotag.vocabulary_names own on own.workspace_id = p_workspace_id and own.key in (v.key, c.name)
+          where v.id = c.id))
       group by c.key, c.id
     ), ranked as (
       select b.key, b.id, b.likeness, lead(b.likeness) over w as next, row_number() over w as rank
@@ -2533,7 +2539,7 @@ begin
     where w.one is null or w.other is null or w.one <> w.other and least(length(w.one), length(w.other)) < 4);
 end $$;
 
--- Everything above these entries of a workspace's vocabulary, to p_depth. Above a parent that no entry has the name of is nothing.
+-- All entries above these in a workspace's vocabulary, up to p_depth. It ends at a parent that is not the name of an entry.
 create or replace function autotag.find_ancestors(p_workspace_id autotag.workspace_id, p_entries bigint[], p_depth integer) returns autotag.ancestor[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -2570,15 +2576,15 @@ begin
   return (
     select coalesce(jsonb_agg(case when p.description is null then to_jsonb(p.tag) else jsonb_build_array(p.tag, p.description) end order by p.key), '[]')
     from (
-      select v.key, v.tag, case when length(v.description) > 80 then left(v.description, 79) || '…' else v.description end as description
+      select x.key, x.tag, case when length(x.description) > 80 then left(x.description, 79) || '…' else x.description end as description
       from (
-        (select o.*, 1 as rank from autotag.vocabulary o where o.workspace_id = p_workspace_id order by o.uses desc, o.key limit 500)
+        (select v.*, 1 as rank from autotag.vocabulary v where v.workspace_id = p_workspace_id order by v.uses desc, v.key limit 500)
         union all
-        (select g.*, 2 from autotag.vocabulary g
-         where g.workspace_id is null and not exists (
-           select from autotag.vocabulary_names n where n.workspace_id = p_workspace_id and n.key = g.key)
-         order by g.uses desc, g.key limit 500)) v
-      order by v.rank, v.uses desc, v.key limit 500) p);
+        (select v.*, 2 from autotag.vocabulary v
+         where v.workspace_id is null and not exists (
+           select from autotag.vocabulary_names vn where vn.workspace_id = p_workspace_id and vn.key = v.key)
+         order by v.uses desc, v.key limit 500)) x
+      order by x.rank, x.uses desc, x.key limit 500) p);
 end $$;
 
 -- The entries of a workspace (null: the general ones), by key: [{tag, aliases, description, parent, uses}]. For `autotag vocabulary
@@ -2591,7 +2597,7 @@ as $$
   from autotag.vocabulary v where v.workspace_id is not distinct from p_workspace_id
 $$;
 
--- tagging_vocabulary: what holds for a workspace, for its members: {mode, add_parents, may_edit, tags: [{tag, aliases, description,
+-- tagging_vocabulary: the vocabulary that holds for a workspace, for its members: {mode, add_parents, may_edit, tags: [{tag, aliases, description,
 -- parent, general}]}. general: an entry for all workspaces, which members cannot change.
 create or replace function autotag.describe_vocabulary(p_workspace_id autotag.workspace_id) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -2609,13 +2615,13 @@ begin
         'parent', v.parent, 'general', v.workspace_id is null) order by v.key), '[]')
       from autotag.vocabulary v
       where v.workspace_id = p_workspace_id or v.workspace_id is null and not exists (
-        select from autotag.vocabulary_names n where n.workspace_id = p_workspace_id and n.key = v.key)));
+        select from autotag.vocabulary_names vn where vn.workspace_id = p_workspace_id and vn.key = v.key)));
 end $$;
 
--- Changes the vocabulary of a workspace (null: the general one): adds or changes p_entries ([{tag, aliases, description, parent, uses}];
--- what an entry does not have stays), and deletes the tags p_removed; p_replace: deletes all others, too. A parent that is no name
--- becomes an entry. Entries with the same tag become one, unless they contradict each other. Returns {tags (in all), added, changed,
--- removed}. Locks: the workspace's vocabulary (advisory).
+-- Changes the vocabulary of a workspace (null: the general one). Adds or changes p_entries ([{tag, aliases, description, parent, uses}];
+-- absent keys stay as they are), and deletes the tags p_removed. p_replace: deletes all other entries, too. A parent that is not a name
+-- of an entry becomes an entry. Entries with the same tag become one, unless they contradict each other. Returns {tags (in all), added,
+-- changed, removed}. Locks: the workspace's vocabulary (advisory).
 create or replace function autotag.edit_vocabulary(
   p_workspace_id autotag.workspace_id, p_entries jsonb, p_removed text[] default '{}', p_replace boolean default false
 ) returns jsonb
@@ -2657,7 +2663,7 @@ begin
   return jsonb_build_object('tags', v_tags, 'added', v_written - v_changed, 'changed', v_changed, 'removed', cardinality(v_gone) - v_changed);
 end $$;
 
--- Refuses what is no list of entries. `entry` in the detail is the place of the one that is wrong.
+-- Refuses anything but a list of entries. `entry` in the detail is the place of the wrong one.
 create or replace function autotag.check_entries(p_entries jsonb) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
@@ -2687,7 +2693,7 @@ begin
   end if;
 end $$;
 
--- The entries as they will be stored: cleaned, one for each tag, with what they leave as it is, and with parents that are no entry yet.
+-- The entries as they will be stored: cleaned, one for each tag, completed from the stored ones, and with new entries for parents.
 create or replace function autotag.read_entries(p_workspace_id autotag.workspace_id, p_entries jsonb, p_replace boolean)
 returns autotag.vocabulary_entry[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -2729,7 +2735,7 @@ begin
   return v_entries || autotag.missing_parents(p_workspace_id, v_entries, p_replace);
 end $$;
 
--- An entry, or its refusal: it was given several times with different descriptions or parents.
+-- Returns an entry. Refuses one that was given several times with different descriptions or parents.
 create or replace function autotag.check_merged(p_entry autotag.vocabulary_entry, p_descriptions text[], p_parents text[], p_place bigint)
 returns autotag.vocabulary_entry
 language plpgsql stable set search_path = pg_catalog, pg_temp
@@ -2742,7 +2748,7 @@ begin
   return p_entry;
 end $$;
 
--- Entries for the parents that are no name of an entry, neither of p_entries nor of those that stay.
+-- New entries for the parents that are not a name of any entry, neither of p_entries nor of those that stay.
 create or replace function autotag.missing_parents(p_workspace_id autotag.workspace_id, p_entries autotag.vocabulary_entry[], p_replace boolean)
 returns autotag.vocabulary_entry[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -2803,8 +2809,8 @@ end $$;
 -- Saving a profile: `autotag profile set`, and set_tagging_profile for a person's page.
 
 -- Saves a new version of a workspace's profile (null: of the one for all), and returns it. p_changes: what changes, by the names of the
--- columns (instructions, language, tag_count, min_confidence, vocabulary_mode, add_parents, fields); null: as by default. The rest stays
--- as it is in profile_of(), so a workspace's first own version begins with what holds for all. Without a change there is no new version.
+-- columns (instructions, language, tag_count, min_confidence, vocabulary_mode, add_parents, fields); null: the default. The rest stays
+-- as it is in profile_of(), so a workspace's first own version starts from the profile for all. Without a change there is no new version.
 -- Locks: the workspace's profile (advisory).
 create or replace function autotag.save_profile(p_workspace_id autotag.workspace_id, p_changes jsonb) returns autotag.profiles
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -2817,7 +2823,7 @@ begin
   perform pg_advisory_xact_lock(hashtextextended('autotag.profile ' || coalesce(p_workspace_id::text, ''), 0));
   v_old := autotag.profile_of(p_workspace_id);
   v_new := jsonb_populate_record(v_old, jsonb_strip_nulls(p_changes));
-  -- stripped of fields, too: a field without values or description is one where they are null
+  -- Nulls are removed from fields, too: a field without values or description is the same as one where they are null.
   v_new.fields := coalesce(jsonb_strip_nulls(p_changes -> 'fields'), v_old.fields);
   v_new.instructions := btrim(replace(v_new.instructions, E'\r\n', E'\n'), E' \n\t');
   if p_changes ? 'instructions' and v_new.instructions = '' or p_changes -> 'instructions' = 'null' then v_new.instructions := ''; end if;
@@ -2877,7 +2883,7 @@ begin
   return to_jsonb(p_profile) - '{id,workspace_id}'::text[] || jsonb_build_object('own', p_profile.workspace_id is not null);
 end $$;
 
--- All versions that a workspace's images can have been tagged with, the newest first, at most 100; null: of the profile for all.
+-- All versions that a workspace's images may have been tagged with, the newest first, at most 100; null: those of the profile for all.
 create or replace function autotag.profile_history(p_workspace_id autotag.workspace_id) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2885,9 +2891,9 @@ begin
   return (
     select coalesce(jsonb_agg(autotag.describe_profile(p) order by p.version desc), '[]')
     from (
-      select h.* from autotag.profiles h
-      where h.workspace_id is null and p_workspace_id is null or h.workspace_id = p_workspace_id
-      order by h.version desc limit 100) p);
+      select pr.* from autotag.profiles pr
+      where pr.workspace_id is null and p_workspace_id is null or pr.workspace_id = p_workspace_id
+      order by pr.version desc limit 100) p);
 end $$;
 
 -- tagging_profile: what holds for a workspace, for its members.
@@ -2918,7 +2924,7 @@ begin
     or exists (select from autotag.vocabulary v where v.workspace_id = p_workspace_id);
 end $$;
 
--- For operators: the same without a check of the caller, and has_vocabulary; null: the profile for all workspaces.
+-- For operators: the profile and has_vocabulary, without a check of the caller. Null: the profile for all workspaces.
 create or replace function autotag.show_profile(p_workspace_id autotag.workspace_id) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2935,30 +2941,30 @@ begin
     || jsonb_build_object('has_vocabulary', autotag.has_vocabulary(p_workspace_id));
 end $$;
 
--- Whether a workspace is known here: it has an image, an upload, usage, or anything that was set for it. autotag knows no table of
--- workspaces, so a mistyped id looks like an empty workspace otherwise.
+-- Whether a workspace is known here: it has an image, an upload, usage, or a setting of its own. autotag knows no table of
+-- workspaces, so a mistyped id would look like an empty workspace.
 create or replace function autotag.knows_workspace(p_workspace_id autotag.workspace_id) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return autotag.list_assets(p_workspace_id, false, null, 1) <> '{}'
-    or exists (select from autotag.workspaces w where w.workspace_id = p_workspace_id)
+    or exists (select from autotag.workspaces ws where ws.workspace_id = p_workspace_id)
     or exists (select from autotag.jobs j where j.workspace_id = p_workspace_id)
-    or exists (select from autotag.profiles p where p.workspace_id = p_workspace_id)
+    or exists (select from autotag.profiles pr where pr.workspace_id = p_workspace_id)
     or exists (select from autotag.vocabulary v where v.workspace_id = p_workspace_id)
-    or exists (select from autotag.usage u where u.workspace_id = p_workspace_id)
-    or exists (select from autotag.quotas q where q.workspace_id = p_workspace_id)
-    or exists (select from autotag.windows l where l.workspace_id = p_workspace_id);
+    or exists (select from autotag.usage us where us.workspace_id = p_workspace_id)
+    or exists (select from autotag.quotas qu where qu.workspace_id = p_workspace_id)
+    or exists (select from autotag.windows wn where wn.workspace_id = p_workspace_id);
 end $$;
 
--- Briefs: what the images of an upload are asked beside the question, what that costs in tokens, and what is kept of the answers.
+-- Briefs: what the images of an upload are asked beside the question, what that costs in tokens, and which part of the answers is kept.
 
--- The brief of a workspace at this moment. No row (profile_id is null): it has no profile, so the question alone is asked. id is null:
--- no upload has been asked this yet. Reads only.
+-- The brief of a workspace at this moment. profile_id is null: the workspace has no profile, so its images are asked the question
+-- alone. id is null: no upload has been asked this yet. Reads only.
 --
--- The first guess: a token of a prompt has three bytes. English has more than four, but lists of words, and other scripts, have fewer;
--- ten answers later it is measured (learn). A field takes twenty tokens in the schema and ten in the answer, beside its texts; a short
--- text takes 60.
+-- The first guess of its tokens counts three bytes per token. English has more than four, but lists of words and other scripts have
+-- fewer. After ten answers the measured use replaces the guess (learn). A field takes twenty tokens in the schema and ten in the answer,
+-- beside its texts; a short text takes 60.
 create or replace function autotag.compose_brief(p_workspace_id autotag.workspace_id) returns autotag.briefs
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2977,8 +2983,8 @@ begin
     v_provider.question_version := -1;
   end if;
   v_vocabulary := case when v_profile.vocabulary_mode = 'open' then '[]' else coalesce(autotag.vocabulary_for_prompt(p_workspace_id), '[]') end;
-  select * into v_brief from autotag.briefs b
-  where b.profile_id = v_profile.id and md5(b.vocabulary::text) = md5(v_vocabulary::text) order by b.id limit 1;
+  select * into v_brief from autotag.briefs br
+  where br.profile_id = v_profile.id and md5(br.vocabulary::text) = md5(v_vocabulary::text) order by br.id limit 1;
   if found then
     return case when v_brief.question_version = v_provider.question_version then v_brief
       else autotag.estimate_brief(v_brief, v_provider) end;
@@ -3016,16 +3022,16 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   p_brief := autotag.estimate_brief(p_brief, p_provider);
-  update autotag.briefs b
+  update autotag.briefs br
   set question_version = p_brief.question_version, tokens_per_image = p_brief.tokens_per_image, output_tokens = p_brief.output_tokens,
       prompt_mean = p_brief.prompt_mean, output_mean = p_brief.output_mean
-  where b.id = p_brief.id and (b.question_version, b.tokens_per_image, b.output_tokens, b.prompt_mean, b.output_mean)
+  where br.id = p_brief.id and (br.question_version, br.tokens_per_image, br.output_tokens, br.prompt_mean, br.output_mean)
     is distinct from (p_brief.question_version, p_brief.tokens_per_image, p_brief.output_tokens, p_brief.prompt_mean, p_brief.output_mean);
   return p_brief;
 end $$;
 
--- The brief of a new upload, which is inserted if it is new; null: the question alone. It may run in a long transaction of the tenant's,
--- so it only inserts.
+-- The id of a new upload's brief; null: the question alone. Inserts the brief if it is new. It updates nothing, because it may run in
+-- a tenant's long transaction.
 create or replace function autotag.make_brief(p_workspace_id autotag.workspace_id) returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3049,15 +3055,15 @@ as $$
 declare
   v_brief autotag.briefs;
 begin
-  select b.* into v_brief from autotag.jobs j join autotag.briefs b on b.id = j.brief_id where j.id = p_job_id;
+  select br.* into v_brief from autotag.jobs j join autotag.briefs br on br.id = j.brief_id where j.id = p_job_id;
   if v_brief.question_version <> p_provider.question_version then
     v_brief := autotag.refresh_brief(v_brief, p_provider);
   end if;
   return v_brief;
 end $$;
 
--- What one image of a brief reserves, cut to what the window of its workspace holds: otherwise it would wait for ever for the sake of a
--- long vocabulary. settle() corrects the window by the real use.
+-- The tokens that one image of a brief reserves, at most what the window of its workspace holds. Otherwise an image with a long
+-- vocabulary would wait for ever. settle() corrects the window by the real use.
 create or replace function autotag.fit_window(p_tokens integer, p_workspace_id autotag.workspace_id) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3073,10 +3079,10 @@ begin
   if p_brief is null then
     return 0;
   end if;
-  return coalesce((select greatest(b.tokens_per_image - p.tokens_per_image, 0) from autotag.briefs b, autotag.provider_limits p where b.id = p_brief), 0);
+  return coalesce((select greatest(br.tokens_per_image - p.tokens_per_image, 0) from autotag.briefs br, autotag.provider_limits p where br.id = p_brief), 0);
 end $$;
 
--- The provider's row with what one image of a workspace reserves and uses now; null: of a workspace without a profile.
+-- The provider's row with the tokens that one image of a workspace reserves and uses now; null: a workspace without a profile.
 create or replace function autotag.provider_for(p_workspace_id autotag.workspace_id) returns autotag.provider_limits
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3110,7 +3116,7 @@ begin
       select from autotag.batches b join autotag.jobs j on j.id = b.job_id where b.worker_id = p_worker and j.brief_id = p_brief) then
     return null;
   end if;
-  return (select autotag.spell_brief(b) from autotag.briefs b where b.id = p_brief);
+  return (select autotag.spell_brief(br) from autotag.briefs br where br.id = p_brief);
 end $$;
 
 -- A brief with the words of its profile (describe_brief); id is 0 where no upload has been asked this. Null: there is none.
@@ -3119,13 +3125,13 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (
-    select jsonb_build_object('id', coalesce(p_brief.id, 0), 'version', p.version, 'instructions', p.instructions, 'language', p.language,
-      'tag_count', p.tag_count, 'vocabulary_mode', p.vocabulary_mode, 'vocabulary', p_brief.vocabulary, 'fields', p.fields)
-    from autotag.profiles p where p.id = p_brief.profile_id);
+    select jsonb_build_object('id', coalesce(p_brief.id, 0), 'version', pr.version, 'instructions', pr.instructions, 'language', pr.language,
+      'tag_count', pr.tag_count, 'vocabulary_mode', pr.vocabulary_mode, 'vocabulary', p_brief.vocabulary, 'fields', pr.fields)
+    from autotag.profiles pr where pr.id = p_brief.profile_id);
 end $$;
 
--- What is stored of a result (clean_result) that was asked by this brief: the tags that are sure enough, no more than were asked for; the
--- fields of its profile, from those that the worker reports; and the profile's version.
+-- The part of a result (clean_result) with this brief that is stored: the tags that are sure enough, and no more than the profile asks
+-- for; of the fields that the worker reports, those of the profile; and the profile's version.
 create or replace function autotag.fit_result(p_result jsonb, p_fields jsonb, p_brief bigint) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3133,22 +3139,22 @@ declare
   v_profile autotag.profiles;
   v_tags text[];
 begin
-  select p.* into v_profile from autotag.briefs b join autotag.profiles p on p.id = b.profile_id where b.id = p_brief;
+  select pr.* into v_profile from autotag.briefs br join autotag.profiles pr on pr.id = br.profile_id where br.id = p_brief;
   if not found or p_result is null then
     return p_result;
   end if;
   v_tags := array(
-    select t.tag from jsonb_array_elements_text(p_result -> 'tags') with ordinality t (tag, i)
+    select given.tag from jsonb_array_elements_text(p_result -> 'tags') with ordinality given (tag, i)
     -- a tag whose confidence the model did not give is kept
-    where coalesce((p_result -> 'confidence' ->> t.tag)::real >= v_profile.min_confidence, true) order by t.i limit v_profile.tag_count);
+    where coalesce((p_result -> 'confidence' ->> given.tag)::real >= v_profile.min_confidence, true) order by given.i limit v_profile.tag_count);
   return p_result || jsonb_build_object('tags', to_jsonb(v_tags), 'profile', v_profile.version,
     'confidence', coalesce((
       select jsonb_object_agg(c.key, c.value) from jsonb_each(p_result -> 'confidence') c where c.key = any (v_tags)), '{}'))
     || case when v_profile.fields = '[]' then '{}' else jsonb_build_object('fields', autotag.clean_fields(p_fields, v_profile.fields)) end;
 end $$;
 
--- The values of these fields ([{name, kind, values}]) in a worker's report; null where there is none of the right type. Of an enum only
--- its own values, of an integer at most 53 bits (JavaScript's), of a text 200 characters.
+-- The values of these fields ([{name, kind, values}]) in a worker's report; null where the report has no value of the right type. An
+-- enum has only its own values, an integer at most 53 bits (JavaScript's), and a text at most 200 characters.
 create or replace function autotag.clean_fields(p_report jsonb, p_fields jsonb) returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -3197,7 +3203,7 @@ begin
   from autotag.settings s, autotag.provider_limits p);
 end $$;
 
--- Expected duration of an upload in seconds, if its workspace has no other work. Single calls wait for what the day has left.
+-- Expected duration of an upload in seconds, if its workspace has no other work. Single calls may have to wait for the next day.
 create or replace function autotag.estimate_seconds(p_images integer, p_batches integer) returns double precision
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3227,13 +3233,13 @@ as $$
 begin
   select count(distinct q.workspace_id), coalesce(sum(q.queued), 0) into workspaces, images
   from autotag.queues q
-  -- a look-up per queue: a join may read all uploads that were ever finished
+  -- This is a look-up per queue. A join may read all uploads that ever finished.
   where q.queued > 0 and (select j.cancelled_at from autotag.jobs j where j.id = q.job_id) is null;
 end $$;
 
 -- How long the last of p_images more single calls of a workspace would wait for its window, for its fair share of the provider's
--- bucket and of what the day has left, and for the end of a block (retry-after). p_counted: use claim()'s count of what waits in
--- other workspaces if it is at most 2 s old, because counting takes longer the more workspaces there are.
+-- bucket and of the rest of the day's limit, and for the end of a block (retry-after). p_counted: use claim()'s count of calls that wait
+-- in other workspaces if it is at most 2 s old, because counting takes longer with more workspaces.
 create or replace function autotag.predict_wait(p_workspace_id autotag.workspace_id, p_images integer, p_counted boolean default false)
 returns interval
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -3251,7 +3257,7 @@ declare
 begin
   v_provider := autotag.refilled_provider(v_now);
   v_each := coalesce((
-    select b.tokens_per_image from autotag.jobs j join autotag.briefs b on b.id = j.brief_id
+    select br.tokens_per_image from autotag.jobs j join autotag.briefs br on br.id = j.brief_id
     where j.workspace_id = p_workspace_id and j.finished_at is null order by j.created_at desc limit 1), v_provider.tokens_per_image);
   v_queued := coalesce((select sum(q.queued) from autotag.queues q where q.workspace_id = p_workspace_id and q.queued > 0
       and (select j.cancelled_at from autotag.jobs j where j.id = q.job_id) is null), 0);
@@ -3264,8 +3270,8 @@ begin
   -- Fair share: for each of its own calls, the workspace waits for one call of every other workspace that still has some.
   v_everybody := v_own + least(greatest(v_provider.waiting_images - v_queued, 0),
     v_own * greatest(v_provider.waiting_workspaces - (v_queued > 0)::integer, 0));
-  select l.max_requests, l.max_units into v_max_requests, v_max_units
-  from autotag.windows l where l.workspace_id = p_workspace_id and l.request_type = 'realtime';
+  select wn.max_requests, wn.max_units into v_max_requests, v_max_units
+  from autotag.windows wn where wn.workspace_id = p_workspace_id and wn.request_type = 'realtime';
   v_max_requests := coalesce(v_max_requests, v_settings.realtime_requests_per_minute);
   v_max_units := coalesce(v_max_units, v_settings.realtime_tokens_per_minute);
   return greatest(autotag.wait_for_day(v_provider, v_everybody),
@@ -3315,27 +3321,60 @@ begin
       case when p_images <= v_max_allowed then greatest(extract(epoch from v_free_at - autotag.now()), 1) end));
 end $$;
 
--- Those of these images that are being tagged for a workspace of the caller.
+-- The images among these that are being tagged, and where. (The plan is kept, and must use the index. A plan from when nothing was being
+-- tagged would compare each image with each task: 14 s for 50,000 of them.)
+create or replace function autotag.live_tasks(p_asset_ids autotag.asset_id[])
+returns table (asset_id autotag.asset_id, workspace_id autotag.workspace_id, job_id uuid)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
+as $$
+begin
+  return query
+    select t.asset_id, t.workspace_id, t.job_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null;
+end $$;
+
+-- The images among these that are being tagged for a workspace of the caller.
 create or replace function autotag.own_live_assets(p_asset_ids autotag.asset_id[]) returns autotag.asset_id[]
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp set random_page_cost = 1.1
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return array(
-    with live as materialized (
-      select t.asset_id, t.workspace_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null)
+    with live as materialized (select x.asset_id, x.workspace_id from autotag.live_tasks(p_asset_ids) x)
     select l.asset_id from live l where l.workspace_id in (
       -- offset 0: call is_member once per workspace, not once per image
       select w.id from (select distinct l.workspace_id as id from live l offset 0) w where autotag.is_member(w.id)));
 end $$;
 
--- enqueue_tagging: makes one upload one job. Idempotent: images that are being tagged already are skipped, and so are those that have
--- just been tagged (find_repeats) and those that the row filter leaves out. It may run in a long transaction of the tenant's, so it locks no row that a worker needs: it takes
--- advisory locks (lock_quotas) and inserts new rows.
+-- Refuses an upload if not all of its images exist for the caller. p_visible: the images of p_asset_ids whose rows the caller can read.
+-- p_found: how many of these are in the caller's workspaces p_workspaces; null: none.
+create or replace function autotag.check_known(
+  p_asset_ids autotag.asset_id[], p_visible autotag.asset_id[], p_workspaces autotag.workspace_id[], p_found integer
+) returns void
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_asked integer := (select count(distinct id) from unnest(p_asset_ids) id);
+begin
+  if p_found >= v_asked then
+    return;   -- none is missing: p_asset_ids names some images twice
+  end if;
+  perform autotag.check_caller() where p_workspaces is null;
+  perform autotag.refuse(404, 'unknown_asset',
+    format('%s of the %s images do not exist.', v_asked - p_found, v_asked),
+    'Insert the assets before you enqueue them.', jsonb_build_object('asset_ids', array(
+      select unnest(p_asset_ids) except
+      select d.asset_id from autotag.describe_assets(p_visible, false) d where d.workspace_id = any (p_workspaces)
+      order by 1 limit 5)));
+end $$;
+
+-- enqueue_tagging: makes one upload one job. Idempotent: it skips images that are being tagged, images that have just been tagged
+-- (find_repeats), and images that the row filter leaves out. It may run in a tenant's long transaction, so it locks no row that a worker
+-- needs: it takes advisory locks (lock_quotas) and inserts new rows.
 --
 -- p_visible_marks[i]: the mark of the file of p_asset_ids[i] that the caller may see (`visible_file_marks`), which matches no file if the
 -- caller may not see it; null: not checked. If the image's file has another mark when a worker claims it, the image fails as if
 -- the file did not exist.
--- p_visible: those of the images whose rows the caller can read (`visible_assets`); null: not checked. The others do not exist for them.
+-- p_visible: the images whose rows the caller can read (`visible_assets`); null: not checked. The others do not exist for the caller.
 create or replace function autotag.enqueue(
   p_asset_ids autotag.asset_id[], p_visible_marks uuid[] default null, p_visible autotag.asset_id[] default null
 ) returns jsonb
@@ -3343,43 +3382,41 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_found integer;
-  v_asked integer;
-  v_missing autotag.asset_id[];            -- ids that do not exist, at most 5
   v_foreign autotag.asset_id[];            -- images that name a file of another workspace, at most 5
   v_long autotag.asset_id[];               -- images whose URL, path or bucket name is too long, at most 5
   v_workspaces autotag.workspace_id[];         -- workspaces of the images that the caller may act for
   v_images autotag.asset_id[];             -- the images, each once,
   v_marks bigint[];            -- the marks of their pictures,
-  v_suspects autotag.picture[];   -- and those that may have been enqueued before
+  v_suspects autotag.asset_id[];           -- and those that may have been enqueued before
 begin
   if array_ndims(p_asset_ids) > 1 or array_position(p_asset_ids, null) is not null then
     perform autotag.refuse(400, 'bad_asset_ids', 'asset_ids must be a plain list of ids.', 'Pass an array of ids without nulls.');
   end if;
   perform autotag.check_image_count(cardinality(p_asset_ids));
 
+  if p_visible <> p_asset_ids then
+    p_visible := array(select unnest(p_visible) intersect select unnest(p_asset_ids));
+  end if;
   -- An image of another workspace, or with a hidden row, is reported like one that does not exist: nobody can find out which ids exist.
+  -- All images of a workspace make one row: is_member() is called once for it, and each image is looked at once.
   with there as materialized (
-    select d.asset_id, d.workspace_id, d.refused, d.stage, hash_record_extended(row(d.asset_id, d.mark), 0) as mark
-    from autotag.describe_assets(coalesce(p_visible, p_asset_ids)) d where d.workspace_id is not null
+    select d.workspace_id, count(*) as images,
+      array_agg(d.asset_id) filter (where d.refused = 'foreign_file') as foreign_ids,
+      array_agg(d.asset_id) filter (where d.refused = 'location_too_long') as long_ids,
+      array_agg(d.asset_id) filter (where d.refused is null) as ids,
+      array_agg(hash_record_extended(row(d.asset_id, d.place), 0)) filter (where d.refused is null) as marks,
+      array_agg(d.asset_id) filter (where d.stage <> 'failed' and d.refused is null) as suspects
+    from autotag.describe_assets(coalesce(p_visible, p_asset_ids), false) d where d.workspace_id is not null group by d.workspace_id
   ), theirs as materialized (
-    -- offset 0: call is_member once per workspace, not once per image
-    select w.id from (select distinct t.workspace_id as id from there t offset 0) w
-    where autotag.is_service() or autotag.is_member(w.id)
-  ), found as materialized (
-    select t.asset_id, t.refused, t.stage, t.mark from there t where t.workspace_id in (select w.id from theirs w)
+    select x.* from there x where autotag.is_service() or autotag.is_member(x.workspace_id)
   )
-  select (select array_agg(w.id order by w.id) from theirs w), (select count(*) from found), (select count(distinct id) from unnest(p_asset_ids) id),
-    array(select distinct id from unnest(p_asset_ids) id except select f.asset_id from found f order by 1 limit 5),
-    array(select f.asset_id from found f where f.refused = 'foreign_file' order by 1 limit 5),
-    array(select f.asset_id from found f where f.refused = 'location_too_long' order by 1 limit 5),
-    array(select f.asset_id from found f where f.refused is null), array(select f.mark from found f where f.refused is null),
-    array(select row(f.asset_id, f.mark)::autotag.picture from found f where f.stage <> 'failed' and f.refused is null)
-  into v_workspaces, v_found, v_asked, v_missing, v_foreign, v_long, v_images, v_marks, v_suspects;
-  if v_found < v_asked then
-    perform autotag.check_caller() where v_workspaces is null;
-    perform autotag.refuse(404, 'unknown_asset',
-      format('%s of the %s images do not exist.', v_asked - v_found, v_asked),
-      'Insert the assets before you enqueue them.', jsonb_build_object('asset_ids', v_missing));
+  select (select array_agg(w.workspace_id order by w.workspace_id) from theirs w), (select sum(w.images) from theirs w),
+    array(select unnest(x.foreign_ids) order by 1 limit 5), array(select unnest(x.long_ids) order by 1 limit 5),
+    coalesce(x.ids, '{}'), coalesce(x.marks, '{}'), coalesce(x.suspects, '{}')
+  into v_workspaces, v_found, v_foreign, v_long, v_images, v_marks, v_suspects
+  from theirs x limit 1;   -- several workspaces are refused below
+  if coalesce(v_found, 0) < cardinality(p_asset_ids) then
+    perform autotag.check_known(p_asset_ids, coalesce(p_visible, p_asset_ids), v_workspaces, coalesce(v_found, 0));
   end if;
   if cardinality(v_workspaces) > 1 then
     perform autotag.refuse(400, 'several_workspaces',
@@ -3399,7 +3436,7 @@ end $$;
 
 -- Starts the job of an upload: its strategy, batches and tasks.
 
--- Makes a job of those images that are not being tagged already. All belong to p_workspace_id.
+-- Makes a job of the images among these that are not being tagged already. All belong to p_workspace_id.
 -- p_visible_marks: as in enqueue(). Returns {job_id, strategy, image_count, skipped, batches, eta}.
 -- Locks: workspace, user (lock_quotas), assets (show); all rows of autotag are new.
 create or replace function autotag.start_job(
@@ -3420,10 +3457,15 @@ declare
 begin
   perform autotag.lock_quotas(p_workspace_id, p_user_id);
   -- The new images, each once, in the order of the upload.
-  v_live := array(select t.asset_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null);
-  select coalesce(array_agg(a.id order by a.i), '{}'), array_agg(a.visible_mark order by a.i) into v_new, v_new_marks
-  from (select distinct on (u.id) u.* from unnest(p_asset_ids, p_visible_marks) with ordinality u (id, visible_mark, i) order by u.id, u.i) a
-  where a.id not in (select unnest(v_live));   -- hashed, where `<> all` compares each with each in a generic plan
+  v_live := array(select x.asset_id from autotag.live_tasks(p_asset_ids) x);
+  if v_live = '{}' and v_asked = cardinality(p_asset_ids) and array_lower(p_asset_ids, 1) = 1 then   -- nothing to leave out
+    v_new := p_asset_ids;
+    v_new_marks := p_visible_marks;
+  else
+    select coalesce(array_agg(a.id order by a.i), '{}'), array_agg(a.visible_mark order by a.i) into v_new, v_new_marks
+    from (select distinct on (u.id) u.* from unnest(p_asset_ids, p_visible_marks) with ordinality u (id, visible_mark, i) order by u.id, u.i) a
+    where a.id not in (select unnest(v_live));   -- hashed, where `<> all` compares each with each in a generic plan
+  end if;
   v_count := cardinality(v_new);
   if v_count = 0 then
     return autotag.describe_live(p_workspace_id, v_live, v_asked);
@@ -3456,8 +3498,8 @@ begin
     'skipped', v_asked - v_count, 'batches', v_plan.batches, 'eta', v_job.eta);
 end $$;
 
--- The reply to an upload whose images are all being tagged already: their job, or null if they belong to several. Only a job of
--- this workspace: an image that moved here while it is tagged belongs to a job of the workspace that it came from.
+-- The reply to an upload whose images are all being tagged already: their job, or null if they belong to several. It names only a job
+-- of this workspace. An image that moved here while it is being tagged belongs to a job of its former workspace.
 create or replace function autotag.describe_live(p_workspace_id autotag.workspace_id, p_live autotag.asset_id[], p_asked integer) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3466,9 +3508,7 @@ declare
   v_job autotag.jobs;
 begin
   -- The call is probably a retry after its first reply was lost, so name the job.
-  select array_agg(distinct t.job_id) into v_live_jobs
-  from autotag.tasks t where t.asset_id = any (p_live) and t.workspace_id = p_workspace_id
-    and t.finished_at is null;
+  select array_agg(distinct x.job_id) into v_live_jobs from autotag.live_tasks(p_live) x where x.workspace_id = p_workspace_id;
   select * into v_job from autotag.jobs j
   where cardinality(v_live_jobs) = 1 and j.id = v_live_jobs[1];
   return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,
@@ -3492,7 +3532,7 @@ begin
     if (select p.has_batches from autotag.provider_limits p) = false then
       v_plan.fallback := case when p_images > v_settings.chunk_max_images
         then 'The AI provider has no Batch API, so these images are sent as single calls.' end;
-    -- A batch that has to wait for its workspace's window, or that takes longer than the wait, would make it worse.
+    -- A batch is no use if it has to wait for its workspace's window, or if it takes longer than the single calls would wait.
     elsif v_plan.wait > v_settings.realtime_max_wait
       and v_now + v_plan.wait > (autotag.predict_new_batch(p_workspace_id, p_images, v_now)).ends_at then
       v_plan.strategy := 'batch';
@@ -3520,94 +3560,107 @@ returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_batches uuid[];       -- by their ordinal
   v_first_task bigint;
   v_extra bigint := autotag.extra_tokens(p_job.brief_id);
 begin
   -- Ordinal 1 is the priority batch, which has the express images.
   if p_plan.batches > 0 then
-    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, express_count, extra_tokens, created_at)
-    select p_job.id, p_job.workspace_id, b, n.images, n.express, (n.images - n.express) * v_extra, p_job.created_at
-    from generate_series(1, p_plan.batches) b
-    cross join lateral (
-      select (b::bigint * p_job.image_count / p_plan.batches - (b - 1)::bigint * p_job.image_count / p_plan.batches)::integer as images,
-        case when b = 1 then p_plan.express else 0 end as express) n;
+    with planned as (
+      insert into autotag.batches (job_id, workspace_id, ordinal, image_count, express_count, extra_tokens, created_at)
+      select p_job.id, p_job.workspace_id, b, n.images, n.express, (n.images - n.express) * v_extra, p_job.created_at
+      from generate_series(1, p_plan.batches) b
+      cross join lateral (
+        select (b::bigint * p_job.image_count / p_plan.batches - (b - 1)::bigint * p_job.image_count / p_plan.batches)::integer as images,
+          case when b = 1 then p_plan.express else 0 end as express) n
+      returning id, ordinal
+    )
+    select array_agg(x.id order by x.ordinal) into v_batches from planned x;
   end if;
 
   with placed as (
     insert into autotag.tasks (job_id, workspace_id, asset_id, visible_mark, lane, batch_id)
     select p_job.id, p_job.workspace_id, a.id, a.visible_mark,
       case when a.i <= p_plan.express then 'realtime' else 'batch' end,
-      case when a.i > p_plan.express then b.id end
+      case when a.i > p_plan.express then v_batches[((a.i * p_plan.batches + p_job.image_count - 1) / p_job.image_count)::integer] end
     from unnest(p_asset_ids, p_visible_marks) with ordinality a (id, visible_mark, i)
-    left join autotag.batches b on b.job_id = p_job.id
-      and b.ordinal = (a.i * p_plan.batches + p_job.image_count - 1) / p_job.image_count
     order by a.i
     returning id
   )
-  select min(id) into v_first_task from placed;
+  select min(x.id) into v_first_task from placed x;
   return v_first_task;
 end $$;
 
 -- Nothing twice: a call that is repeated, because its reply was lost, does not pay for its images again.
 
--- Those of these images that are being tagged, or were tagged a moment ago: they belong to a job of the workspace that still runs or has
--- finished within repeat_window, with the location that they had then and the present brief, and did not fail there. It reads only tables of autotag, in
--- one snapshot, so that it knows of every image that was tagged until now, whatever the image's row showed earlier.
-create or replace function autotag.find_repeats(p_workspace_id autotag.workspace_id, p_pictures autotag.picture[]) returns autotag.repeated[]
+-- The images among these that are being tagged, or were tagged a moment ago: a job of the workspace that still runs, or finished within
+-- repeat_window, has them with their present location and brief, and they did not fail there. It reads only tables of autotag, in one
+-- snapshot. So it finds every image that was tagged until now, whatever the image's row showed earlier.
+-- p_suspects: the images; p_images, p_marks: these and maybe others, each once, and the marks of their pictures. jobs[i]: the job of assets[i].
+create or replace function autotag.find_repeats(
+  p_workspace_id autotag.workspace_id, p_suspects autotag.asset_id[], p_images autotag.asset_id[], p_marks bigint[],
+  out assets autotag.asset_id[], out jobs uuid[]
+)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_nestloop = off
 as $$
 declare
-  v_live autotag.repeated[];
   v_brief autotag.briefs;
+  v_recent record;
 begin
-  if p_pictures = '{}' then
-    return array[]::autotag.repeated[];   -- almost always: nothing is read for new images
+  assets := '{}';
+  jobs := '{}';
+  if p_suspects = '{}' then
+    return;   -- almost always: nothing is read for new images
   end if;
-  v_live := array(
-    -- one that moved here while it is tagged belongs to a job of another workspace
-    select row(t.asset_id, case when t.workspace_id = p_workspace_id then t.job_id end)::autotag.repeated
-    from autotag.tasks t where t.asset_id = any (array(select p.asset_id from unnest(p_pictures) p)) and t.finished_at is null);
-  p_pictures := array(select p from unnest(p_pictures) p where p.asset_id not in (select l.asset_id from unnest(v_live) l));
-  if p_pictures = '{}' then
-    return v_live;
+  -- An image that moved here while it is being tagged belongs to a job of another workspace.
+  select coalesce(array_agg(x.asset_id), '{}'), coalesce(array_agg(case when x.workspace_id = p_workspace_id then x.job_id end), '{}')
+  into assets, jobs
+  from autotag.live_tasks(p_suspects) x;
+  if cardinality(assets) = cardinality(p_suspects) then
+    return;
   end if;
-  -- The answer to another question is not what this call asks for. (0: no job has been asked this yet.)
+  -- Tags of another brief are not what this call asks for. (0: no job has been asked this yet.)
   v_brief := autotag.compose_brief(p_workspace_id);
-  return v_live || array(
-    with recent as materialized (
-      select p.job_id, unnest(p.marks) as mark from autotag.pictures p
-      where p.job_id = any (array(
-        select j.id from autotag.jobs j
-        where j.workspace_id = p_workspace_id and j.finished_at is null and j.brief_id is not distinct from coalesce(v_brief.id, v_brief.profile_id * 0)
-        union all
-        select j.id from autotag.jobs j
-        where j.finished_at > autotag.now() - (select s.repeat_window from autotag.settings s) and j.workspace_id = p_workspace_id
-          and j.brief_id is not distinct from coalesce(v_brief.id, v_brief.profile_id * 0)))
-    ), met as materialized (
-      select a.asset_id, r.job_id from unnest(p_pictures) a join recent r on r.mark = a.mark
-    ), failed as materialized (
-      select t.job_id, t.asset_id from autotag.tasks t
-      where t.job_id = any (array(select distinct m.job_id from met m)) and t.finished_at is not null
-    )
-    select row(m.asset_id, (array_agg(m.job_id))[1])::autotag.repeated from met m
+  with recent as materialized (
+    select pi.job_id, unnest(pi.marks) as mark from autotag.pictures pi
+    where pi.job_id = any (array(
+      select j.id from autotag.jobs j
+      where j.workspace_id = p_workspace_id and j.finished_at is null and j.brief_id is not distinct from coalesce(v_brief.id, v_brief.profile_id * 0)
+      union all
+      select j.id from autotag.jobs j
+      where j.finished_at > autotag.now() - (select s.repeat_window from autotag.settings s) and j.workspace_id = p_workspace_id
+        and j.brief_id is not distinct from coalesce(v_brief.id, v_brief.profile_id * 0)))
+  ), met as materialized (
+    select i.id as asset_id, r.job_id from unnest(p_images, p_marks) i (id, mark) join recent r on r.mark = i.mark
+    where i.id in (select unnest(p_suspects)) and i.id not in (select unnest(assets))
+  ), failed as materialized (
+    select t.job_id, t.asset_id from autotag.tasks t
+    where t.job_id = any (array(select distinct m.job_id from met m)) and t.finished_at is not null
+  ), repeated as (
+    select m.asset_id, (array_agg(m.job_id))[1] as job_id from met m
     where (m.job_id, m.asset_id) not in (select f.job_id, f.asset_id from failed f)
-    group by m.asset_id);
+    group by m.asset_id
+  )
+  select array_agg(r.asset_id) as assets, array_agg(r.job_id) as jobs into v_recent from repeated r;
+  assets := assets || v_recent.assets;
+  jobs := jobs || v_recent.jobs;
 end $$;
 
 -- Makes a job of an upload without the repeated images (find_repeats) and without those that the row filter leaves out. Returns what
 -- start_job() does; the images left out are skipped, too. If nothing is left, the reply names the job of the repeated images, or null
 -- if they belong to several, or to none.
--- p_images, p_marks: all images that the filter lets pass, each once, and the marks of their pictures. p_suspects: those that may have been enqueued before.
--- Locks: as in start_job().
+-- p_images, p_marks: all images that the row filter does not leave out, each once, and the marks of their pictures. p_suspects: those
+-- that may have been enqueued before. Locks: as in start_job().
 create or replace function autotag.start_once(
-  p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_visible_marks uuid[], p_images autotag.asset_id[], p_marks bigint[], p_suspects autotag.picture[]
+  p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_visible_marks uuid[], p_images autotag.asset_id[], p_marks bigint[],
+  p_suspects autotag.asset_id[]
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user autotag.user_id := autotag.caller();
-  v_repeated autotag.repeated[];
+  v_repeated record;
   v_skipped integer;
   v_jobs uuid[];
   v_job autotag.jobs;
@@ -3616,20 +3669,22 @@ begin
   if not autotag.lock_quotas(p_workspace_id, v_user, false) then
     perform autotag.lock_quotas(p_workspace_id, v_user);
     -- Meanwhile others may have enqueued any of these images, and some may have got their tags.
-    p_suspects := array(select row(i.id, i.mark)::autotag.picture from unnest(p_images, p_marks) i (id, mark));
+    p_suspects := p_images;
   end if;
-  v_repeated := autotag.find_repeats(p_workspace_id, p_suspects);
-  v_skipped := cardinality(v_repeated);
+  v_repeated := autotag.find_repeats(p_workspace_id, p_suspects, p_images, p_marks);
+  v_skipped := cardinality(v_repeated.assets);
   if cardinality(p_images) < cardinality(p_asset_ids) then   -- filtered, or named twice
     v_skipped := v_skipped + (select count(distinct id)::integer from unnest(p_asset_ids) id) - cardinality(p_images);
   end if;
-  if v_skipped > 0 then
+  if cardinality(v_repeated.assets) = cardinality(p_images) then
+    p_asset_ids := null;
+  elsif v_skipped > 0 then
     select array_agg(a.id order by a.i), array_agg(a.visible_mark order by a.i) into p_asset_ids, p_visible_marks
     from unnest(p_asset_ids, p_visible_marks) with ordinality a (id, visible_mark, i)
-    where a.id in (select unnest(p_images)) and a.id not in (select r.asset_id from unnest(v_repeated) r);
+    where a.id in (select unnest(p_images)) and a.id not in (select unnest(v_repeated.assets));
   end if;
   if p_asset_ids is null then
-    v_jobs := array(select distinct r.job_id from unnest(v_repeated) r where r.job_id is not null);
+    v_jobs := array(select distinct id from unnest(v_repeated.jobs) id where id is not null);
     select * into v_job from autotag.jobs j where cardinality(v_jobs) = 1 and j.id = v_jobs[1];
     return autotag.describe_repeat(v_job, v_skipped);
   end if;
@@ -3639,7 +3694,8 @@ begin
   return v_reply;
 end $$;
 
--- Records the pictures of a new job. p_reply: of start_job(); p_images, p_marks: the images of its call, and the marks of their pictures.
+-- Records the pictures of a new job. p_reply: the reply of start_job(); p_images, p_marks: the images of the call, and the marks of
+-- their pictures.
 create or replace function autotag.record_pictures(p_workspace_id autotag.workspace_id, p_reply jsonb, p_images autotag.asset_id[], p_marks bigint[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
@@ -3669,11 +3725,11 @@ end $$;
 
 -- Cancelling an upload.
 
--- cancel_tagging: {job_id, cancelled (images)}. Images that have not been sent to OpenAI fail with the code `cancelled`. What
--- has been sent is billed: the notification wakes a worker, which cancels the batch at OpenAI at once (take_cancellations), and the
--- answers that come are stored.
--- It may run in a long transaction of the tenant's. Claims keep off its upload until it ends, because they do not get the job's
--- advisory lock; nothing else waits for it. Locks: the job (advisory), job, batches, tasks, assets (finish).
+-- cancel_tagging: {job_id, cancelled (images)}. Images that have not been sent to OpenAI fail with the code `cancelled`. Images that
+-- have been sent are billed, so their answers are stored. The notification wakes a worker, which cancels the batch at OpenAI at once
+-- (take_cancellations).
+-- It may run in a tenant's long transaction. Until that ends, claims skip the upload, because they do not get the job's advisory lock.
+-- Nothing else waits for it. Locks: the job (advisory), job, batches, tasks, assets (finish).
 create or replace function autotag.cancel(p_job_id uuid) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3725,9 +3781,9 @@ end $$;
 
 -- retry_tagging: enqueues the failed images of a job as a new job, except those that no longer exist, moved to another workspace
 -- (which the caller may not know of), whose location is refused (describe_assets), or that a later job has tagged.
--- A call that is repeated while that job runs, or within repeat_window of its end, returns that job again. Once it was cancelled,
--- another call makes another job.
--- p_asset_ids: failed_assets(), as it was when the caller's rights to the files were checked; p_visible_marks: as in enqueue, for them.
+-- A call that is repeated while that job runs, or within repeat_window of its end, returns that job again. After the job was cancelled, a
+-- call makes another one.
+-- p_asset_ids: the failed_assets() whose files the caller's rights were checked for; p_visible_marks: as in enqueue, for these images.
 -- Locks: the job (advisory: calls for one job run one after the other), then as in enqueue().
 create or replace function autotag.retry(p_job_id uuid, p_asset_ids autotag.asset_id[], p_visible_marks uuid[] default null) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -3737,7 +3793,8 @@ declare
   v_retry autotag.jobs;
   v_images autotag.asset_id[];    -- those that can be tagged now,
   v_marks bigint[];               -- the marks of their pictures,
-  v_suspects autotag.picture[];   -- and those that may have been enqueued again
+  v_suspects autotag.asset_id[];  -- and those that may have been enqueued again
+  v_failed autotag.asset_id[];
   v_assets autotag.asset_id[];
   v_visible_marks uuid[];
   v_reply jsonb;
@@ -3749,18 +3806,24 @@ begin
     and v_retry.id is not null then
     return autotag.describe_repeat(v_retry, v_retry.image_count);
   end if;
-  with found as materialized (
-    select d.asset_id, d.stage, hash_record_extended(row(d.asset_id, d.mark), 0) as mark
-    from autotag.describe_assets(array(select unnest(p_asset_ids) intersect select unnest(autotag.failed_assets(v_job.id)))) d
-    where d.workspace_id = v_job.workspace_id and d.refused is null and d.stage is distinct from 'completed'
-  )
-  select array(select f.asset_id from found f), array(select f.mark from found f),
-    array(select row(f.asset_id, f.mark)::autotag.picture from found f where f.stage <> 'failed')
-  into v_images, v_marks, v_suspects;
-  select array_agg(a.id order by a.i), array_agg(a.visible_mark order by a.i) into v_assets, v_visible_marks
-  from unnest(p_asset_ids, p_visible_marks) with ordinality a (id, visible_mark, i)
-  where a.id in (select unnest(v_images));
-  if v_assets is null then
+  v_failed := autotag.failed_assets(v_job.id);
+  if p_asset_ids is distinct from v_failed then
+    v_failed := array(select unnest(p_asset_ids) intersect select unnest(v_failed));
+  end if;
+  select coalesce(array_agg(d.asset_id), '{}'), array_agg(hash_record_extended(row(d.asset_id, d.place), 0)),
+    coalesce(array_agg(d.asset_id) filter (where d.stage <> 'failed'), '{}')
+  into v_images, v_marks, v_suspects
+  from autotag.describe_assets(v_failed, false) d
+  where d.workspace_id = v_job.workspace_id and d.refused is null and d.stage is distinct from 'completed';
+  if cardinality(v_images) = cardinality(p_asset_ids) then
+    v_assets := p_asset_ids;
+    v_visible_marks := p_visible_marks;
+  else
+    select array_agg(a.id order by a.i), array_agg(a.visible_mark order by a.i) into v_assets, v_visible_marks
+    from unnest(p_asset_ids, p_visible_marks) with ordinality a (id, visible_mark, i)
+    where a.id in (select unnest(v_images));
+  end if;
+  if v_assets is null or v_images = '{}' then
     perform autotag.refuse(409, 'nothing_to_retry', 'This upload has no failed image that can be tagged now.',
       'Check tagging_job() before you retry.');
   end if;
@@ -3776,9 +3839,9 @@ end $$;
 -- lock), forbid PREPARE TRANSACTION, and fail it while the queue of notifications is full. It is not needed either: an upload is not
 -- sealed before upload_quiet has passed, and a worker that looks that often sees each upload in time (seal_uploads: wait).
 
--- Who uploads in the host's transaction: the signed-in user (caller), nobody() for the project's own server, which has no user. Null: a
--- token that names no user, such as that of anon; their rows are not collected, because they may not tag images, unless the owner
--- allows it (automatic_for_anyone). Anything can stand in the claims of a direct connection: that is the server, not an error.
+-- The uploader in the host's transaction: the signed-in user (caller), or nobody() for the project's own server, which has no user. Null:
+-- a token that names no user, such as that of anon. Rows of such a caller are not collected, because they may not tag images, unless the
+-- owner allows it (automatic_for_anyone). The claims of a direct connection can contain anything: that is the server, not an error.
 create or replace function autotag.find_uploader() returns autotag.user_id
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3794,14 +3857,14 @@ begin
     return autotag.nobody();
   end if;
   return v_user;
-exception when invalid_text_representation then   -- the claims are no JSON
+exception when invalid_text_representation then   -- the claims are not JSON
   return autotag.nobody();
 end $$;
 
--- Collects the images that one statement inserted: their ids and workspaces; those without a workspace, and those of a token that names
--- no user (find_uploader), are left out. Whether there is a file or URL is found out when the upload is sealed. Called by the host's
--- transaction, so it only inserts: it locks no row, and waits for nothing but a lock of the whole table (an upgrade of autotag), for
--- 50 ms at most. Errors are caught by the trigger.
+-- Collects the images that one statement inserted: their ids and workspaces. Images without a workspace, and those of a token that names
+-- no user (find_uploader), are left out. seal_uploads() looks later whether an image has a file or URL. Called by the host's
+-- transaction, so it only inserts. It locks no row, and waits only for a lock of the whole table (an upgrade of autotag), for 50 ms at
+-- most. The trigger catches errors.
 create or replace function autotag.collect(p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
@@ -3816,8 +3879,8 @@ begin
 end $$;
 
 -- At most p_limit uploads that may still grow, by workspace and uploader, with their first and last arrival. Only workspaces from
--- p_from (null: the first) to before p_before (null: all). It jumps from one upload to the next in the index, so its cost does not depend on how many
--- images they have: 10 µs for each upload.
+-- p_from (null: the first) to before p_before (null: all). It jumps from one upload to the next in the index, so its cost does not depend
+-- on their numbers of images: 10 µs for each upload.
 create or replace function autotag.list_arriving(p_from autotag.workspace_id, p_before autotag.workspace_id, p_limit integer)
 returns table (workspace_id autotag.workspace_id, uploader autotag.user_id, first_at timestamptz, last_at timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
@@ -3825,31 +3888,31 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp s
 as $$
 begin
   p_from := coalesce(p_from, (
-    select a.workspace_id from autotag.arrivals a where a.upload_id is null order by a.workspace_id, a.uploader, a.arrived_at limit 1));
+    select ar.workspace_id from autotag.arrivals ar where ar.upload_id is null order by ar.workspace_id, ar.uploader, ar.arrived_at limit 1));
   return query
     with recursive found as (
-      (select a.workspace_id, a.uploader, a.arrived_at from autotag.arrivals a
-       where a.upload_id is null and a.workspace_id >= p_from
-       order by a.workspace_id, a.uploader, a.arrived_at limit 1)
+      (select ar.workspace_id, ar.uploader, ar.arrived_at from autotag.arrivals ar
+       where ar.upload_id is null and ar.workspace_id >= p_from
+       order by ar.workspace_id, ar.uploader, ar.arrived_at limit 1)
       union all
       select n.* from found f
       cross join lateral (
-        select a.workspace_id, a.uploader, a.arrived_at from autotag.arrivals a
-        where a.upload_id is null and (a.workspace_id, a.uploader) > (f.workspace_id, f.uploader)
-        order by a.workspace_id, a.uploader, a.arrived_at limit 1) n
+        select ar.workspace_id, ar.uploader, ar.arrived_at from autotag.arrivals ar
+        where ar.upload_id is null and (ar.workspace_id, ar.uploader) > (f.workspace_id, f.uploader)
+        order by ar.workspace_id, ar.uploader, ar.arrived_at limit 1) n
       where p_before is null or f.workspace_id < p_before
     )
     select f.workspace_id, f.uploader, f.arrived_at, (
-      select max(a.arrived_at) from autotag.arrivals a
-      where a.upload_id is null and a.workspace_id = f.workspace_id and a.uploader = f.uploader)
+      select max(ar.arrived_at) from autotag.arrivals ar
+      where ar.upload_id is null and ar.workspace_id = f.workspace_id and ar.uploader = f.uploader)
     from found f where p_before is null or f.workspace_id < p_before limit p_limit;
 end $$;
 
--- Uploads, and when each is due: those that may still grow are complete when nothing has come for upload_quiet or their first image is
--- upload_longest old; those that were postponed have a time. An image that becomes visible late, because its transaction was long, is
--- as old as its row. One from the future was inserted before the clock was set back, and waits for nothing.
--- At most 2,000 of the former, from the workspace of a random arrival on, and 1,000 of the latter: where there are more, each gets its
--- chance.
+-- Uploads, and when each is due. An upload that may still grow is complete when no image has come for upload_quiet, or when its first
+-- image is upload_longest old. A postponed upload has a time. An image that becomes visible late, because its transaction was long, is as
+-- old as its row. An image from the future was inserted before the clock was set back, and is complete at once.
+-- At most 2,000 growing uploads, beginning with the workspace of a random arrival, and 1,000 postponed ones. If there are more, each has
+-- a chance in every call.
 create or replace function autotag.list_uploads(p_now timestamptz)
 returns table (workspace_id autotag.workspace_id, uploader autotag.user_id, due_at timestamptz, arriving boolean)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
@@ -3859,11 +3922,12 @@ declare
   v_quiet interval;
   v_longest interval;
   v_from autotag.workspace_id := (
-    select a.workspace_id from autotag.arrivals a
-    where exists (select from autotag.arrivals e where e.upload_id is null)   -- otherwise nothing is read
-      and a.id >= (select f.id + floor(random() * (l.id - f.id + 1))::bigint
-      from (select i.id from autotag.arrivals i order by i.id limit 1) f, (select i.id from autotag.arrivals i order by i.id desc limit 1) l)
-    order by a.id limit 1);
+    select ar.workspace_id from autotag.arrivals ar
+    where exists (select from autotag.arrivals growing where growing.upload_id is null)   -- otherwise nothing is read
+      and ar.id >= (select f.id + floor(random() * (l.id - f.id + 1))::bigint
+      from (select edge.id from autotag.arrivals edge order by edge.id limit 1) f,
+        (select edge.id from autotag.arrivals edge order by edge.id desc limit 1) l)
+    order by ar.id limit 1);
 begin
   select s.upload_quiet, s.upload_longest into v_quiet, v_longest from autotag.settings s;
   return query
@@ -3874,19 +3938,19 @@ begin
       union all
       select * from autotag.list_arriving(null, v_from, 1000)) l;
   return query
-    select u.workspace_id, u.uploader, u.seal_at, false from autotag.uploads u where u.seal_at <= p_now order by u.seal_at limit 1000;
+    select up.workspace_id, up.uploader, up.seal_at, false from autotag.uploads up where up.seal_at <= p_now order by up.seal_at limit 1000;
   return query
-    select u.workspace_id, u.uploader, u.seal_at, false from autotag.uploads u where u.seal_at > p_now order by u.seal_at limit 1;
+    select up.workspace_id, up.uploader, up.seal_at, false from autotag.uploads up where up.seal_at > p_now order by up.seal_at limit 1;
 end $$;
 
 -- Makes a job of one upload that is due, in a transaction of its own: it writes the host's rows, so it holds nothing that other
--- tenants need. It waits for nobody: an upload whose quotas are locked at the moment is skipped. Of each user the oldest upload is
--- eligible, and the fewer uploads a user has, the more probable is theirs: a crowd of uploads does not keep others waiting, and is not
--- kept waiting for ever. A worker calls it again at once while `more` is true.
+-- tenants need. It waits for nobody, and skips an upload whose quotas are locked. The oldest upload of each user is eligible, and users
+-- with fewer uploads are more probable. So many uploads of one user do not keep others waiting, and do not wait for ever either. A worker
+-- calls it again at once while `more` is true.
 --   sealed: how many jobs were made.   more: another upload is due.
 --   wait: seconds until the next call; null: automatic mode is off, and nothing waits.
 --   notices: [{event, notice}] for the log.
--- p_quiet: earlier calls ended their session, so a row probably does that to whoever writes it: `queued` is not shown on the rows (show).
+-- p_quiet: earlier calls ended their session, probably because writing some row ends it. So `queued` is not written to the rows (show).
 -- Locks: quotas (without waiting), one user's uploads and arrivals (skip locked), then as in start_job().
 create or replace function autotag.seal_uploads(
   p_worker uuid, p_quiet boolean default false, out sealed integer, out more boolean, out wait double precision, out notices jsonb
@@ -3945,9 +4009,9 @@ begin
   return exists (select from pg_trigger t where t.tgname = 'autotag_collect' and not t.tgisinternal and t.tgenabled <> 'D');
 end $$;
 
--- Makes a job of what has arrived of one workspace and uploader, and of what was postponed of it and is due. Images beyond what one job,
--- the live images or the quotas allow stay; the upload is postponed when there is no room. rest: others of its images are due.
--- Where an earlier attempt raised or took too long, fewer images are tried, a quarter each time. The caller holds the quotas.
+-- Makes a job of the arrivals of one workspace and uploader, and of their postponed uploads that are due. Takes at most as many images as
+-- one job, the limit of live images and the quotas allow; if that is none, the upload is postponed. rest: more of its images are due.
+-- If an earlier attempt raised or took too long, a quarter of its images is tried. The caller holds the quotas.
 create or replace function autotag.seal_upload(
   p_workspace_id autotag.workspace_id, p_uploader autotag.user_id, p_now timestamptz, out sealed integer, out rest boolean, out notices jsonb
 )
@@ -3970,11 +4034,11 @@ begin
     coalesce(max(u.failures) filter (where u.seal_at <= p_now), 0)
   into v_waiting, v_due, v_failures
   from (
-    select * from autotag.uploads o where o.workspace_id = p_workspace_id and o.uploader = p_uploader for update skip locked) u;
+    select * from autotag.uploads up where up.workspace_id = p_workspace_id and up.uploader = p_uploader for update skip locked) u;
   if v_waiting is not null then
     perform autotag.join_upload(v_waiting, p_workspace_id, p_uploader);
-    update autotag.arrivals a set upload_id = v_waiting where a.upload_id = any (v_due);
-    delete from autotag.uploads u where u.id = any (v_due);
+    update autotag.arrivals ar set upload_id = v_waiting where ar.upload_id = any (v_due);
+    delete from autotag.uploads up where up.id = any (v_due);
     return;
   end if;
   v_room := autotag.room_for_upload(p_workspace_id, v_user);
@@ -3996,9 +4060,9 @@ begin
       v_arrivals := v_try.ended;
     end if;
     sealed := v_try.jobs;
-    delete from autotag.arrivals a where a.id = any (v_arrivals);
+    delete from autotag.arrivals ar where ar.id = any (v_arrivals);
   end if;
-  delete from autotag.uploads u where u.id = any (v_due) and not exists (select from autotag.arrivals a where a.upload_id = u.id);
+  delete from autotag.uploads up where up.id = any (v_due) and not exists (select from autotag.arrivals ar where ar.upload_id = up.id);
   rest := exists (select from autotag.take_arrivals(p_workspace_id, p_uploader, v_due, 1));
 end $$;
 
@@ -4011,17 +4075,17 @@ as $$
 begin
   return query
     select x.id, x.asset_id from (
-      select a.id, a.asset_id from autotag.arrivals a
-      where a.upload_id is null and a.workspace_id = p_workspace_id and a.uploader = p_uploader
+      select ar.id, ar.asset_id from autotag.arrivals ar
+      where ar.upload_id is null and ar.workspace_id = p_workspace_id and ar.uploader = p_uploader
       union all
-      select a.id, a.asset_id from autotag.arrivals a where a.upload_id = any (p_uploads)) x
+      select ar.id, ar.asset_id from autotag.arrivals ar where ar.upload_id = any (p_uploads)) x
     order by x.id limit p_limit;
 end $$;
 
--- Tries to make a job of these images. Its errors are returned, not raised: state is their SQLSTATE, null: none. p_keep: false: the try
--- is undone in any case. It waits 50 ms at most for each row of the host that another transaction holds. Constraints that the host has
--- deferred are checked here, not at the commit, where an error would undo everything. jobs: how many were made, 0 or 1.
--- The host may raise the SQLSTATEs of autotag, too: PT429 is returned only if there is not enough room; otherwise it is P0001.
+-- Tries to make a job of these images. Errors are returned, not raised: state is the SQLSTATE; null: no error. p_keep false: the try is
+-- undone in any case. It waits 50 ms at most for each row of the host that another transaction holds. Constraints that the host has
+-- deferred are checked here, because an error at the commit would undo everything. jobs: how many were made, 0 or 1.
+-- The host may raise autotag's SQLSTATEs, too. So PT429 is returned only if there is not enough room; otherwise it becomes P0001.
 create or replace function autotag.try_upload(
   p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_asset_ids autotag.asset_id[], p_keep boolean, out jobs integer, out state text, out error text
 )
@@ -4059,9 +4123,10 @@ begin
     (select min(q.images_left) from autotag.quotas_left(p_workspace_id, p_user_id) q));
 end $$;
 
--- Makes a job of these images of an upload, and returns how many jobs were made: 0 or 1. Left out are images that are gone, that the
--- row filter leaves out, that have no file or URL, that are being tagged (start_job), and that have a result or an error already: then enqueue_tagging was called for
--- them too, or the row was copied with its tags. An image that has moved to another workspace arrives there.
+-- Makes a job of these images of an upload, and returns how many jobs were made: 0 or 1. It leaves out images that are gone, that the row
+-- filter leaves out, that have no file or URL, and that are being tagged (start_job). It also leaves out images that have a result or an
+-- error already, because enqueue_tagging was called for them, too, or the row was copied with its tags. An image that has moved to
+-- another workspace arrives there.
 create or replace function autotag.start_upload(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_asset_ids autotag.asset_id[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4072,18 +4137,18 @@ declare
   v_job jsonb;
 begin
   select array_agg(d.asset_id order by p.i) filter (where d.workspace_id = p_workspace_id),
-    array_agg(hash_record_extended(row(d.asset_id, d.mark), 0) order by p.i) filter (where d.workspace_id = p_workspace_id),
+    array_agg(hash_record_extended(row(d.asset_id, d.place), 0) order by p.i) filter (where d.workspace_id = p_workspace_id),
     array_agg(d.asset_id) filter (where d.workspace_id <> p_workspace_id)
   into v_assets, v_marks, v_moved
   from unnest(p_asset_ids) with ordinality p (id, i)
-  join autotag.describe_assets(p_asset_ids) d on d.asset_id = p.id
+  join autotag.describe_assets(p_asset_ids, false) d on d.asset_id = p.id
   -- a row whose location is refused becomes a task, which fails with the reason
   where (d.path is not null or d.url is not null or d.refused is not null)
     and d.refused is distinct from 'filtered' and (d.stage is null or d.stage not in ('completed', 'failed'));
   if v_moved is not null then
     insert into autotag.arrivals (asset_id, workspace_id, uploader, arrived_at)
     select d.asset_id, d.workspace_id, coalesce(p_user_id, autotag.nobody()), autotag.now()
-    from autotag.describe_assets(v_moved) d where d.workspace_id is not null;
+    from autotag.describe_assets(v_moved, false) d where d.workspace_id is not null;
   end if;
   if v_assets is null then
     return 0;
@@ -4093,23 +4158,24 @@ begin
   return least((v_job ->> 'image_count')::integer, 1);
 end $$;
 
--- Automatic mode: uploads that cannot become a job yet, and images with which none can.
+-- Automatic mode: uploads that cannot become a job yet, and images that prevent it.
 
--- Adds what has arrived of one workspace and uploader to a postponed upload. Locks: arrivals (skip locked).
+-- Adds the new arrivals of one workspace and uploader to a postponed upload. Locks: arrivals (skip locked).
 create or replace function autotag.join_upload(p_upload_id bigint, p_workspace_id autotag.workspace_id, p_uploader autotag.user_id) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$
 begin
-  update autotag.arrivals a set upload_id = p_upload_id
-  where a.id in (
-    select o.id from autotag.arrivals o
-    where o.upload_id is null and o.workspace_id = p_workspace_id and o.uploader = p_uploader for update skip locked);
+  update autotag.arrivals ar set upload_id = p_upload_id
+  where ar.id in (
+    select arrived.id from autotag.arrivals arrived
+    where arrived.upload_id is null and arrived.workspace_id = p_workspace_id and arrived.uploader = p_uploader for update skip locked);
 end $$;
 
--- Postpones an upload without room: until its quota renews, where all of it is billed; else until some of what is being tagged is
--- expected to be done (1 min to 1 h). Where the quota is its user's in all workspaces, the user's other uploads that are due wait as
--- long, so that one call settles a crowd of them. p_due: its postponed uploads that are due.
+-- Postpones an upload for which a quota has no room. If the quota is used up by billed images, the upload waits until the quota renews.
+-- Otherwise images that are being tagged have reserved the rest, and it waits until some of them are expected to be done (1 min to 1 h).
+-- If the quota counts the user's images in all workspaces, the user's other uploads that are due wait as long, so that one call
+-- postpones all of them. p_due: the ids of postponed uploads of this workspace and uploader that are due.
 -- Locks: uploads and arrivals (skip locked).
 create or replace function autotag.postpone_upload(p_workspace_id autotag.workspace_id, p_uploader autotag.user_id, p_due bigint[], p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -4129,22 +4195,23 @@ begin
   v_until := coalesce(v_until, least(greatest(p_now + interval '1 min', (
     select min(j.eta) from autotag.jobs j
     where j.finished_at is null and (j.workspace_id = p_workspace_id or j.user_id = v_user))), p_now + interval '1 h'));
-  if v_scope = 'user' and not exists (select from autotag.quotas q where q.scope = 'user' and q.workspace_id is not null) then
+  if v_scope = 'user' and not exists (select from autotag.quotas qu where qu.scope = 'user' and qu.workspace_id is not null) then
     for v_other in
       select l.workspace_id from autotag.list_uploads(p_now) l
       where l.uploader = p_uploader and l.arriving and l.due_at <= p_now and l.workspace_id <> p_workspace_id
     loop
       perform autotag.put_aside(v_other.workspace_id, p_uploader, '{}', v_until);
     end loop;
-    update autotag.uploads u set seal_at = v_until, failures = 0
-    where u.id in (
-      select o.id from autotag.uploads o where o.uploader = p_uploader and o.seal_at <= p_now
-      order by o.seal_at limit 1000 for update skip locked);
+    update autotag.uploads up set seal_at = v_until, failures = 0
+    where up.id in (
+      select due.id from autotag.uploads due where due.uploader = p_uploader and due.seal_at <= p_now
+      order by due.seal_at limit 1000 for update skip locked);
   end if;
   perform autotag.put_aside(p_workspace_id, p_uploader, p_due, v_until);
 end $$;
 
--- Makes one postponed upload of what has arrived of a workspace and uploader, and of these postponed ones, which the caller has locked.
+-- Makes one postponed upload of the new arrivals of a workspace and uploader and of the postponed uploads p_due, which the caller has
+-- locked.
 create or replace function autotag.put_aside(p_workspace_id autotag.workspace_id, p_uploader autotag.user_id, p_due bigint[], p_until timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4155,17 +4222,17 @@ begin
     insert into autotag.uploads (workspace_id, uploader, seal_at) values (p_workspace_id, p_uploader, p_until)
     returning id into v_upload_id;
   else
-    update autotag.uploads u set seal_at = p_until, failures = 0 where u.id = v_upload_id;
-    update autotag.arrivals a set upload_id = v_upload_id where a.upload_id = any (p_due[2:]);
-    delete from autotag.uploads u where u.id = any (p_due[2:]);
+    update autotag.uploads up set seal_at = p_until, failures = 0 where up.id = v_upload_id;
+    update autotag.arrivals ar set upload_id = v_upload_id where ar.upload_id = any (p_due[2:]);
+    delete from autotag.uploads up where up.id = any (p_due[2:]);
   end if;
   perform autotag.join_upload(v_upload_id, p_workspace_id, p_uploader);
 end $$;
 
--- An upload raised as a whole: finds the images that are the reason, and makes a job of the others. An image that the database refuses
--- (a trigger or constraint of the host, an expression in the adapter) fails, and its row shows that if the host lets it. Where the
--- reason is not the image (a held row, a full disk), the images are postponed with growing delays (1 s to 10 min).
--- p_arrivals[i] belongs to p_assets[i]; p_failures: attempts so far. ended: the arrivals that are settled.
+-- Finds the images because of which an upload raised, and makes a job of the others. An image that the database refuses (a trigger or
+-- constraint of the host, an expression in the adapter) fails, and its row shows that if the host allows it. If the reason is not the
+-- image (a held row, a full disk), the images are postponed with exponential backoff (1 s to 10 min).
+-- p_arrivals[i] belongs to p_assets[i]; p_failures: attempts so far. ended: the arrivals that are done.
 create or replace function autotag.seal_apart(
   p_workspace_id autotag.workspace_id, p_uploader autotag.user_id, p_arrivals bigint[], p_assets autotag.asset_id[], p_failures integer, p_state text, p_error text,
   out jobs integer, out ended bigint[], out notices jsonb
@@ -4201,16 +4268,16 @@ begin
     insert into autotag.uploads (workspace_id, uploader, seal_at, failures)
     values (p_workspace_id, p_uploader, autotag.now() + least(interval '1 s' * power(2, least(p_failures, 20)), '10 min'), p_failures + 1)
     returning id into v_upload_id;
-    update autotag.arrivals a set upload_id = v_upload_id where a.id = any (p_arrivals) and a.id <> all (ended);
+    update autotag.arrivals ar set upload_id = v_upload_id where ar.id = any (p_arrivals) and ar.id <> all (ended);
     notices := notices || jsonb_build_array(jsonb_build_object('event', 'upload_postponed', 'notice', format(
       '%s images of workspace %s cannot be enqueued yet: %s', cardinality(p_arrivals) - cardinality(ended), p_workspace_id,
       autotag.printable(p_error, 500))));
   end if;
 end $$;
 
--- Which of these images, that raised p_state and p_error together, raise: [{asset, state, error}]. At most p_budget tries; a try that
--- waited for a lock counts 20, and one that was cancelled because this call took too long is the last. What was not tried has the
--- state 55000 and the error of its whole.
+-- Finds which of these images raise, after all of them together raised p_state and p_error: [{asset, state, error}]. It makes at most
+-- p_budget tries. A try that waited for a lock counts 20, and a try that was cancelled because this call took too long is the last one.
+-- Images that were not tried alone get the state 55000 and the error of their group.
 create or replace function autotag.find_odd(
   p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_assets autotag.asset_id[], p_state text, p_error text, p_budget integer, out odd jsonb, out budget integer
 )
@@ -4245,8 +4312,8 @@ begin
   end loop;
 end $$;
 
--- Whether an error is about the data of a row. Others may be over later: transactions, locks, limits, resources, configuration, and
--- errors of Postgres itself.
+-- Whether an error is about the data of a row. Other errors may pass: transactions, locks, limits, resources, configuration, and errors
+-- of Postgres itself.
 create or replace function autotag.is_refusal(p_state text) returns boolean
 language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
@@ -4254,7 +4321,7 @@ begin
   return left(p_state, 2) <> all ('{08,25,40,42,53,54,55,57,58,72,F0,HV,PT,XX}');
 end $$;
 
--- Shows on the host's rows that these images failed, on each row that the host lets it.
+-- Shows on the host's rows that these images failed. A row that raises is left out.
 create or replace function autotag.show_refused(p_workspace_id autotag.workspace_id, p_assets autotag.asset_id[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
@@ -4272,13 +4339,15 @@ begin
   end loop;
 end $$;
 
--- Quotas have changed: what waits for room is looked at again.
+-- Makes uploads due that wait for room, because quotas have changed.
 create or replace function autotag.resume_uploads() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  update autotag.uploads u set seal_at = autotag.now()
-  where u.id in (select o.id from autotag.uploads o where o.failures = 0 and o.seal_at > autotag.now() for update skip locked);
+  update autotag.uploads up set seal_at = autotag.now()
+  where up.id in (
+    select waiting.id from autotag.uploads waiting
+    where waiting.failures = 0 and waiting.seal_at > autotag.now() for update skip locked);
   perform pg_notify('autotag', 'uploads');
   return null;
 end $$;
@@ -4336,7 +4405,7 @@ begin
     'last', v_assets[cardinality(v_assets)]::text);
 end $$;
 
--- What a workspace or a user may use per day or month.
+-- Quotas: how much a workspace or a user may use per day or month.
 
 -- Cost of one answer to the question in p_provider, in dollars: its mean, or with p_max what it reserves (an upper bound).
 -- Null: the model has no price in autotag.models. p_tier: a service tier, or batch; null: the tier in the question.
@@ -4364,7 +4433,7 @@ begin
   return autotag.question_cost(v_provider, p_max, p_tier);
 end $$;
 
--- What images reserve in quotas of dollars: one as a single call and one in a batch, and each token of a cap above the usual one.
+-- The dollars that images reserve in quotas: one as a single call and one in a batch, and each token of a cap above the usual one.
 -- Zero without a price: no dollars can be reserved then, and autotag doctor reports it. A price of zero (a model on one's own
 -- server) is a known price: such images fit into every quota of dollars.
 create or replace function autotag.price_reservations(p_workspace_id autotag.workspace_id default null) returns autotag.reservation_prices
@@ -4386,9 +4455,9 @@ begin
   return v_prices;
 end $$;
 
--- The quotas that apply to a workspace and a user, and how much of each is used. billed: everything that was, including unusable
--- answers. reserved: what is being tagged, until it is done, so that concurrent uploads cannot exceed the quota; an image whose
--- answer was cut off reserves its larger cap. A user quota without a workspace counts the user's images in all workspaces.
+-- The quotas that apply to a workspace and a user, and how much of each is used. billed: includes unusable answers. reserved: for images
+-- that are being tagged, so that concurrent uploads cannot exceed the quota. An image whose answer was cut off reserves its larger
+-- cap. A user quota without a workspace counts the user's images in all workspaces.
 create or replace function autotag.quota_use(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_prices autotag.reservation_prices)
 returns table (scope text, period text, kind text, maximum numeric, billed numeric, reserved numeric, renews_at timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -4398,21 +4467,21 @@ declare
 begin
   return query
     with chosen as (
-      select distinct on (q.scope, q.period) q.*,
-        date_trunc(q.period, v_today::timestamp)::date as first_day,
-        (date_trunc(q.period, v_today::timestamp) + ('1 ' || q.period)::interval) at time zone 'utc' as next_period
-      from autotag.quotas q
-      where (q.workspace_id is null or q.workspace_id = p_workspace_id)
-        and (q.scope = 'workspace' or (p_user_id is not null and (q.user_id is null or q.user_id = p_user_id)))
-      order by q.scope, q.period, q.user_id is null, q.workspace_id is null
+      select distinct on (qu.scope, qu.period) qu.*,
+        date_trunc(qu.period, v_today::timestamp)::date as first_day,
+        (date_trunc(qu.period, v_today::timestamp) + ('1 ' || qu.period)::interval) at time zone 'utc' as next_period
+      from autotag.quotas qu
+      where (qu.workspace_id is null or qu.workspace_id = p_workspace_id)
+        and (qu.scope = 'workspace' or (p_user_id is not null and (qu.user_id is null or qu.user_id = p_user_id)))
+      order by qu.scope, qu.period, qu.user_id is null, qu.workspace_id is null
     )
     select c.scope, c.period, k.kind, k.maximum, k.billed, k.reserved, c.next_period
     from chosen c
     cross join lateral (
-      select coalesce(sum(greatest(u.requests, u.images)), 0)::numeric as answers, coalesce(sum(u.cost), 0) as cost
-      from autotag.usage u
-      where u.day >= c.first_day and case when c.scope = 'workspace' then u.workspace_id = p_workspace_id
-        else u.user_id = p_user_id and (c.workspace_id is null or u.workspace_id = c.workspace_id) end) u
+      select coalesce(sum(greatest(us.requests, us.images)), 0)::numeric as answers, coalesce(sum(us.cost), 0) as cost
+      from autotag.usage us
+      where us.day >= c.first_day and case when c.scope = 'workspace' then us.workspace_id = p_workspace_id
+        else us.user_id = p_user_id and (c.workspace_id is null or us.workspace_id = c.workspace_id) end) u
     cross join lateral (
       select coalesce(sum(n.images), 0)::numeric as images,
         coalesce(sum(n.images * n.price + n.more_tokens * p_prices.token), 0) as cost
@@ -4430,8 +4499,8 @@ begin
     where k.maximum is not null;
 end $$;
 
--- What is left of each quota: the maximum less what is billed and reserved. images_left: how many more images that allows, at
--- p_each dollars per image (null: what the model in use reserves). What costs nothing fits, even if the quota is used up.
+-- The rest of each quota: the maximum minus what is billed and reserved. images_left: how many more images that allows, at p_each
+-- dollars per image (null: what the model in use reserves). Images without a cost always fit, even if the quota is used up.
 create or replace function autotag.quotas_left(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_each numeric default null)
 returns table (scope text, period text, kind text, maximum numeric, available numeric, images_left integer, renews_at timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -4467,8 +4536,8 @@ begin
       select 1 as turn, 'autotag.quotas workspace ' || p_workspace_id as name
       union all
       select 2, 'autotag.quotas user ' || p_user_id
-      where p_user_id is not null and exists (select from autotag.quotas q
-        where q.scope = 'user' and q.workspace_id is null and coalesce(q.user_id = p_user_id, true))) x
+      where p_user_id is not null and exists (select from autotag.quotas qu
+        where qu.scope = 'user' and qu.workspace_id is null and coalesce(qu.user_id = p_user_id, true))) x
     order by x.turn
   loop
     if p_wait then
@@ -4480,7 +4549,8 @@ begin
   return true;
 end $$;
 
--- Takes all of these locks without waiting, or none: one that was taken before another was busy would hold up its own workspace.
+-- Takes all of these locks without waiting, or none of them. A lock that was taken before another one was busy would hold up its own
+-- workspace.
 create or replace function autotag.try_lock_quotas(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4518,13 +4588,13 @@ begin
       'renews_at', v_quota.renews_at, 'retry_after', extract(epoch from v_quota.renews_at - autotag.now())));
 end $$;
 
--- Refuses the retries that a quota has no room for. An answer with usage was billed, and another try will be billed again. It is
--- allowed while every quota of its workspace and user has room for it beside what is billed and reserved, at the price of a single
--- call with its new cap. Returns the answers, with the errors of the others changed to `quota_exceeded`, which ends their images.
--- So what is billed exceeds a quota by at most one answer for each image that is being tagged.
+-- Refuses retries for which a quota has no room. An answer with usage was billed, and another try will be billed again. The try is
+-- allowed if every quota of its workspace and user has room for it beside what is billed and reserved, at the price of a single call
+-- with the new cap. Returns the answers. Errors of refused retries become `quota_exceeded`, which ends their images. So the billed
+-- amount exceeds a quota by at most one answer for each image that is being tagged.
 -- The usage of these answers counts, although the caller adds it later (add_usage; p_batch and p_asked_at: as there). Uploads of the
--- same user or into the same workspace wait until it has committed (lock_quotas), unless one of them is running already: it does not
--- wait for them, and judges without the lock.
+-- same user or into the same workspace wait until this transaction has committed (lock_quotas). If one of them is running already, this
+-- function does not wait for it, and decides without the lock.
 create or replace function autotag.judge_retries(p_answers autotag.answer[], p_batch boolean, p_asked_at timestamptz default null)
 returns autotag.answer[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -4587,15 +4657,16 @@ returns table (length interval, max_requests integer, max_units integer) rows 1
 language sql stable set search_path = pg_catalog, pg_temp
 as $$
   select case p_request_type when 'realtime' then interval '1 min' else interval '1 h' end,
-         coalesce(w.max_requests, case p_request_type
+         coalesce(wn.max_requests, case p_request_type
            when 'realtime' then s.realtime_requests_per_minute else s.batch_batches_per_hour end),
-         coalesce(w.max_units, case p_request_type
+         coalesce(wn.max_units, case p_request_type
            when 'realtime' then s.realtime_tokens_per_minute else s.batch_images_per_hour end)
   from autotag.settings s
-  left join autotag.windows w on w.workspace_id = p_workspace_id and w.request_type = p_request_type
+  left join autotag.windows wn on wn.workspace_id = p_workspace_id and wn.request_type = p_request_type
 $$;
 
--- Key of the advisory lock of inserting a window, and of that of an upload that is being cancelled (exclusive) or served (shared).
+-- Keys of advisory locks: window_key() for the insert of a window; job_key() for an upload that is being cancelled (exclusive) or served
+-- (shared).
 create or replace function autotag.window_key(p_workspace_id autotag.workspace_id, p_request_type text) returns bigint
 language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
@@ -4610,8 +4681,8 @@ begin
   return hashtextextended('autotag.job ' || p_job_id, 0);
 end $$;
 
--- Whoever inserts a window has its advisory lock. claim() takes it without waiting, or passes the workspace over: its own insert would
--- wait for the other transaction.
+-- Takes the advisory lock for each insert of a window. claim() tries to take it first, and skips the workspace if it is not free, because
+-- its own insert would wait for the other transaction.
 create or replace function autotag.lock_new_window() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4628,10 +4699,10 @@ create or replace function autotag.try_window(p_workspace_id autotag.workspace_i
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform from autotag.windows w
-  where w.workspace_id = p_workspace_id and w.request_type = p_request_type for no key update skip locked;
+  perform from autotag.windows wn
+  where wn.workspace_id = p_workspace_id and wn.request_type = p_request_type for no key update skip locked;
   return found or not exists (
-      select from autotag.windows w where w.workspace_id = p_workspace_id and w.request_type = p_request_type)
+      select from autotag.windows wn where wn.workspace_id = p_workspace_id and wn.request_type = p_request_type)
     and pg_try_advisory_xact_lock(autotag.window_key(p_workspace_id, p_request_type));
 end $$;
 
@@ -4664,22 +4735,22 @@ declare
   v_old integer;               -- … elements of it that have left it
   v_used_requests bigint;
   v_used_units bigint;
-  v_need_requests bigint;      -- what must leave the window before the next fits
+  v_need_requests bigint;      -- requests that must leave the window before the next ones fit
   v_need_units bigint;
-  v_min_wanted integer;             -- the least that is worth waiting for
+  v_min_wanted integer;             -- the smallest number that is worth waiting for
 begin
   loop
-    select w.ctid, w.xmin, s.test_clock,
-      coalesce(w.max_requests, case p_request_type
+    select wn.ctid, wn.xmin, s.test_clock,
+      coalesce(wn.max_requests, case p_request_type
         when 'realtime' then s.realtime_requests_per_minute else s.batch_batches_per_hour end),
-      coalesce(w.max_units, case p_request_type
+      coalesce(wn.max_units, case p_request_type
         when 'realtime' then s.realtime_tokens_per_minute else s.batch_images_per_hour end),
       coalesce(p_units_each, p.tokens_per_image),
-      coalesce(w.admitted_at, '{}'), coalesce(w.requests, '{}'), coalesce(w.units, '{}')
+      coalesce(wn.admitted_at, '{}'), coalesce(wn.requests, '{}'), coalesce(wn.units, '{}')
     into v_ctid, v_xmin, v_test_clock, v_max_requests, v_max_units, v_each, v_at, v_requests, v_units
     from autotag.settings s
     cross join autotag.provider_limits p
-    left join autotag.windows w on w.workspace_id = p_workspace_id and w.request_type = p_request_type;
+    left join autotag.windows wn on wn.workspace_id = p_workspace_id and wn.request_type = p_request_type;
 
     -- Time never runs backwards within a row.
     v_count := cardinality(v_at);
@@ -4712,17 +4783,17 @@ begin
       continue;
     end if;
     if v_count > 0 and v_at[v_count] = at then
-      update autotag.windows w
+      update autotag.windows wn
       set requests = v_requests[v_old + 1 : v_count - 1] || (v_requests[v_count] + admitted),
           units = v_units[v_old + 1 : v_count - 1] || (v_units[v_count] + admitted * v_each),
           admitted_at = v_at[v_old + 1 :]
-      where w.ctid = v_ctid and w.xmin = v_xmin;
+      where wn.ctid = v_ctid and wn.xmin = v_xmin;
     else
-      update autotag.windows w
+      update autotag.windows wn
       set requests = v_requests[v_old + 1 :] || admitted,
           units = v_units[v_old + 1 :] || (admitted * v_each),
           admitted_at = v_at[v_old + 1 :] || at
-      where w.ctid = v_ctid and w.xmin = v_xmin;
+      where wn.ctid = v_ctid and wn.xmin = v_xmin;
     end if;
     exit when found;
   end loop;
@@ -4738,7 +4809,7 @@ begin
         v_need_units := v_need_units - v_units[i];
         retry_at := v_at[i] + v_length;
       end loop;
-      -- Only what is admitted now stands in the way (it will have left after one whole window).
+      -- Only requests that are admitted now are in the way. They leave after one whole window.
       if v_need_requests > 0 or v_need_units > 0 then
         retry_at := at + v_length;
       end if;
@@ -4754,13 +4825,13 @@ create or replace function autotag.correct_window(
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  update autotag.windows w
-  set requests[array_position(w.admitted_at, p_at)] =
-        greatest(0, w.requests[array_position(w.admitted_at, p_at)] + p_requests_delta),
-      units[array_position(w.admitted_at, p_at)] =
-        least(greatest(0, w.units[array_position(w.admitted_at, p_at)]::bigint + p_units_delta), 1000000000)
-  where w.workspace_id = p_workspace_id and w.request_type = p_request_type
-    and array_position(w.admitted_at, p_at) is not null;
+  update autotag.windows wn
+  set requests[array_position(wn.admitted_at, p_at)] =
+        greatest(0, wn.requests[array_position(wn.admitted_at, p_at)] + p_requests_delta),
+      units[array_position(wn.admitted_at, p_at)] =
+        least(greatest(0, wn.units[array_position(wn.admitted_at, p_at)]::bigint + p_units_delta), 1000000000)
+  where wn.workspace_id = p_workspace_id and wn.request_type = p_request_type
+    and array_position(wn.admitted_at, p_at) is not null;
 end $$;
 
 -- Whether p_images fit the workspace's window, all or nothing; p_take: count them if so. retry_after: exact seconds; 0: allowed;
@@ -4819,8 +4890,9 @@ declare
   v_unsent integer;
   v_extra bigint;              -- tokens that the unsent calls reserve beyond the usual
 begin
-  select 1 - extract(epoch from s.provider_margin) / 60 into v_share from autotag.settings s;
-  select coalesce(sum(w.unsent), 0), coalesce(sum(w.unsent_extra), 0) into v_unsent, v_extra from autotag.workers w;
+  select 1 - extract(epoch from s.provider_margin) / 60, u.calls, u.extra into v_share, v_unsent, v_extra
+  from autotag.settings s
+  cross join (select coalesce(sum(wk.unsent), 0) as calls, coalesce(sum(wk.unsent_extra), 0) as extra from autotag.workers wk) u;
   -- Limit the estimate to what one minute can hold; a first guess above a small limit would never be admitted.
   p_provider.tokens_per_image := least(p_provider.tokens_per_image, greatest((0.9 * p_provider.tokens_per_minute)::integer, 1));
   p_provider.requests_left := least(p_provider.requests_per_minute * v_share - v_unsent,
@@ -4845,31 +4917,30 @@ begin
   return autotag.refill(v_provider, p_now);
 end $$;
 
--- The same with the row locked: every function that takes from the bucket begins here, which serializes admission. What calls have
--- reported meanwhile is applied first.
+-- The same with the row locked. Every function that takes from the bucket begins here, which serializes admission. Waiting reports are
+-- applied first.
 create or replace function autotag.lock_provider() returns autotag.provider_limits
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits;
 begin
-  perform from autotag.provider_limits for update;
+  select * into v_provider from autotag.provider_limits for update;
   if exists (select from autotag.provider_reports) then
     perform autotag.apply_reports();
+    select * into v_provider from autotag.provider_limits;
   end if;
-  select * into v_provider from autotag.provider_limits;
   return autotag.refill(v_provider, autotag.now());
 end $$;
 
--- Applies what calls have reported about the provider. A routine report is left to the next lock_provider() if the provider row is not
--- free, and always while images are queued: the claim that comes soon applies all such reports together, which costs as much as one.
--- It comes last in its transaction, which may hold locks of a tenant; who holds the provider row waits for none of those, so a report
--- that says something new can wait for the row. Returns sentences for the operator's log: [{event, notice}]. Locks: provider.
+-- Applies a report of calls about the provider. A report without news waits for the next lock_provider() if the provider row is not free,
+-- and always while images are queued: the next claim comes soon, and applies all such reports at the cost of one.
+-- It comes last in its transaction, which may hold locks of a tenant. A report with news may wait for the provider row, because a
+-- transaction that holds it waits for no tenant's lock. Returns sentences for the operator's log: [{event, notice}]. Locks: provider.
 create or replace function autotag.report_provider(p_report autotag.provider_report) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_failed boolean := exists (select from unnest(p_report.answers) a where a.error is not null);
   v_steady boolean;            -- tagging works, and the report shows nothing new of what the provider supports and allows
   v_queued boolean;
   v_learnt record;
@@ -4881,7 +4952,7 @@ begin
         when 'day_limit' then coalesce(to_jsonb(p.requests_per_day), 'null') end),
     p.waiting_images > 0 and p.waiting_at > autotag.now() - interval '2 s'
   into v_steady, v_queued from autotag.provider_limits p;
-  if v_failed or not v_steady or p_report.form_changed or p_report.asked_at is not null
+  if exists (select from unnest(p_report.answers) a where a.error is not null) or not v_steady or p_report.form_changed or p_report.asked_at is not null
     or coalesce(p_report.observed ? 'retry_after', false) then
     perform autotag.lock_provider();
     return autotag.apply_report(p_report);
@@ -4912,9 +4983,9 @@ declare
   v_sent record;
   v_sum autotag.provider_report;
 begin
-  with taken as (delete from autotag.provider_reports r where r.id > 0 returning r as report)
+  with taken as (delete from autotag.provider_reports re where re.id > 0 returning re as report)
   select array_agg(t.report) into v_reports from taken t;
-  -- In a block of its own: an error of the whole function would take back the deletion, and every claim would meet it again.
+  -- This has a block of its own. An error of the whole function would undo the deletion, and every claim would meet it again.
   begin
     for v_sent in
       select r.worker_id as worker, sum(r.sent)::integer as calls, min(r.sent_at) as since
@@ -4926,7 +4997,7 @@ begin
     from unnest(v_reports) o where o.observed is not null order by o.at desc limit 1;
     v_sum.at := coalesce(v_sum.at, autotag.now());
     select sum(r.requests), sum(r.tokens) into v_sum.requests, v_sum.tokens from unnest(v_reports) r;
-    -- what was asked before the question changed teaches nothing
+    -- answers from before the question changed teach nothing
     v_sum.inputs := array(
       select unnest(r.inputs) from unnest(v_reports) r join autotag.provider_limits p on r.at >= p.question_since);
     v_sum.outputs := array(
@@ -4966,7 +5037,7 @@ begin
   if p_report.requests <> 0 or p_report.tokens <> 0 then
     perform autotag.refund_provider(p_report.requests, p_report.tokens);
   end if;
-  if p_report.observed is not null then
+  if p_report.observed - '{sent,sent_age}'::text[] <> '{}' then
     v_changed := autotag.update_provider_limits(p_report.observed || jsonb_build_object('age',
       coalesce(autotag.clean_number(p_report.observed, 'age', 0, 3600), 0) + v_late));
   end if;
@@ -4991,23 +5062,26 @@ begin
     else jsonb_build_array(jsonb_build_object('event', 'provider_limits_changed', 'notice', v_changed)) end;
 end $$;
 
--- A worker has sent p_calls of the calls released to it (or will never send them), the first one p_age real seconds ago. If
--- the mirror was full until then, it has refilled since. Locks the provider row.
+-- Records that a worker has sent p_calls of the calls released to it (or will never send them), the first one p_age real seconds ago. If
+-- the mirror was full until then, it has refilled since. The caller holds the provider row.
 create or replace function autotag.record_sent(p_worker uuid, p_calls integer, p_age double precision) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_provider autotag.provider_limits := autotag.lock_provider();
-  v_share double precision := (select 1 - extract(epoch from s.provider_margin) / 60 from autotag.settings s);
-  v_unsent integer := (select coalesce(sum(w.unsent), 0) from autotag.workers w);
-  v_extra bigint := (select coalesce(sum(w.unsent_extra), 0) from autotag.workers w);
+  v_provider autotag.provider_limits := autotag.refilled_provider(autotag.now());
+  v_share double precision;
+  v_unsent integer;
+  v_extra bigint;
   v_minutes double precision := extract(epoch from autotag.clock_interval(least(greatest(p_age, 0), 3600))) / 60;
 begin
+  select 1 - extract(epoch from s.provider_margin) / 60, u.calls, u.extra into v_share, v_unsent, v_extra
+  from autotag.settings s
+  cross join (select coalesce(sum(wk.unsent), 0) as calls, coalesce(sum(wk.unsent_extra), 0) as extra from autotag.workers wk) u;
   -- a worker cannot have sent more calls than were released to it
-  update autotag.workers w
-  set unsent = greatest(0, w.unsent - greatest(p_calls, 0)),
-      unsent_extra = w.unsent_extra * greatest(0, w.unsent - greatest(p_calls, 0)) / greatest(w.unsent, 1)
-  where w.id = p_worker;   -- whoever passes this has checked that the worker is the login's own
+  update autotag.workers wk
+  set unsent = greatest(0, wk.unsent - greatest(p_calls, 0)),
+      unsent_extra = wk.unsent_extra * greatest(0, wk.unsent - greatest(p_calls, 0)) / greatest(wk.unsent, 1)
+  where wk.id = p_worker;   -- the caller has checked that the worker belongs to the login
   update autotag.provider_limits p
   set requests_left = v_provider.requests_left + case
         when v_provider.requests_left >= v_provider.requests_per_minute * v_share - v_unsent
@@ -5024,15 +5098,15 @@ end $$;
 -- day_left (requests per day), unclear_limit, unclear_left (place_unclear), age, retry_after (at most 3600)}, each optional.
 -- `age`: seconds since the call was sent; the remaining values held then, and the bucket has refilled since. A lower remaining
 -- value than the mirror's is adopted (another program may use the same key), so is a changed limit, and retry_after holds for all
--- workers. Returns a sentence for the log if the limits changed, else null. Locks the provider row.
+-- workers. Returns a sentence for the log if the limits changed, else null. The caller holds the provider row.
 create or replace function autotag.update_provider_limits(p_observed jsonb) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_provider autotag.provider_limits := autotag.lock_provider();
+  v_provider autotag.provider_limits := autotag.refilled_provider(autotag.now());
   v_seen jsonb := autotag.place_unclear(p_observed, v_provider);
   -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (guide "Rate limits"). The lower bounds (2, 100, and
-  -- one request an hour) keep a bucket that can hold a call; with less no call would go out, and no header could correct the limit.
+  -- one request an hour) leave room for one call. With less, no call would go out, and no header could correct the limit.
   v_requests integer := coalesce(autotag.clean_number(v_seen, 'requests_limit', 2, 1000000), v_provider.requests_per_minute);
   v_tokens integer := coalesce(autotag.clean_number(v_seen, 'tokens_limit', 100, 2000000000), v_provider.tokens_per_minute);
   -- At OpenAI only tier 1 has a daily limit; a higher limit per minute means a higher tier. Some gateways tell both in turn.
@@ -5068,9 +5142,9 @@ begin
       autotag.name_limits(v_provider.requests_per_minute, v_provider.tokens_per_minute, v_provider.requests_per_day)) end;
 end $$;
 
--- Observed limits with the requests of an unclear period (unclear_limit, unclear_left) in their place. Most providers count a
--- minute. A value that is known as the limit of the day, and not of the minute, is that of the day: a minute's limit must not be
--- overwritten by a daily one. What the headers say clearly goes first.
+-- Decides whether requests of an unclear period (unclear_limit, unclear_left) are per minute or per day, and returns the limits with
+-- them. Most providers count minutes. A value that equals the known limit of the day, and not that of the minute, is per day, because a
+-- daily limit must not overwrite a minute's limit. Clear headers take precedence.
 create or replace function autotag.place_unclear(p_observed jsonb, p_provider autotag.provider_limits) returns jsonb
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
@@ -5085,19 +5159,19 @@ begin
   return p_observed || jsonb_build_object(v_kind || '_limit', v_limit, v_kind || '_left', p_observed -> 'unclear_left');
 end $$;
 
--- Requests left of the day, after headers: p_day is the limit, p_seen what they said was left p_minutes ago (null: nothing).
--- A lower value than the mirror's is adopted. So is a higher one, because some providers give the whole day back at midnight; but
--- less what may have been released since: what the bucket of a minute lacks and what it has refilled, and calls not sent yet.
+-- Requests left of the day, after headers: p_day is the limit, p_seen the number that was left p_minutes ago (null: not given).
+-- A lower value than the mirror's is adopted. A higher one is adopted, too, because some providers renew the whole day at midnight, minus
+-- the calls that may have been released since: those that the minute's bucket lacks or has refilled, and those not sent yet.
 create or replace function autotag.day_left_now(
   p_provider autotag.provider_limits, p_day integer, p_seen double precision, p_minutes double precision
 ) returns double precision
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  -- a higher limit has as much more left; so has a limit where there was none
+  -- a higher limit leaves that much more; so does the first known limit
   v_left double precision := least(p_day, p_provider.day_left + greatest(p_day - p_provider.requests_per_day, 0));
   v_since double precision := greatest(p_provider.requests_per_minute - p_provider.requests_left, 0)
-    + p_minutes * p_provider.requests_per_minute + (select coalesce(sum(w.unsent), 0) from autotag.workers w);
+    + p_minutes * p_provider.requests_per_minute + (select coalesce(sum(wk.unsent), 0) from autotag.workers wk);
 begin
   return case when p_day is null then 'infinity'
     when p_seen is null then v_left
@@ -5121,7 +5195,7 @@ begin
     then interval '1 day' * ((p_calls - p_provider.day_left) / p_provider.requests_per_day) end;
 end $$;
 
--- How long the single calls that wait would go on waiting because the day's requests are used up; null: they are not.
+-- How long waiting single calls have to wait because the day's requests are used up; null: they are not used up.
 create or replace function autotag.wait_when_day_is_used_up(p_provider autotag.provider_limits) returns interval
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5185,10 +5259,10 @@ begin
   if p_worker is null then
     perform autotag.refuse(400, 'no_worker', 'A worker needs an id.', 'Pass a new uuid.');
   end if;
-  v_login := (select w.login from autotag.workers w where w.id = p_worker);
+  v_login := (select wk.login from autotag.workers wk where wk.id = p_worker);
   if v_login <> session_user then
     perform autotag.refuse(403, 'not_your_worker', 'This worker belongs to another login.', 'Register with a new id.');
-  elsif v_login is null and (select count(*) from autotag.workers w where w.login = session_user) >= 1000 then
+  elsif v_login is null and (select count(*) from autotag.workers wk where wk.login = session_user) >= 1000 then
     perform autotag.refuse(429, 'too_many_workers', 'This login already has 1,000 workers.',
       'Wait until the leases of stopped workers end.', jsonb_build_object('retry_after', 60));
   end if;
@@ -5219,8 +5293,8 @@ as $$
   from autotag.settings s
 $$;
 
--- Whether a worker does not know of what it got by this claim: its list lacks the claim. A claim after the last one in the list is
--- newer than the list, which the worker made before. An empty list knows none.
+-- Whether a worker never received the reply of this claim: its list lacks the claim. A claim with a higher number than the last one in
+-- the list does not count, because the worker made the list before it. An empty list lacks every claim.
 create or replace function autotag.is_lost(p_claim integer, p_claims integer[]) returns boolean
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -5229,8 +5303,9 @@ $$;
 
 -- Extends the worker's lease. alive: false if the lease had ended and what the worker held has been released, so it has to
 -- register again. lost: the worker holds images of a claim that it does not list in p_claims, or batches of one that it does not list
--- in p_batch_claims, because the reply was lost; it calls release_lost() next. tick_due: the worker calls tick_if_due() next, in a transaction of its own, because a tick takes many locks.
--- settings: worker_settings() now; the worker follows them, so lease_until, which each beat sets, ends by the lease that it knows.
+-- in p_batch_claims, because the reply was lost; it calls release_lost() next. tick_due: the worker calls tick_if_due() next, in a
+-- transaction of its own, because a tick takes many locks. settings: the present worker_settings(). The worker follows them, so each
+-- beat sets a lease_until that matches the lease that the worker knows.
 create or replace function autotag.heartbeat(
   p_worker uuid, p_claims integer[], p_batch_claims integer[], out alive boolean, out lost boolean, out tick_due boolean,
   out settings jsonb
@@ -5241,10 +5316,10 @@ declare
   v_now timestamptz := autotag.now();
   v_version text;
 begin
-  update autotag.workers w
+  update autotag.workers wk
   set last_heartbeat_at = v_now, lease_until = v_now + (select s.lease from autotag.settings s),
-      resumed_at = case when autotag.is_silent(v_now) then v_now else w.resumed_at end
-  where w.id = p_worker and w.login = session_user returning w.version into v_version;
+      resumed_at = case when autotag.is_silent(v_now) then v_now else wk.resumed_at end
+  where wk.id = p_worker and wk.login = session_user returning wk.version into v_version;
   alive := found;
   if alive then
     perform autotag.check_version(v_version);
@@ -5255,38 +5330,37 @@ begin
   settings := autotag.worker_settings();
 end $$;
 
--- Whether there are workers, and no beat for half a lease: the database could not be reached, because workers beat three times in a
--- lease.
+-- Whether workers exist, and none has beaten for half a lease. Workers beat three times in a lease, so the database was unreachable.
 create or replace function autotag.is_silent(p_now timestamptz) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return (select max(w.last_heartbeat_at) < p_now - (select s.lease from autotag.settings s) / 2 from autotag.workers w);
+  return (select max(wk.last_heartbeat_at) < p_now - (select s.lease from autotag.settings s) / 2 from autotag.workers wk);
 end $$;
 
--- Whether there is a worker whose lease has ended, and expire_worker() may release what it held. Workers that could not reach the
--- database may still hold answers that were paid for. So none is expired while nobody beats, nor for one lease after the first beat
--- that follows. Without any worker there would be nobody to take the work anyway; after a day it is released nevertheless.
+-- Whether the lease of a worker has ended and expire_worker() may release its work. Workers that could not reach the database may still
+-- hold answers that were paid for. So no worker expires while none beats, nor for one lease after the first beat that follows. (While
+-- none beats, no other worker could take the work.) After a day the work is released in any case.
 create or replace function autotag.can_expire(p_now timestamptz) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (
-    select min(w.lease_until) < p_now and (min(w.lease_until) < p_now - interval '1 day'
-      or max(w.last_heartbeat_at) >= p_now - s.lease and max(w.resumed_at) <= p_now - s.lease)
-    from autotag.settings s, autotag.workers w group by s.lease);
+    select min(wk.lease_until) < p_now and (min(wk.lease_until) < p_now - interval '1 day'
+      or max(wk.last_heartbeat_at) >= p_now - s.lease and max(wk.resumed_at) <= p_now - s.lease)
+    from autotag.settings s, autotag.workers wk group by s.lease);
 end $$;
 
--- Whether a worker belongs to the caller and has a lease. Without a lease it must get no work, because no expiry would release
--- that again. The row lock prevents expire_worker, which alone ends leases, from ending this one before the transaction does. It does
--- not wait for expire_worker, which takes long where a worker held much; only for the worker's own heartbeat.
+-- Whether a worker belongs to the caller and has a lease. A worker without a lease must get no work, because nothing would release it
+-- again. Locks the worker's row, so that expire_worker(), which alone ends leases, cannot end this lease before the transaction ends.
+-- It waits for the worker's own heartbeat, but not for expire_worker(), which takes long if a worker held much.
 create or replace function autotag.lock_worker(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform from autotag.workers w where w.id = p_worker and w.login = session_user for no key update skip locked;
-  if not found and exists (select from autotag.workers w where w.id = p_worker and w.lease_until > autotag.now()) then
-    perform from autotag.workers w where w.id = p_worker and w.login = session_user for no key update;
+  perform from autotag.workers wk where wk.id = p_worker and wk.login = session_user for no key update skip locked;
+  if not found and exists (select from autotag.workers wk where wk.id = p_worker and wk.lease_until > autotag.now()) then
+    perform from autotag.workers wk where wk.id = p_worker and wk.login = session_user for no key update;
   end if;
   return found;
 end $$;
@@ -5298,12 +5372,12 @@ create or replace function autotag.asks_another_provider(p_worker uuid, p_provid
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return exists (select from autotag.workers w where w.id = p_worker and w.fingerprint <> p_provider.fingerprint)
-    and exists (select from autotag.workers w where w.fingerprint = p_provider.fingerprint and w.lease_until > autotag.now());
+  return exists (select from autotag.workers wk where wk.id = p_worker and wk.fingerprint <> p_provider.fingerprint)
+    and exists (select from autotag.workers wk where wk.fingerprint = p_provider.fingerprint and wk.lease_until > autotag.now());
 end $$;
 
--- These workers met an error of kind account. If they use the present fingerprint, the next probe goes to live workers with
--- another one, if there are any. The caller holds the provider row.
+-- Handles an error of kind account that these workers met. If they use the present fingerprint, the next probe goes to live workers
+-- with another one, if there are any. The caller holds the provider row.
 create or replace function autotag.offer_switch(p_workers uuid[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5311,12 +5385,12 @@ declare
   v_fingerprint text := (select p.fingerprint from autotag.provider_limits p);
   v_next autotag.workers;
 begin
-  if not exists (select from autotag.workers w where w.id = any (p_workers) and w.fingerprint = v_fingerprint) then
+  if not exists (select from autotag.workers wk where wk.id = any (p_workers) and wk.fingerprint = v_fingerprint) then
     return;
   end if;
-  select * into v_next from autotag.workers w
-  where w.fingerprint <> v_fingerprint and w.lease_until > autotag.now()
-  order by w.fingerprint > v_fingerprint desc, w.fingerprint limit 1;
+  select * into v_next from autotag.workers wk
+  where wk.fingerprint <> v_fingerprint and wk.lease_until > autotag.now()
+  order by wk.fingerprint > v_fingerprint desc, wk.fingerprint limit 1;
   if found then
     perform autotag.switch_provider(v_next.base_url, v_next.fingerprint);
   end if;
@@ -5349,9 +5423,9 @@ as $$
   where q.reached > 0 and t.worker_id = p_worker
 $$;
 
--- Releases what a worker holds, except what it got by the claims p_claims and p_batch_claims. p_cause: `stopped`; `lost` (the worker does
--- not know of it: each image counts a failure); or `crashed` (its lease has ended: see blame_crash()). Returns how many tasks and batches
--- it released, and whether there are more: what another transaction holds (the worker's last report, a cancellation) is left out.
+-- Releases the work of a worker, except that of the claims p_claims and p_batch_claims. p_cause: `stopped`; `lost` (the worker never
+-- received it: each image counts a failure); or `crashed` (the lease has ended: see blame_crash()). Returns how many tasks and batches
+-- it released, and whether there are more: it skips rows that another transaction holds (the worker's last report, a cancellation).
 -- Locks: batches, tasks (both skip locked); job (skip locked), its batch's tasks; the worker.
 create or replace function autotag.release_held(
   p_worker uuid, p_claims integer[], p_batch_claims integer[], p_cause text, out released integer, out more boolean
@@ -5376,25 +5450,25 @@ begin
     perform autotag.take_apart(v_batches);
   end if;
   perform autotag.keep(autotag.requeue(case when p_cause = 'crashed' then autotag.blame_crash(v_tasks)
-    else (select jsonb_agg(jsonb_build_object('task', t, 'failures', (p_cause = 'lost')::integer,
-      'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.')) from unnest(v_tasks) t) end), false)
+    else (select jsonb_agg(jsonb_build_object('task', id, 'failures', (p_cause = 'lost')::integer,
+      'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.')) from unnest(v_tasks) id) end), false)
   where v_tasks <> '{}';
   perform pg_notify('autotag', 'realtime') where v_tasks <> '{}';
   perform pg_notify('autotag', 'batch') where v_batches <> '{}';
-  -- a lost call was never sent; of a worker that ends, nothing is counted any more
-  update autotag.workers w
-  set unsent = greatest(0, w.unsent - cardinality(v_tasks)),
-      unsent_extra = w.unsent_extra * greatest(0, w.unsent - cardinality(v_tasks)) / greatest(w.unsent, 1)
-  where w.id = p_worker and v_tasks <> '{}';
+  -- A lost call was never sent, so it no longer counts as unsent. (The row of a worker that ends is deleted.)
+  update autotag.workers wk
+  set unsent = greatest(0, wk.unsent - cardinality(v_tasks)),
+      unsent_extra = wk.unsent_extra * greatest(0, wk.unsent - cardinality(v_tasks)) / greatest(wk.unsent, 1)
+  where wk.id = p_worker and v_tasks <> '{}';
   released := cardinality(v_tasks) + cardinality(v_batches);
   more := exists (select from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims))
     or exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims));
 end $$;
 
--- A worker died that held these images, and any of them may be the cause. Counts the crash for each, and returns their tries for
--- requeue(). Only the image with the most crashes counts a failure, if there is one: an image that kills its worker is in every crash,
--- the others by chance. To tell them apart, those of two crashes are released one at a time (hold_suspects), and those that crashed
--- more often later than others. After 3 * max_failures crashes an image fails in any case. The caller holds the tasks.
+-- Counts a crash for each of the images that a dead worker held, because any of them may be the cause. Returns their tries for
+-- requeue(). Only the image with the most crashes counts a failure, if there is one such image: an image that kills its worker is in
+-- every crash, and others only by chance. To tell them apart, images with two crashes are released one at a time (hold_suspects), and
+-- images with more crashes later than others. After 3 * max_failures crashes an image fails in any case. The caller holds the tasks.
 create or replace function autotag.blame_crash(p_tasks bigint[]) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -5417,8 +5491,8 @@ begin
   return v_tries;
 end $$;
 
--- Sends the images of those batches as single calls whose file three workers could not build because they died: there the failures
--- name the image. A batch whose upload another transaction holds is built once more. The caller holds the batches and the provider row.
+-- Sends the images of a batch as single calls if three workers died while they built its file: failures of single calls show which
+-- image is the cause. A batch whose upload another transaction holds is built once more. The caller holds the batches and the provider row.
 -- Locks: job (skip locked), tasks.
 create or replace function autotag.take_apart(p_batches uuid[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -5438,8 +5512,8 @@ begin
   end loop;
 end $$;
 
--- A worker stops: releases everything it holds and deletes it. Returns how many tasks and batches. If another transaction holds some
--- of it, its lease ends now instead, and tick() releases the rest.
+-- Releases everything that a worker holds, and deletes the worker, because it stops. Returns how many tasks and batches it released. If
+-- another transaction holds some of them, the worker's lease ends now instead, and tick() releases the rest.
 create or replace function autotag.release_worker(p_worker uuid) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5449,18 +5523,18 @@ begin
   if not autotag.is_own_worker(p_worker) then
     return 0;
   end if;
-  perform from autotag.workers w where w.id = p_worker for update;
+  perform from autotag.workers wk where wk.id = p_worker for update;
   v_release := autotag.release_held(p_worker, '{}', '{}', 'stopped');
   if v_release.more then
-    update autotag.workers w set lease_until = autotag.now() where w.id = p_worker;
+    update autotag.workers wk set lease_until = autotag.now() where wk.id = p_worker;
   else
-    delete from autotag.workers w where w.id = p_worker;
+    delete from autotag.workers wk where wk.id = p_worker;
   end if;
   return v_release.released;
 end $$;
 
--- For a worker whose heartbeat said that replies of claims were lost: releases what it holds by other claims than these. Each image
--- counts a failure, so that one whose report the worker cannot deliver is not asked for ever.
+-- Releases the work of a worker except that of these claims. A worker calls it after heartbeat() said that replies of claims were lost.
+-- Each image counts a failure, so that an image whose report the worker cannot deliver is not requested for ever.
 create or replace function autotag.release_lost(p_worker uuid, p_claims integer[], p_batch_claims integer[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5472,10 +5546,10 @@ begin
   return (autotag.release_held(p_worker, coalesce(p_claims, '{}'), coalesce(p_batch_claims, '{}'), 'lost')).released;
 end $$;
 
--- Releases what one worker with an ended lease held, as soon as can_expire(), and deletes that worker; if another transaction holds some of it, the next
--- tick goes on. One per transaction. Returns whether there was one whose work was released. Called by tick().
--- Locks: provider (a transaction that holds it may wait for a worker's row, as record_sent() does, so it comes first); the worker's
--- row, which the worker itself does not wait for (lock_worker); release_held.
+-- Releases the work of one worker whose lease has ended, if can_expire() allows it, and deletes the worker. If another transaction holds
+-- some of the work, the next tick goes on. One worker per transaction. Returns whether work was released. Called by tick().
+-- Locks: provider (first, because a transaction that holds it may wait for a worker's row, as record_sent() does); the worker's row,
+-- for which the worker itself does not wait (lock_worker); release_held.
 create or replace function autotag.expire_worker() returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5486,24 +5560,24 @@ begin
     return false;
   end if;
   perform from autotag.provider_limits for update;
-  select w.id into v_worker from autotag.workers w
-  where w.lease_until < autotag.now() order by w.lease_until, w.id limit 1 for update skip locked;
+  select wk.id into v_worker from autotag.workers wk
+  where wk.lease_until < autotag.now() order by wk.lease_until, wk.id limit 1 for update skip locked;
   if not found then
     return false;
   end if;
   if (autotag.release_held(v_worker, '{}', '{}', 'crashed')).more then
-    update autotag.workers w set lease_until = autotag.now() where w.id = v_worker;   -- so others with ended leases come first
+    update autotag.workers wk set lease_until = autotag.now() where wk.id = v_worker;   -- so others with ended leases come first
     return false;
   end if;
-  delete from autotag.workers w where w.id = v_worker;
+  delete from autotag.workers wk where wk.id = v_worker;
   return true;
 end $$;
 
 -- Where a worker finds the images it is about to read.
 
--- Whether a signed-in user may see a file of Storage, by the policies on storage.objects. It is owned by the role authenticated, so
--- row level security applies as it does to the user. Their token is not there: a policy sees only its `sub` and `role`, and one that
--- asks for more says no.
+-- Whether a signed-in user may see a file of Storage, by the policies on storage.objects. The role authenticated owns it, so row level
+-- security applies as it does to the user. The user's token is not available here: a policy sees only its `sub` and `role`, and a policy
+-- that needs more refuses.
 create or replace function autotag.may_see_file(p_user_id autotag.user_id, p_bucket text, p_path text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5533,7 +5607,7 @@ end $$;
 
 -- Location of each image, as describe_assets() returns it, if its file is the one that the uploader was allowed to see, or another one
 -- that they may see. p_users[i]: the uploader; null: the service role.
--- refused: what describe_assets() refuses, or `hidden_file` (the uploader may not see it). A row that no longer exists or has
+-- refused: as in describe_assets(), or `hidden_file` (the uploader may not see it). A row that no longer exists or has
 -- moved to another workspace is missing from the result. If the host's rows cannot be read together, each is read by itself, and
 -- one that raises is refused: as `unreadable_row`, or as `unreadable_now` where the error may pass (the adapter is being changed, a
 -- page of the table cannot be read). Then the worker reports a transient error, so its slot is free, and the image is tried again.
@@ -5543,7 +5617,7 @@ returns table (asset_id autotag.asset_id, bucket text, path text, url text, refu
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  -- locate_together() has read all rows before it returns the first. An error does not take back what return query has returned.
+  -- locate_together() reads all rows before it returns the first, because an error would not take back what return query has returned.
   return query select l.* from autotag.locate_together(p_asset_ids, p_workspace_ids, p_visible_marks, p_users) l;
 exception when others or assert_failure then
   if cardinality(p_asset_ids) = 1 then
@@ -5553,7 +5627,7 @@ exception when others or assert_failure then
       case when left(sqlstate, 2) in ('22', '23', 'P0', '09') then 'unreadable_row' else 'unreadable_now' end, null::uuid;
     return;
   elsif autotag.is_lock_error(sqlstate) then
-    raise;   -- probably the whole table is held: each row would wait again
+    raise;   -- probably another transaction holds the whole table, and each row would wait again
   end if;
   return query
     select l.* from generate_subscripts(p_asset_ids, 1) i
@@ -5590,33 +5664,33 @@ begin
   with new as (
     update autotag.queues q set joined = true where not q.joined returning q.workspace_id, q.queued
   )
-  insert into autotag.workspaces as w (workspace_id, queued, virtual_time)
-  -- also where nothing is queued yet (a batch without express images): requeue_due() adds to this row
+  insert into autotag.workspaces as ws (workspace_id, queued, virtual_time)
+  -- A queue can be empty (a batch without express images). Its workspace gets a row, too, because requeue_due() adds to it.
   select n.workspace_id, sum(n.queued), p_virtual_time from new n group by n.workspace_id
   on conflict (workspace_id) do update
-  set queued = w.queued + excluded.queued, ready = true,
-      virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end;
+  set queued = ws.queued + excluded.queued, ready = true,
+      virtual_time = case when ws.queued > 0 then ws.virtual_time else greatest(ws.virtual_time, p_virtual_time) end;
 end $$;
 
--- Images that were in two crashes of workers (blame_crash) are released one at a time in each workspace: those that are due while another
--- one is queued or in flight wait for another second. So the next crash tells which of them is the cause. Called by requeue_due().
+-- Makes sure that images that were in two crashes of workers (blame_crash) are released one at a time in each workspace, so that the next
+-- crash shows which of them is the cause. While one is queued or in flight, the others wait for another second. Called by requeue_due().
 -- Locks: tasks (skip locked).
 create or replace function autotag.hold_suspects(p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 begin
   with suspects as (
-    select s.id, s.retry_at, row_number() over (partition by s.workspace_id order by s.retry_at nulls first, s.id) as turn
-    from autotag.tasks s where s.crashes >= 2 and s.finished_at is null and s.retry_at is distinct from 'infinity'
+    select t.id, t.retry_at, row_number() over (partition by t.workspace_id order by t.retry_at nulls first, t.id) as turn
+    from autotag.tasks t where t.crashes >= 2 and t.finished_at is null and t.retry_at is distinct from 'infinity'
   ), early as (
     select t.id from autotag.tasks t
-    where t.id = any (array(select s.id from suspects s where s.turn > 1 and s.retry_at <= p_now)) order by t.id for update skip locked
+    where t.id = any (array(select x.id from suspects x where x.turn > 1 and x.retry_at <= p_now)) order by t.id for update skip locked
   )
   update autotag.tasks t set retry_at = p_now + interval '1 s' from early e where t.id = e.id;
 end $$;
 
--- Puts requeued tasks that are due into their queues; those whose upload was cancelled while they were requeued end instead. The caller
--- holds the provider row. Locks: tasks (skip locked: those of an upload that is being cancelled).
+-- Puts requeued tasks that are due into their queues. Tasks whose upload was cancelled meanwhile end instead. The caller holds the
+-- provider row. Locks: tasks (skip locked: those of an upload that is being cancelled).
 create or replace function autotag.requeue_due(p_now timestamptz, p_virtual_time double precision) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5649,11 +5723,11 @@ begin
         overdue_at = case when q.queued = 0 then excluded.overdue_at else q.overdue_at end, cursor = least(q.cursor, v_queue.first_task - 1),
         output_tokens = greatest(q.output_tokens, v_queue.output_tokens);
     -- the workspace has no row yet if all its images were in batches
-    insert into autotag.workspaces as w (workspace_id, queued, virtual_time)
+    insert into autotag.workspaces as ws (workspace_id, queued, virtual_time)
     select q.workspace_id, v_queue.tasks, p_virtual_time from autotag.queues q where q.job_id = v_queue.job_id and q.joined
     on conflict (workspace_id) do update
-    set queued = w.queued + excluded.queued, ready = true,
-        virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end;
+    set queued = ws.queued + excluded.queued, ready = true,
+        virtual_time = case when ws.queued > 0 then ws.virtual_time else greatest(ws.virtual_time, p_virtual_time) end;
   end loop;
   perform autotag.join_queues(p_virtual_time);
 end $$;
@@ -5665,34 +5739,34 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp set enab
 as $$
 begin
   perform autotag.lock_provider();
-  -- One look-up per queue: a join may read all jobs that were ever finished.
+  -- This is one look-up per queue. A join may read all jobs that ever finished.
   delete from autotag.queues q where (select j.finished_at from autotag.jobs j where j.id = q.job_id) is not null;
   -- A queue that is empty by its count, although tasks wait in it.
   update autotag.queues q set queued = c.waiting, cursor = c.first_task - 1
   from (
-    select e.job_id, n.* from autotag.queues e
+    select empty.job_id, n.* from autotag.queues empty
     cross join lateral (
       select count(*)::integer as waiting, min(t.id) as first_task from autotag.tasks t
-      where t.job_id = e.job_id and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null and t.finished_at is null) n
-    where e.queued = 0) c
+      where t.job_id = empty.job_id and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null and t.finished_at is null) n
+    where empty.queued = 0) c
   where q.job_id = c.job_id and c.waiting > 0;
   insert into autotag.workspaces (workspace_id, virtual_time)
   select q.workspace_id, p.virtual_time from autotag.queues q, autotag.provider_limits p where q.joined and q.queued > 0
   on conflict do nothing;
-  update autotag.workspaces w set queued = c.queued
+  update autotag.workspaces ws set queued = c.queued
   from (
-    select s.workspace_id, coalesce(sum(q.queued) filter (where q.joined), 0)::integer as queued
-    from autotag.workspaces s left join autotag.queues q on q.workspace_id = s.workspace_id and q.queued > 0
-    group by s.workspace_id) c
-  where w.workspace_id = c.workspace_id and w.queued <> c.queued;
+    select counted.workspace_id, coalesce(sum(q.queued) filter (where q.joined), 0)::integer as queued
+    from autotag.workspaces counted left join autotag.queues q on q.workspace_id = counted.workspace_id and q.queued > 0
+    group by counted.workspace_id) c
+  where ws.workspace_id = c.workspace_id and ws.queued <> c.queued;
   if found then
     perform pg_notify('autotag', 'realtime');
   end if;
-  update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at = 'infinity';
+  update autotag.workspaces ws set ready = true where not ws.ready and ws.queued > 0 and ws.ready_at = 'infinity';
 end $$;
 
 -- Releases up to p_slots images while the provider's bucket has room. The workspace with the lowest virtual time is served first,
--- one turn at a time. tokens: what the images reserve together; virtual_time: that of the workspace served last.
+-- one turn at a time. tokens: the sum of what the images reserve; virtual_time: that of the workspace served last.
 -- Called by claim(), which holds the provider row. Locks: windows by workspace (skip locked), queued tasks.
 create or replace function autotag.release_in_turn(
   p_worker uuid, p_slots integer, p_provider autotag.provider_limits,
@@ -5724,16 +5798,16 @@ begin
     select x.workspace_id from (
       select w.workspace_id, sum(least(w.queued, v_turn)) over turns - least(w.queued, v_turn) as before
       from (
-        select r.workspace_id, r.queued, r.virtual_time from autotag.workspaces r where r.ready and r.queued > 0
-        order by r.virtual_time, r.workspace_id limit v_room) w
+        select ws.workspace_id, ws.queued, ws.virtual_time from autotag.workspaces ws where ws.ready and ws.queued > 0
+        order by ws.virtual_time, ws.workspace_id limit v_room) w
       window turns as (order by w.virtual_time, w.workspace_id)) x
     where x.before < v_room);
   v_workspaces := autotag.lock_windows(v_workspaces, v_now);
 
   while v_room > 0 loop
-    select * into v_workspace from autotag.workspaces w
-    where w.ready and w.queued > 0 and w.workspace_id = any (v_workspaces)
-    order by w.virtual_time, w.workspace_id limit 1;
+    select * into v_workspace from autotag.workspaces ws
+    where ws.ready and ws.queued > 0 and ws.workspace_id = any (v_workspaces)
+    order by ws.virtual_time, ws.workspace_id limit 1;
     exit when not found;
     v_released := autotag.release_tasks(v_workspace, p_worker, v_room, v_turn, p_provider, p_provider.tokens_left - tokens, v_now);
     ids := ids || v_released.ids;
@@ -5743,25 +5817,25 @@ begin
   end loop;
 end $$;
 
--- Locks the windows of these workspaces, and returns the workspaces that can be served now. One whose window another transaction
--- holds (check_rate_limit in a transaction of the tenant's) is not ready for a second. The caller holds the provider row.
+-- Locks the windows of these workspaces, and returns the workspaces that can be served now. If another transaction holds a window (a
+-- tenant's, which called check_rate_limit), its workspace is not ready for a second. The caller holds the provider row.
 -- Locks: windows by workspace (skip locked); for a workspace without one, the right to insert it (advisory).
 create or replace function autotag.lock_windows(p_workspaces autotag.workspace_id[], p_now timestamptz) returns autotag.workspace_id[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_free autotag.workspace_id[] := array(
-    select w.workspace_id from autotag.windows w
-    where w.workspace_id = any (p_workspaces) and w.request_type = 'realtime' order by w.workspace_id for no key update skip locked);
+    select wn.workspace_id from autotag.windows wn
+    where wn.workspace_id = any (p_workspaces) and wn.request_type = 'realtime' order by wn.workspace_id for no key update skip locked);
 begin
   if cardinality(v_free) < cardinality(p_workspaces) then
     v_free := v_free || array(
       select w from unnest(p_workspaces) w
       where w <> all (v_free)
-        and not exists (select from autotag.windows l where l.workspace_id = w and l.request_type = 'realtime')
+        and not exists (select from autotag.windows wn where wn.workspace_id = w and wn.request_type = 'realtime')
         and pg_try_advisory_xact_lock(autotag.window_key(w, 'realtime')));
-    update autotag.workspaces w set ready = false, ready_at = p_now + interval '1 s'
-    where w.workspace_id = any (p_workspaces) and w.workspace_id <> all (v_free);
+    update autotag.workspaces ws set ready = false, ready_at = p_now + interval '1 s'
+    where ws.workspace_id = any (p_workspaces) and ws.workspace_id <> all (v_free);
   end if;
   return v_free;
 end $$;
@@ -5779,7 +5853,7 @@ begin
       floor(p_provider.day_left), floor(p_provider.tokens_left / p_provider.tokens_per_image)) end;
 end $$;
 
--- What each image of an upload reserves: its tokens, and those of them that its answer may have (the cap).
+-- The tokens that each image of an upload reserves, and how many of them are for its answer (the cap).
 create or replace function autotag.reserve_for(p_queue autotag.queues, p_provider autotag.provider_limits, out each integer, out cap integer)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5795,8 +5869,9 @@ end $$;
 
 -- Releases the next images of one workspace: from its ready queue with the fewest released, at most one turn, and no more than
 -- its window admits. If it can release none, the workspace is not ready until the time when it can.
--- An image reserves what its brief needs. If an answer of the job was cut off, each reserves the larger cap of that retry. p_tokens_left: what the provider's
--- bucket holds. tokens: what the images reserve together. Called by release_in_turn(), which holds the locks.
+-- An image reserves what its brief needs. If an answer of the job was cut off, each image reserves the larger cap of that retry.
+-- p_tokens_left: the tokens in the provider's bucket. tokens: the sum of what the images reserve.
+-- Called by release_in_turn(), which holds the locks.
 create or replace function autotag.release_tasks(
   p_workspace autotag.workspaces, p_worker uuid, p_room integer, p_turn integer, p_provider autotag.provider_limits,
   p_tokens_left double precision, p_now timestamptz, out ids bigint[], out tokens bigint
@@ -5816,7 +5891,7 @@ begin
     v_ready_at := (
       select min(q.ready_at) from autotag.queues q where q.workspace_id = p_workspace.workspace_id and q.joined and q.queued > 0);
     if v_ready_at is null then   -- its last queue was deleted with its job
-      update autotag.workspaces w set queued = 0 where w.workspace_id = p_workspace.workspace_id;
+      update autotag.workspaces ws set queued = 0 where ws.workspace_id = p_workspace.workspace_id;
       return;
     end if;
   else
@@ -5839,8 +5914,8 @@ begin
     end if;
   end if;
   if v_queue.job_id is null or v_ready_at is not null then
-    update autotag.workspaces w set ready = false, ready_at = v_ready_at
-    where w.workspace_id = p_workspace.workspace_id;
+    update autotag.workspaces ws set ready = false, ready_at = v_ready_at
+    where ws.workspace_id = p_workspace.workspace_id;
     return;
   end if;
 
@@ -5852,9 +5927,9 @@ begin
   end if;
 end $$;
 
--- Until when newer uploads may pass an upload of which p_images single calls wait since p_since: upload_patience, or in proportion
--- longer for more images than chunk_max_images. Without a Batch API an upload can be 50,000 single calls; if it went first after two
--- minutes, users would wait for hours for one image.
+-- The time until which newer uploads may pass an upload whose p_images single calls have waited since p_since: upload_patience after
+-- that, or longer in proportion for more images than chunk_max_images. Without a Batch API an upload can be 50,000 single calls. If it
+-- went first after two minutes, other users would wait for hours for one image.
 create or replace function autotag.patience_ends_at(p_images integer, p_since timestamptz) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5863,9 +5938,9 @@ begin
     select p_since + s.upload_patience * greatest(1, p_images::double precision / greatest(s.chunk_max_images, 1)) from autotag.settings s);
 end $$;
 
--- The queue of a workspace that is served next, of those that are ready: the one that is overdue for the longest time, else the one
--- with the fewest released. So small uploads pass large ones, and every upload ends: when it is overdue, only those that were overdue
--- before it go first. Null: none is ready. A queue that was committed after join_queues() is left to the next claim: its workspace
+-- The ready queue of a workspace that is served next: the one that has been overdue for the longest time, else the one with the fewest
+-- released images. So small uploads pass large ones, and every upload ends, because only uploads that were overdue earlier go before an
+-- overdue one. Null: none is ready. A queue that was committed after join_queues() is left to the next claim, because its workspace
 -- does not count it yet. A queue whose upload is being cancelled in an open transaction is not ready for a second.
 -- Locks: its job (advisory, shared).
 create or replace function autotag.next_queue(p_workspace_id autotag.workspace_id, p_now timestamptz) returns autotag.queues
@@ -5890,7 +5965,7 @@ begin
 end $$;
 
 -- Assigns the next p_count tasks of a queue to a worker, in upload order, counts them and returns their ids. p_at: when the
--- workspace's window admitted them; p_tokens: what each reserves there; p_output_tokens: the cap of their answers.
+-- workspace's window admitted them; p_tokens: the tokens that each reserves there; p_output_tokens: the cap of their answers.
 -- Called by release_tasks(). Locks: tasks.
 create or replace function autotag.take_tasks(
   p_queue autotag.queues, p_worker uuid, p_count integer, p_at timestamptz, p_tokens integer, p_output_tokens integer, p_now timestamptz
@@ -5903,16 +5978,16 @@ declare
 begin
   with taken as (
     update autotag.tasks t
-    set worker_id = p_worker, claim = (select w.claim from autotag.workers w where w.id = p_worker), attempt = t.attempt + 1, reserved_at = p_at, reserved_tokens = p_tokens,
-        output_tokens = greatest(t.min_output_tokens, p_output_tokens)
+    set worker_id = p_worker, claim = (select wk.claim from autotag.workers wk where wk.id = p_worker), attempt = t.attempt + 1,
+        reserved_at = p_at, reserved_tokens = p_tokens, output_tokens = greatest(t.min_output_tokens, p_output_tokens)
     where t.id = any (array(
-      select n.id from autotag.tasks n
-      where n.job_id = p_queue.job_id and n.id > p_queue.cursor
-        and n.lane = 'realtime' and n.worker_id is null and n.retry_at is null and n.finished_at is null
-      order by n.id limit p_count))
+      select waiting.id from autotag.tasks waiting
+      where waiting.job_id = p_queue.job_id and waiting.id > p_queue.cursor
+        and waiting.lane = 'realtime' and waiting.worker_id is null and waiting.retry_at is null and waiting.finished_at is null
+      order by waiting.id limit p_count))
     returning t.id
   )
-  select coalesce(array_agg(t.id order by t.id), '{}') into v_ids from taken t;
+  select coalesce(array_agg(x.id order by x.id), '{}') into v_ids from taken x;
 
   -- Fewer tasks than counted: the queue's count is wrong. Set it to 0, or every claim would try again.
   v_gone := case when cardinality(v_ids) < p_count then p_queue.queued else cardinality(v_ids) end;
@@ -5925,9 +6000,9 @@ begin
       ready_at = case when q.chunk is null or q.overdue_at <= p_now then q.ready_at
         else p_now + (select s.chunk_delay from autotag.settings s) end
   where q.job_id = p_queue.job_id;
-  update autotag.workspaces w
-  set queued = w.queued - v_gone, virtual_time = w.virtual_time + cardinality(v_ids)
-  where w.workspace_id = p_queue.workspace_id;
+  update autotag.workspaces ws
+  set queued = ws.queued - v_gone, virtual_time = ws.virtual_time + cardinality(v_ids)
+  where ws.workspace_id = p_queue.workspace_id;
   return v_ids;
 end $$;
 
@@ -5936,8 +6011,8 @@ end $$;
 -- claim: releases up to p_slots images (at most 1,000) of all workspaces to a worker as single calls, within the provider's
 -- bucket and each workspace's window. The workspace with the lowest virtual time is served first, a few images at a time; within
 -- it, the job with the fewest released images.
--- p_claim: the number of the claim: the worker's last one plus 1. Called again with the same number, because the reply was lost, it
--- returns the same images. p_question: the version of the question that the worker has; null: none.
+-- p_claim: the number of the claim: the worker's last one plus 1. If the reply was lost, a second call with the same number returns
+-- the same images. p_question: the version of the question that the worker has; null: none.
 --   tasks: ids of the released tasks; describe_tasks() says what they are.
 --   wait: seconds until the next claim, unless a notification comes first; null: nothing is queued.
 --   bound: why not more images were released; null: no more are queued.
@@ -5966,7 +6041,7 @@ declare
   v_released record;
 begin
   tasks := '{}';
-  p_slots := least(p_slots, 1000);   -- with 8 kB of URL each, of escaped bytes, describe_tasks() returns less than 50 MB
+  p_slots := least(p_slots, 1000);   -- even with an escaped URL of 8 kB for each, describe_tasks() returns less than 50 MB
   if p_slots is null or p_slots < 1 or p_claim is null then
     return;
   end if;
@@ -5980,7 +6055,7 @@ begin
     bound := 'lease';
     return;
   end if;
-  if (select w.claim from autotag.workers w where w.id = p_worker) >= p_claim then
+  if (select wk.claim from autotag.workers wk where wk.id = p_worker) >= p_claim then
     tasks := array(select t.id from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim = p_claim order by t.id);
     wait := 0;
     return;
@@ -5998,16 +6073,16 @@ begin
     return;
   end if;
 
-  update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at <= v_now;
-  update autotag.workers w set claim = p_claim where w.id = p_worker;
+  update autotag.workspaces ws set ready = true where not ws.ready and ws.queued > 0 and ws.ready_at <= v_now;
+  update autotag.workers wk set claim = p_claim where wk.id = p_worker;
   v_released := autotag.release_in_turn(p_worker, p_slots, v_provider);
   v_provider.virtual_time := v_released.virtual_time;
   v_provider := autotag.take_from_bucket(v_provider, cardinality(v_released.ids), v_released.tokens);
   tasks := v_released.ids;
-  update autotag.workers w
-  set unsent = w.unsent + cardinality(tasks),
-      unsent_extra = w.unsent_extra + greatest(v_released.tokens - cardinality(tasks)::bigint * v_provider.tokens_per_image, 0)
-  where w.id = p_worker and tasks <> '{}';
+  update autotag.workers wk
+  set unsent = wk.unsent + cardinality(tasks),
+      unsent_extra = wk.unsent_extra + greatest(v_released.tokens - cardinality(tasks)::bigint * v_provider.tokens_per_image, 0)
+  where wk.id = p_worker and tasks <> '{}';
   bound := case when cardinality(tasks) = p_slots then 'slots' else autotag.describe_bound(v_provider) end;
   -- After an upload was rerouted, another one may be due.
   wait := case when v_provider.rerouted then 0 else autotag.real_seconds(autotag.next_release(v_provider) - v_now) end;
@@ -6029,13 +6104,13 @@ begin
      and autotag.single_calls_to_batch(v_now, null, 'The AI service kept refusing single calls, so the rest of these images go by batch.') then
     return true;
   end if;
-  v_wait := coalesce(autotag.wait_when_day_is_used_up(p_provider), interval '0');   -- `null and f()` calls f()
+  v_wait := coalesce(autotag.wait_when_day_is_used_up(p_provider), interval '0');   -- not null, because `null and f()` calls f()
   if p_provider.has_batches is distinct from false and v_wait > (select s.realtime_max_wait from autotag.settings s)
     and autotag.single_calls_to_batch(v_now, v_wait,
       'The AI service allows no more single calls today, so the rest of these images go by batch.') then
     return true;
   end if;
-  -- The provider has no Batch API, which was not known when these batches were planned.
+  -- When these batches were planned, nobody knew that the provider has no Batch API.
   if p_provider.has_batches is false and autotag.batches_to_single_calls(v_now) then
     return true;
   end if;
@@ -6078,8 +6153,8 @@ end $$;
 
 -- describe_tasks: what a worker needs for the tasks that a claim has released to it, by id: [{task, attempt, workspace, job,
 -- traceparent, waited (seconds since the upload), asset_id, bucket, path, url, refused, mark, cap (max tokens of the answer), brief}]. An
--- asset that does not exist any more has neither path nor url. It reads the host's tables, which claim() does not: a transaction
--- that holds a whole table delays this, and nobody else.
+-- asset that does not exist any more has neither path nor url. This function reads the host's tables, and claim() does not. So a
+-- transaction that holds a whole table delays only this call.
 create or replace function autotag.describe_tasks(p_worker uuid, p_tasks bigint[]) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set random_page_cost = 1.1 set enable_seqscan = off set jit = off
@@ -6109,8 +6184,9 @@ begin
         on d.asset_id = r.asset_id) i);
 end $$;
 
--- Describing these images, each by itself, ended the session each time (a damaged row crashes the server process): each counts a failure
--- and is tried again later. Ignores tasks that the worker does not hold. Locks: tasks by id (skip locked).
+-- Counts a failure for each of these images, and tries them again later. A worker calls it after describe_tasks() ended its session for
+-- each of them alone (a damaged row crashes the server process). Ignores tasks that the worker does not hold. Locks: tasks by id (skip
+-- locked).
 create or replace function autotag.report_unreadable(p_worker uuid, p_tasks bigint[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -6141,11 +6217,11 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return case
-    when not exists (select from autotag.workspaces w where w.queued > 0) then null
+    when not exists (select from autotag.workspaces ws where ws.queued > 0) then null
     when p_provider.blocked_until > p_provider.refilled_at then 'retry_after'
     when p_provider.account_error is not null then 'account'
     when p_provider.proven_at is null then 'unproven'
-    when not exists (select from autotag.workspaces w where w.ready and w.queued > 0) then 'workspaces'
+    when not exists (select from autotag.workspaces ws where ws.ready and ws.queued > 0) then 'workspaces'
     when p_provider.tokens_left < p_provider.tokens_per_image then 'provider_tokens'
     when p_provider.requests_left < 1 then 'provider_requests'
     else 'provider_day' end;
@@ -6163,10 +6239,10 @@ begin
         (1 - p_provider.requests_left) / p_provider.requests_per_minute,
         (1 - p_provider.day_left) / (p_provider.requests_per_day / 1440.0),
         (p_provider.tokens_per_image - p_provider.tokens_left) / p_provider.tokens_per_minute))
-    where exists (select from autotag.workspaces w where w.ready and w.queued > 0)
+    where exists (select from autotag.workspaces ws where ws.ready and ws.queued > 0)
     union all
     select greatest(p_provider.blocked_until, w.ready_at)
-    from (select n.ready_at from autotag.workspaces n where not n.ready and n.queued > 0 order by n.ready_at limit 1) w
+    from (select ws.ready_at from autotag.workspaces ws where not ws.ready and ws.queued > 0 order by ws.ready_at limit 1) w
     where w.ready_at < 'infinity'
     union all
     select min(t.retry_at) from autotag.tasks t where t.retry_at < 'infinity'
@@ -6175,7 +6251,7 @@ begin
       and exists (select from autotag.batches b where b.state in ('planned', 'preparing', 'uploading') and b.worker_id is null)
     union all  -- the day is used up: waiting calls may become due for a batch
     select p_provider.refilled_at + interval '1 min' where p_provider.day_left < 1 and p_provider.has_batches is distinct from false
-      and exists (select from autotag.workspaces w where w.queued > 0)
+      and exists (select from autotag.workspaces ws where ws.queued > 0)
   ) as due_times (due));
 end $$;
 
@@ -6197,7 +6273,7 @@ begin
   return v_queue;
 end $$;
 
--- Whether no batch may start: the question is not proven, and there is an image that can try it as a single call.
+-- Whether batches must wait: the question is not proven, and an image can try it as a single call.
 create or replace function autotag.must_prove_first(p_provider autotag.provider_limits) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -6206,8 +6282,8 @@ begin
     select from autotag.batches b where b.state = 'planned' and b.image_count - b.express_count > 1));
 end $$;
 
--- The next batches to work on, at most p_slots, in the order that claim_batches() describes. Planned ones of one workspace take all but
--- one of the worker's slots: a large upload keeps a worker busy for minutes, and others would wait for it.
+-- The next batches to work on, at most p_slots, in the order that claim_batches() describes. The planned batches of one workspace
+-- leave one of the worker's slots free. A large upload keeps a worker busy for minutes, and other workspaces would wait for it.
 create or replace function autotag.rank_batches(
   p_worker uuid, p_slots integer, p_provider autotag.provider_limits, p_queue autotag.batch_queue, p_now timestamptz
 ) returns uuid[]
@@ -6234,7 +6310,7 @@ begin
     ), ranked as (
       select r.id, r.workspace_id, r.state, row_number() over (
         order by r.state in ('ended', 'harvesting') desc, r.state = 'planned', r.later,
-          -- tokens that its workspace has in the queue, plus those of its batches ahead of this one
+          -- the workspace's tokens in the queue, plus those of its batches ahead of this one
           case when p_queue.short and r.state = 'planned' then coalesce(q.tokens, 0) - r.tokens + r.tokens_until end,
           r.since, r.created_at, r.ordinal) as place
       from (
@@ -6256,7 +6332,7 @@ begin
 end $$;
 
 -- Assigns the candidates that can go now to a worker, in their order: a batch in progress continues, and a planned one starts if
--- its workspace's window and the provider's queue have room. again: the window of one had no room, so the worker should claim
+-- its workspace's window and the provider's queue have room. again: a batch found no room in its window, so the worker should claim
 -- again at once to get those behind it. A batch whose row or window another transaction holds is left out for a second. Called by
 -- claim_batches(), which holds the provider row. Locks: windows by workspace, batches by id (both skip locked).
 create or replace function autotag.take_batches(
@@ -6270,7 +6346,7 @@ declare
   v_batch autotag.batches;
   v_images integer;
   v_tokens bigint;
-  v_held boolean := false;     -- the provider's queue is kept free for a batch that no other may overtake any more
+  v_held boolean := false;     -- the rest of the provider's queue is kept for a batch that others may no longer overtake
 begin
   ids := array[]::uuid[];
   again := false;
@@ -6308,8 +6384,8 @@ begin
   end loop;
 end $$;
 
--- Locks these batches and the windows of those that have yet to be admitted, and returns the batches that can be assigned now. One whose
--- window is held is left out for a second. Locks: as in take_batches(); the right to insert a window (advisory).
+-- Locks these batches, and the windows of those that are not admitted yet. Returns the batches that can be assigned now. A batch whose
+-- window another transaction holds is left out for a second. Locks: as in take_batches(); the right to insert a window (advisory).
 create or replace function autotag.lock_candidates(p_candidates uuid[], p_now timestamptz) returns uuid[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -6323,13 +6399,13 @@ begin
     select distinct b.workspace_id from autotag.batches b
     where b.id = any (v_batches) and b.state = 'planned' and b.admitted_at is null);
   v_free := array(
-    select l.workspace_id from autotag.windows l
-    where l.request_type = 'batch' and l.workspace_id = any (v_workspaces)
-    order by l.workspace_id for no key update skip locked);
+    select wn.workspace_id from autotag.windows wn
+    where wn.request_type = 'batch' and wn.workspace_id = any (v_workspaces)
+    order by wn.workspace_id for no key update skip locked);
   v_free := v_free || array(
     select w from unnest(v_workspaces) w
     where w <> all (v_free)
-      and not exists (select from autotag.windows l where l.workspace_id = w and l.request_type = 'batch')
+      and not exists (select from autotag.windows wn where wn.workspace_id = w and wn.request_type = 'batch')
       and pg_try_advisory_xact_lock(autotag.window_key(w, 'batch')));
   with held as (
     update autotag.batches b set not_before = p_now + interval '1 s'
@@ -6340,10 +6416,10 @@ begin
   return v_batches;
 end $$;
 
--- If the window of a planned batch's workspace has no room for it: puts it off until it has (infinity: never with the present limits;
--- split_oversized() splits it), so that other workspaces do not wait. With it go all batches of the workspace that cannot have room
--- either, because they are later or larger: one by one, 3,000 batches took 751 claims. False: there is room. The caller holds the
--- provider row and the batch. Locks: batches (skip locked).
+-- Puts a planned batch off until its workspace's window has room for it, so that other workspaces do not wait. False: there is room.
+-- not_before `infinity`: the window never has room with the present limits, and split_oversized() splits the batch. All batches of the
+-- workspace that cannot have room either, because they are later or larger, are put off, too. (One by one, 3,000 batches took 751
+-- claims.) The caller holds the provider row and the batch. Locks: batches (skip locked).
 create or replace function autotag.put_off(p_batch autotag.batches, p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -6359,7 +6435,7 @@ begin
   select count(*) into v_ahead from autotag.batches b
   where b.workspace_id = p_batch.workspace_id and b.state = 'planned' and b.admitted_at is null
     and b.created_at < p_batch.created_at;
-  -- at most a whole window: more would never fit, and this batch would wait without a time
+  -- Ask for a whole window at most. More would never fit, and this batch would wait for ever.
   select coalesce(a.retry_at, 'infinity') into v_later_at
   from autotag.admit(p_batch.workspace_id, 'batch', least(v_ahead + 1, v_max_requests), 0, false, p_take => false) a where a.admitted = 0;
   select coalesce(a.retry_at, 'infinity') into v_larger_at
@@ -6371,11 +6447,11 @@ begin
   set waits_for_window = true, not_before = greatest(case when b.created_at >= p_batch.created_at then v_later_at end,
     case when b.image_count - b.express_count >= v_images then v_larger_at end)
   where b.id in (
-    select o.id from autotag.batches o
-    where o.workspace_id = p_batch.workspace_id and o.state = 'planned' and o.worker_id is null and o.admitted_at is null
-      and o.not_before <= p_now
-      and (v_later_at is not null and o.created_at >= p_batch.created_at
-        or v_larger_at is not null and o.image_count - o.express_count >= v_images)
+    select behind.id from autotag.batches behind
+    where behind.workspace_id = p_batch.workspace_id and behind.state = 'planned' and behind.worker_id is null
+      and behind.admitted_at is null and behind.not_before <= p_now
+      and (v_later_at is not null and behind.created_at >= p_batch.created_at
+        or v_larger_at is not null and behind.image_count - behind.express_count >= v_images)
     for no key update skip locked);
   return true;
 end $$;
@@ -6393,7 +6469,7 @@ declare
   v_stale boolean := p_batch.state = 'planned' and coalesce(p_batch.asked_at < p_provider.question_since, false);
 begin
   update autotag.batches b
-  set worker_id = p_worker, claim = (select w.batch_claim from autotag.workers w where w.id = p_worker), attempt = b.attempt + 1,
+  set worker_id = p_worker, claim = (select wk.batch_claim from autotag.workers wk where wk.id = p_worker), attempt = b.attempt + 1,
       admitted_at = p_batch.admitted_at, reserved_tokens = p_batch.reserved_tokens,
       output_tokens = case when b.input_file_id is null or v_stale then coalesce(v_brief.output_tokens, p_provider.output_tokens) else b.output_tokens end,
       asked_at = case when b.input_file_id is null or v_stale then p_now else b.asked_at end,
@@ -6415,17 +6491,18 @@ end $$;
 create or replace function autotag.batches_left(p_workspace_id autotag.workspace_id, out batches integer, out window_images integer)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
-  select (l.max_requests - coalesce(sum(w.requests[i]) filter (where w.admitted_at[i] > autotag.now() - l.length), 0))::integer
+  select (l.max_requests - coalesce(sum(wn.requests[i]) filter (where wn.admitted_at[i] > autotag.now() - l.length), 0))::integer
            - (select count(*)::integer from autotag.batches b where b.workspace_id = p_workspace_id and b.state = 'planned'),
          l.max_units
   from autotag.window_limits(p_workspace_id, 'batch') l
-  left join autotag.windows w on w.workspace_id = p_workspace_id and w.request_type = 'batch'
-  left join lateral generate_subscripts(w.admitted_at, 1) i on true
+  left join autotag.windows wn on wn.workspace_id = p_workspace_id and wn.request_type = 'batch'
+  left join lateral generate_subscripts(wn.admitted_at, 1) i on true
   group by l.max_requests, l.max_units
 $$;
 
--- claim_batches: assigns at most p_slots whole batches to a worker, and the poll of the provider if it is due. p_claim: the number of
--- the claim, as in claim(); called again with the same number it returns the same batches. p_question: the version of the question that the worker has; null: none.
+-- claim_batches: assigns at most p_slots whole batches to a worker, and the poll of the provider if it is due. p_claim: the number
+-- of the claim, as in claim(); a second call with the same number returns the same batches. p_question: the version of the question
+-- that the worker has; null: none.
 --   batches: [{batch, attempt, state, image_count, since, cancelled, openai_batch_id, input_file_id, output_file_id,
 --     error_file_id, keep_files, brief}], in the order to work on them: batches that OpenAI has finished, batches in progress (they hold
 --     queued tokens), the first batch of each upload, the others. If the provider's queue is too short for all of them, the
@@ -6436,7 +6513,8 @@ $$;
 --   poll: [{id, since}] of all batches in flight if a poll is due, else null.
 --   cancel: ids of those to cancel at OpenAI now (take_cancellations).
 --   files: ids of files to delete at OpenAI (reported with files_deleted).
---   unrecorded: [{id, since}] of batches that are over and may have input files at OpenAI under their names (files_deleted, too).
+--   unrecorded: [{id, since}] of batches that are over and may have input files at OpenAI whose ids nobody recorded. The worker
+--     finds those by the batch's name, deletes them, and reports the batches with files_deleted, too.
 --   question: as in claim().
 --   look_up: name of the model to check at the provider now (provider_checked), else null.
 --   wait: seconds until the next call; null: wait for a notification.
@@ -6467,13 +6545,13 @@ begin
     wait := 1;  -- its next heartbeat returns false, and it registers again
     return;
   end if;
-  if (select w.batch_claim >= p_claim from autotag.workers w where w.id = p_worker) then
+  if (select wk.batch_claim >= p_claim from autotag.workers wk where wk.id = p_worker) then
     batches := autotag.describe_batches(array(
       select b.id from autotag.batches b where b.worker_id = p_worker and b.claim = p_claim order by b.created_at, b.ordinal));
     wait := 0;
     return;
   end if;
-  update autotag.workers w set batch_claim = p_claim where w.id = p_worker;
+  update autotag.workers wk set batch_claim = p_claim where wk.id = p_worker;
   if autotag.asks_another_provider(p_worker, v_provider) then
     wait := autotag.real_seconds(v_settings.account_probe_interval);
     return;
@@ -6503,8 +6581,8 @@ begin
     else autotag.real_seconds(autotag.next_batch_claim(v_provider, files <> '[]', v_now) - v_now) end;
 end $$;
 
--- Assigns the poll of the provider to a worker if it is due (claim_batches: poll, cancel, files, unrecorded, look_up). next_poll_at: of the
--- provider's row from now on. Called by claim_batches(), which holds that row and the worker's.
+-- Assigns the poll of the provider to a worker if it is due (claim_batches: poll, cancel, files, unrecorded, look_up). next_poll_at:
+-- the new value in the provider's row. Called by claim_batches(), which holds that row and the worker's.
 create or replace function autotag.assign_poll(
   p_worker uuid, p_provider autotag.provider_limits, p_settings autotag.settings, p_now timestamptz,
   out poll jsonb, out cancel jsonb, out files jsonb, out unrecorded jsonb, out look_up text, out next_poll_at timestamptz
@@ -6534,9 +6612,9 @@ begin
   if poll is not null or files <> '[]' or unrecorded is not null or look_up is not null or cancel is not null then
     -- Allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked). A poll that does not find
     -- a batch counts by this time, so a cancellation does not change it.
-    update autotag.workers w
-    set poll_assigned_at = case when poll is null and w.poll_assigned_at is not null then w.poll_assigned_at else p_now end
-    where w.id = p_worker;
+    update autotag.workers wk
+    set poll_assigned_at = case when poll is null and wk.poll_assigned_at is not null then wk.poll_assigned_at else p_now end
+    where wk.id = p_worker;
   end if;
 end $$;
 
@@ -6555,9 +6633,10 @@ begin
     from unnest(p_ids) with ordinality t (id, i) join autotag.batches b on b.id = t.id);
 end $$;
 
--- Ids of batches to cancel at OpenAI, at most 100 at a time, of all workspaces alike: each once as soon as its upload is cancelled, and
--- with each poll (p_due) those that OpenAI is not cancelling yet. In random order, so that one that the provider refuses stops no
--- other for long. Called by claim_batches(), which holds the provider row. Locks: batches by id (skip locked).
+-- Ids of batches to cancel at OpenAI, at most 100 at a time, of all workspaces alike. A batch is returned once as soon as its upload
+-- is cancelled, and again with each poll (p_due) until OpenAI is cancelling it. The order is random, so that a batch that the provider
+-- refuses to cancel does not hold back others for long. Called by claim_batches(), which holds the provider row. Locks: batches by id
+-- (skip locked).
 create or replace function autotag.take_cancellations(p_due boolean, p_now timestamptz) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -6578,8 +6657,8 @@ begin
   return v_ids;
 end $$;
 
--- The batches to poll, and the files to delete at OpenAI (claim_batches: poll, files, unrecorded). p_over: the unrecorded files of a
--- batch that was over then have arrived.
+-- The batches to poll, and the files to delete at OpenAI (claim_batches: poll, files, unrecorded). p_over: a batch that ended before
+-- this time has all its unrecorded files at OpenAI by now.
 create or replace function autotag.list_polls(p_over timestamptz, out poll jsonb, out files jsonb, out unrecorded jsonb)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -6623,8 +6702,8 @@ begin
 end $$;
 
 -- Locks a batch and its job, and returns the batch. Refuses a worker that does not hold it (any more) with this attempt, and
--- workers of another login. Refuses as `busy` if another transaction holds one of the rows (cancel_tagging in a transaction of the
--- tenant's); the worker calls again later. The caller does not hold the provider row. Locks: job, batch.
+-- workers of another login. Refuses as `busy` if another transaction holds one of the rows (for example a tenant's, which called
+-- cancel_tagging); the worker calls again later. The caller does not hold the provider row. Locks: job, batch.
 create or replace function autotag.lock_held_batch(p_worker uuid, p_batch uuid, p_attempt integer) returns autotag.batches
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '200ms'
 as $$
@@ -6646,7 +6725,7 @@ exception when lock_not_available then
   return null;
 end $$;
 
--- From a planned batch to a batch at OpenAI.
+-- The steps from a planned batch to a batch at OpenAI.
 
 -- One page of a batch's images that still need an answer: the next p_limit (at most 1,000) after task p_after, as
 -- [{task, asset_id, bucket, path, url, refused, mark, cap}]. Empty if the worker does not hold the batch.
@@ -6662,17 +6741,17 @@ as $$
       and b.worker_id = p_worker and b.attempt = p_attempt and autotag.is_own_worker(p_worker)
     order by t.id limit greatest(least(p_limit, 1000), 0)
   )
-  select coalesce(jsonb_agg(jsonb_build_object('task', p.id, 'asset_id', p.asset_id::text,
-    'bucket', d.bucket, 'path', d.path, 'url', d.url, 'refused', d.refused, 'mark', d.mark, 'cap', p.cap) order by p.id), '[]')
-  from page p
+  select coalesce(jsonb_agg(jsonb_build_object('task', i.id, 'asset_id', i.asset_id::text,
+    'bucket', d.bucket, 'path', d.path, 'url', d.url, 'refused', d.refused, 'mark', d.mark, 'cap', i.cap) order by i.id), '[]')
+  from page i
   left join autotag.locate(array(select asset_id from page order by id),
     array(select workspace_id from page order by id), array(select visible_mark from page order by id),
     array(select user_id from page order by id)) d
-    on d.asset_id = p.asset_id
+    on d.asset_id = i.asset_id
 $$;
 
--- The input file is full: moves the images after p_last_task to a new planned batch. Does nothing if the old or the new batch
--- would have no image, or if the file is not being built. Locks: job, batches, tasks.
+-- Moves the images after p_last_task to a new planned batch, because the input file is full. Does nothing if the old or the new
+-- batch would have no image, or if the file is not being built. Locks: job, batches, tasks.
 create or replace function autotag.batch_split(p_worker uuid, p_batch uuid, p_attempt integer, p_last_task bigint) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -6681,7 +6760,7 @@ declare
   v_rest bigint[];
   v_new uuid;
 begin
-  v_rest := array(select t from unnest(autotag.lock_batch_tasks(p_batch)) t where t > p_last_task);
+  v_rest := array(select id from unnest(autotag.lock_batch_tasks(p_batch)) id where id > p_last_task);
   if v_rest = '{}' or v_batch.state <> 'preparing' or cardinality(v_rest) >= v_batch.image_count - v_batch.express_count then
     return;
   end if;
@@ -6741,8 +6820,8 @@ begin
   end if;
 end $$;
 
--- Notes what the worker did to images of the file that it builds: [{task, image}], image as in clean_image_notes(). Whoever harvests
--- the batch stores it with the answer. Locks: job, batch, tasks.
+-- Records what the worker did to images of the file that it builds: [{task, image}], image as in clean_image_notes(). The notes are
+-- stored with the answers. Locks: job, batch, tasks.
 create or replace function autotag.note_images(p_worker uuid, p_batch uuid, p_attempt integer, p_notes jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -6760,7 +6839,8 @@ begin
   update autotag.tasks t set image_notes = n.notes from noted n join locked l on l.id = n.task where t.id = l.id;
 end $$;
 
--- OpenAI has created the batch. The worker releases it, and the next poll covers it. Then the worker calls show_batch().
+-- Records that OpenAI has created the batch. The worker no longer holds it, and the next poll covers it. Then the worker calls
+-- show_batch().
 -- Locks: job, batch, provider.
 create or replace function autotag.batch_submitted(
   p_worker uuid, p_batch uuid, p_attempt integer, p_openai_batch_id text, p_status text, p_input_file_id text
@@ -6783,26 +6863,27 @@ begin
   set state = 'submitted', worker_id = null, openai_batch_id = p_openai_batch_id,
       openai_status = coalesce(autotag.clean_status(p_status), 'validating'),
       input_file_id = coalesce(autotag.clean_id(p_input_file_id), b.input_file_id), submitted_at = v_now, progress_at = v_now,
-      not_before = v_now, missing_polls = 0, running_at = null,
+      not_before = v_now, missing_polls = 0, running_at = null, request_total = default, request_done = default,
       predicted_seconds = (autotag.predict_batch(b.image_count - b.express_count, v_now, v_now, null, 0, b.id)).p50
   where b.id = p_batch;
   perform autotag.broadcast_progress(v_batch.job_id, autotag.refresh_eta(v_batch.job_id));
   perform autotag.lock_provider();
-  -- Ends a pause that a batch began, but does not prove the question: only an answer does.
+  -- This ends a pause that a batch began. It does not prove the question, because only an answer does.
   perform autotag.resume_tagging('batch');
   update autotag.provider_limits p
   set next_poll_at = case
     -- its webhook arrived before its id was stored
-    when exists (select from autotag.webhooks w where w.openai_batch_id = p_openai_batch_id) then '-infinity'
+    when exists (select from autotag.webhooks wh where wh.openai_batch_id = p_openai_batch_id) then '-infinity'
     when p.next_poll_at < v_now then v_now + s.batch_poll_interval
     else least(p.next_poll_at, v_now + s.batch_poll_interval) end
   from autotag.settings s where p.id;
   perform pg_notify('autotag', 'batch');
 end $$;
 
--- Shows on the host's rows of a batch's images that OpenAI has it (submitted) or works on it (processing), and when they are expected
--- to be done: at most p_limit images after task p_after. Returns the last task shown; null: there are no more, or the batch is in
--- another state. A row that is held or that raises is left out. Locks: job (skip locked), assets (show).
+-- Writes stage and ETA to the host's rows of a batch's images: OpenAI has the batch (submitted) or works on it (processing). At most
+-- p_limit images after task p_after. Returns the last task shown; null: there are no more, or the batch is in another state. Refuses as
+-- `busy` if another transaction holds the upload's row, so that no row changes without a message that names it; the worker calls again
+-- later. An image's row that another transaction holds, or that raises, is left out. Locks: job (skip locked), assets (show).
 create or replace function autotag.show_batch(p_worker uuid, p_batch uuid, p_after bigint, p_limit integer) returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -6813,34 +6894,40 @@ declare
   v_stage text;
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
+  -- First, so that the batch stays in this state until its rows are written.
+  perform from autotag.jobs j
+  where j.id = (select b.job_id from autotag.batches b where b.id = p_batch and b.state = 'submitted') for no key update skip locked;
+  v_has_job := found;
   select * into v_batch from autotag.batches b where b.id = p_batch and b.state = 'submitted';
   if not found or not autotag.is_own_worker(p_worker) then
     return null;
   end if;
-  select array_agg(t.asset_id) as assets, max(t.id) as last into v_page
+  select array_agg(page.asset_id) as assets, max(page.id) as last into v_page
   from (
-    select x.id, x.asset_id from autotag.tasks x where x.batch_id = p_batch and x.id > p_after and x.finished_at is null
-    order by x.id limit greatest(least(p_limit, 10000), 0)) t;
-  perform from autotag.jobs j where j.id = v_batch.job_id for no key update skip locked;
-  v_has_job := found;
+    select t.id, t.asset_id from autotag.tasks t where t.batch_id = p_batch and t.id > p_after and t.finished_at is null
+    order by t.id limit greatest(least(p_limit, 10000), 0)) page;
+  if v_page.last is null then
+    return null;
+  elsif not v_has_job then
+    perform autotag.refuse(503, 'busy', 'Another transaction holds this upload.', 'Call again in a moment.',
+      jsonb_build_object('batch', p_batch, 'retry_after', 1));
+  end if;
   v_stage := case when v_batch.running_at is null then 'submitted' else 'processing' end;
   perform autotag.show(v_batch.workspace_id, v_page.assets, v_stage, autotag.stage_progress(v_stage),
     (autotag.batch_eta(v_batch, autotag.now())).p50);
-  if v_has_job then   -- otherwise a session of the tenant holds it, and a later message tells of these images
-    perform autotag.broadcast_progress(v_batch.job_id, null, coalesce(v_page.assets, '{}'));
-  end if;
+  perform autotag.broadcast_progress(v_batch.job_id, null, v_page.assets);
   return v_page.last;
 end $$;
 
 -- Batches that cannot go on: they are retried, planned again, or replaced by single calls.
 
--- A worker could not go on with a batch. p_error: {kind, code, message, retry_after, origin, parameter}.
+-- Records that a worker could not go on with a batch. p_error: {kind, code, message, retry_after, origin, parameter}.
 --   account         Both lanes pause.
 --   transient       Any worker retries later; in `creating` not before batch_create_grace has passed, because a request that
 --                   seemed to fail may still arrive.
---   image           The provider refuses this batch and says why: its images are sent as single calls, whose errors say more. They also
---                   do after max_bad_answers times `request_refused`, and after 3 × max_failures failures of any kind while
---                   single calls work.
+--   image           The provider refuses this batch and says why. Its images are sent as single calls, whose errors say more. The
+--                   same happens after max_bad_answers times `request_refused`, and after 3 × max_failures failures of any kind
+--                   while single calls work.
 --   no_batch_api    The routes for files or batches do not exist while single calls work: the provider has no Batch API, and
 --                   claim() turns the planned batches into single calls.
 --   expires_after   The provider refuses this expiry of files: the next one is tried (7 days, 14 days, none).
@@ -6859,7 +6946,7 @@ begin
   if p_error ->> 'kind' = 'image'
     or p_error ->> 'code' = 'request_refused' and v_batch.failures + 1 >= v_settings.max_bad_answers
     or v_proven and v_batch.failures + 1 >= 3 * v_settings.max_failures and (v_batch.state <> 'harvesting'
-      -- its answers are paid for, so they are tried for as long as the batch might have taken
+      -- the answers are paid for, so workers try to read them for as long as the batch might have taken
       or v_batch.ended_at <= autotag.now() - v_settings.batch_give_up_after) then
     perform autotag.requeue_batch(v_batch, false, 0, p_error ->> 'code', p_error ->> 'message');
     perform autotag.end_batch(v_batch, p_error ->> 'message');
@@ -6882,15 +6969,15 @@ begin
     return p_error || '{"kind": "rate_limit"}';
   elsif p_error ->> 'kind' = 'account' and autotag.is_about_request(p_error) and exists (
       select from autotag.jobs j where j.id = p_batch.job_id and j.brief_id is not null) then
-    return p_error || '{"kind": "image"}';   -- its single calls say whether it is the brief's (blame_brief)
+    return p_error || '{"kind": "image"}';   -- single calls will show whether the brief is the cause (blame_brief)
   elsif not p_proven and p_error ->> 'kind' = 'transient' and p_error ->> 'origin' = 'provider' then
     return p_error || '{"kind": "account"}';
   end if;
   return p_error;
 end $$;
 
--- What the error of a batch says about the provider and the account. p_error: as judge_batch_error() returns it. Comes last in its
--- transaction. Locks: provider.
+-- Records what the error of a batch says about the provider and the account. p_error: as judge_batch_error() returns it. The caller
+-- calls this last. Locks: provider.
 create or replace function autotag.apply_batch_error(p_worker uuid, p_batch autotag.batches, p_error jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -6915,7 +7002,7 @@ create or replace function autotag.delay_batch(p_batch autotag.batches, p_error 
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  -- If OpenAI does not find the input file after three failures, the file is lost and is built again.
+  -- After three failures because OpenAI did not find the input file, the file is lost and is built again.
   update autotag.batches b
   set worker_id = null, error = p_error ->> 'message',
       failures = b.failures + (select k.counts::integer from autotag.error_kinds k where k.kind = p_error ->> 'kind'),
@@ -6960,7 +7047,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp s
 as $$
 begin
   return exists (
-    select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
+    select from autotag.workspaces ws where ws.queued > 0 and (ws.ready or ws.ready_at < 'infinity')
     union all select from autotag.tasks t where t.retry_at < 'infinity'
     union all select from autotag.queues q where q.reached > 0 and (
       select t.id from autotag.tasks t where t.job_id = q.job_id and t.id <= q.reached and t.worker_id is not null limit 1) is not null);
@@ -6995,8 +7082,8 @@ begin
   return true;
 end $$;
 
--- The provider has no Batch API: turns the unsubmitted batches of one job into single calls. False: there is no such job that no
--- other transaction holds. One job per call. Called by claim(), which holds the provider row.
+-- Turns the unsubmitted batches of one job into single calls, because the provider has no Batch API. False: there is no such job, or
+-- other transactions hold all of them. One job per call. Called by claim(), which holds the provider row.
 -- Locks: job, batches, tasks (all skip locked).
 create or replace function autotag.batches_to_single_calls(p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -7028,16 +7115,17 @@ begin
   update autotag.jobs j
   set strategy = 'realtime-chunked', fallback = 'The AI provider has no Batch API, so these images are sent as single calls.'
   where j.id = v_job.id;
-  perform autotag.keep(autotag.requeue(jsonb_agg(jsonb_build_object('task', t, 'failures', 0))), false)
-  from unnest(v_tasks) t having count(*) > 0;
+  perform autotag.keep(autotag.requeue(jsonb_agg(jsonb_build_object('task', id, 'failures', 0))), false)
+  from unnest(v_tasks) id having count(*) > 0;
   perform autotag.refresh_eta(v_job.id);
   return true;
 end $$;
 
--- OpenAI refused a batch because its queue of tokens is full: it is planned again, with its file. Other programs or batches may fill
--- the queue; but if it was refused max_bad_answers times while none of ours was in it (or after batch_patience, whatever was), it goes
--- on in halves, and those in halves after one more refusal. With at most chunk_max_images images it goes on as single calls, but not
--- before batch_patience, because they cost twice as much. The caller holds job and batch. Locks: tasks, window (skip locked).
+-- Plans a batch again, with its file, because OpenAI refused it: its queue of tokens is full. Other programs or batches may fill the
+-- queue. But a batch that was refused max_bad_answers times while no other batch of ours was in the queue (or after batch_patience, in
+-- any case) is halved; the halves are halved after one more refusal. A batch with at most chunk_max_images images goes on as single
+-- calls, but not before batch_patience, because they cost twice as much. The caller holds job and batch. Locks: tasks, window (skip
+-- locked).
 create or replace function autotag.refuse_tokens(
   p_batch autotag.batches, p_error text, p_settings autotag.settings, p_now timestamptz
 ) returns void
@@ -7064,9 +7152,9 @@ begin
   end if;
 end $$;
 
--- Puts the images of a planned batch into p_parts new ones, and cancels it; its file is deleted at OpenAI. The parts take over its
--- admission to the workspace's window where they can: the first one has it, and the images of the others are given back. The caller
--- holds job and batch. Locks: tasks, window (skip locked).
+-- Moves the images of a planned batch into p_parts new ones, and cancels it; its file is deleted at OpenAI. The first new batch takes
+-- over its admission to the workspace's window, and the images of the others are given back. The caller holds job and batch. Locks:
+-- tasks, window (skip locked).
 create or replace function autotag.split_batch(p_batch autotag.batches, p_parts integer, p_reason text) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -7094,23 +7182,23 @@ begin
   perform pg_notify('autotag', 'batch');
 end $$;
 
--- Gives images of a batch back to its workspace's window, which admitted it with them, if it still counts them and no other transaction
+-- Gives images of a batch back to the workspace's window that admitted them, if the window still counts them and no other transaction
 -- holds it. Locks: window (skip locked).
 create or replace function autotag.give_back_images(p_batch autotag.batches, p_images integer) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_batch.admitted_at is not null and p_images > 0 then
-    perform from autotag.windows w
-    where w.workspace_id = p_batch.workspace_id and w.request_type = 'batch' for no key update skip locked;
+    perform from autotag.windows wn
+    where wn.workspace_id = p_batch.workspace_id and wn.request_type = 'batch' for no key update skip locked;
     if found then
       perform autotag.correct_window(p_batch.workspace_id, 'batch', p_batch.admitted_at, 0, -p_images);
     end if;
   end if;
 end $$;
 
--- Splits planned batches that no limit admits any more, because it was lowered after they were planned: the images or requests of one
--- batch, the workspace's images in an hour, or the provider's queue (a fifth more than it is tried, because what an image takes is
+-- Splits planned batches that a limit no longer admits because it was lowered since: the images or requests of one batch, the
+-- workspace's images in an hour, or the provider's queue (batches of up to a fifth more are tried, because the tokens of an image are
 -- an estimate). At most 20 per call. Called by tick(). Locks: job, batch (both skip locked), tasks, window (skip locked).
 create or replace function autotag.split_oversized() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -7129,7 +7217,7 @@ begin
       case when x.images::bigint * p.tokens_per_image + b.extra_tokens > 1.2 * p.queued_batch_tokens
         then p.queued_batch_tokens * x.images / (x.images::bigint * p.tokens_per_image + b.extra_tokens) end)) as images) m
     where b.state = 'planned' and b.worker_id is null and x.images > 1 and x.images > m.images
-    limit 20   -- in no order: one by id would read all batches that ever were
+    limit 20   -- without an order, because one by id would read every batch that ever existed
   loop
     perform from autotag.jobs j where j.id = v_found.job_id for no key update skip locked;
     continue when not found;
@@ -7144,7 +7232,7 @@ end $$;
 -- Retries a batch's images without an answer, in the cheapest way allowed: in new batches if p_by_batch and there are more than
 -- chunk_max_images, else as single calls. p_failures are added to the images without a recorded error (batch_answers() counted
 -- the others). Images that reach max_failures fail with their recorded error, or else with p_code and p_message. The others wait
--- like a single call with as many failures, and at least as long as an error of the batch's images asked (leave_to_finish).
+-- like a single call with as many failures, and at least as long as the errors of the batch's images asked for (leave_to_finish).
 -- The caller holds job and batch. Locks: tasks by id, window (skip locked).
 create or replace function autotag.requeue_batch(
   p_batch autotag.batches, p_by_batch boolean, p_failures integer, p_code text, p_message text
@@ -7157,7 +7245,7 @@ declare
   v_tasks bigint[] := autotag.lock_batch_tasks(p_batch.id);
   v_job autotag.jobs;
   v_again bigint[] := array[]::bigint[];
-  v_failures integer;          -- the most of one of them
+  v_failures integer;          -- the largest number of one image
   v_wait double precision := case when p_batch.worker_id is not null and p_batch.not_before > v_now
     then extract(epoch from p_batch.not_before - v_now) else 0 end;
 begin
@@ -7186,9 +7274,9 @@ begin
 end $$;
 
 -- Puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait and that is expected to be faster.
--- p_wait: what the single calls would wait; null: nobody knows, and a batch has to start within realtime_max_wait. p_reason: a
--- sentence for the user. The upload of the workspace with the fewest batches that wait goes first. False: there is no such upload that
--- no other transaction holds. One upload per call. Called by claim(), which holds the provider row. Locks: job, tasks by id (both
+-- p_wait: how long the single calls would wait; null: nobody knows, and a batch has to start within realtime_max_wait. p_reason: a
+-- sentence for the user. The upload of the workspace with the fewest waiting batches goes first. False: there is no such upload, or
+-- other transactions hold all of them. One upload per call. Called by claim(), which holds the provider row. Locks: job, tasks by id (both
 -- skip locked).
 create or replace function autotag.single_calls_to_batch(p_now timestamptz, p_wait interval, p_reason text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -7202,7 +7290,8 @@ begin
   select j.* into v_job
   from autotag.queues q join autotag.jobs j on j.id = q.job_id
   where q.queued > 0 and j.cancelled_at is null and j.created_at <= p_now - v_max_wait
-    -- The rest of one that goes by batch already comes back in pieces; it goes together, because an hour has few batches.
+    -- Images of an upload that was moved to batches before come back one by one. They wait until most are back, because a
+    -- workspace may start few batches an hour.
     and (j.fallback is null or q.queued > (
       select count(*) from autotag.tasks t where t.job_id = j.id and t.lane = 'realtime' and t.worker_id is not null))
   order by (select count(*) from autotag.batches b
@@ -7219,22 +7308,22 @@ begin
     select t.id from autotag.tasks t
     where t.job_id = v_job.id and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null
       and t.finished_at is null order by t.id for update skip locked);
-  update autotag.workspaces w set queued = greatest(0, w.queued - q.queued)
-  from autotag.queues q where q.job_id = v_job.id and q.joined and w.workspace_id = v_job.workspace_id;
+  update autotag.workspaces ws set queued = greatest(0, ws.queued - q.queued)
+  from autotag.queues q where q.job_id = v_job.id and q.joined and ws.workspace_id = v_job.workspace_id;
   update autotag.queues q set queued = 0 where q.job_id = v_job.id;
   perform autotag.place_in_batches(v_job, v_tasks);
   update autotag.jobs j set fallback = p_reason where j.id = v_job.id;
   return true;
 end $$;
 
--- Workers report other news of the provider: the model's shutdown date, its Batch API, deleted files, webhooks.
+-- Other reports about the provider: the model's shutdown date, the Batch API, deleted files, webhooks.
 
 -- When a worker (of the caller's login) was last assigned a poll of the provider; null: never.
 create or replace function autotag.is_poll_assigned(p_worker uuid) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return (select w.poll_assigned_at from autotag.workers w where w.id = p_worker and w.login = session_user);
+  return (select wk.poll_assigned_at from autotag.workers wk where wk.id = p_worker and wk.login = session_user);
 end $$;
 
 -- Records the daily check of the model and the provider (claim_batches: look_up). p_facts: {model, shutdown_date, batches}, each
@@ -7260,8 +7349,8 @@ begin
     end;
   end if;
   if v_date is not null and v_model is not null then
-    -- Before the provider row is locked, so that no transaction waits for a model's row while it holds that one. The model gets
-    -- its own row, a copy of its family's: the shutdown date of one snapshot does not hold for the others.
+    -- This comes before the lock of the provider row, so that no transaction that holds it waits for a model's row. The model
+    -- gets its own row, a copy of its family's, because the shutdown date of one snapshot does not hold for the others.
     m.name := v_model;
     m.shutdown_date := v_date;
     m.cap_parameter := coalesce(m.cap_parameter, 'max_completion_tokens');
@@ -7273,8 +7362,8 @@ begin
     m.batch_discount := coalesce(m.batch_discount, 0.5);
     m.flex_discount := coalesce(m.flex_discount, 0.5);
     m.priority_factor := coalesce(m.priority_factor, 2);
-    insert into autotag.models as x values (m.*)
-    on conflict (name) do update set shutdown_date = v_date where x.shutdown_date is distinct from v_date;
+    insert into autotag.models as mo values (m.*)
+    on conflict (name) do update set shutdown_date = v_date where mo.shutdown_date is distinct from v_date;
   end if;
   update autotag.provider_limits p
   set checked_at = autotag.now(),
@@ -7287,8 +7376,8 @@ begin
 end $$;
 
 -- Removes the ids of files that were deleted at OpenAI, so that they are not deleted again. p_unrecorded: batches whose unrecorded
--- files were deleted. Only for batches that have ended: after a false report OpenAI keeps the files until they expire, and nothing
--- else happens. Locks: batches by id.
+-- files were deleted. Ignores batches that have not ended. A false report only means that OpenAI keeps the files until they expire.
+-- Locks: batches by id.
 create or replace function autotag.files_deleted(p_worker uuid, p_files text[], p_unrecorded uuid[] default '{}') returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -7304,11 +7393,11 @@ begin
       error_file_id = case when b.error_file_id = any (p_files) then null else b.error_file_id end,
       unrecorded_files = case when b.id = any (p_unrecorded) then 0 else b.unrecorded_files end
   where b.id in (
-    select d.id from autotag.batches d
-    where d.state in ('done', 'cancelled')
-      and (d.input_file_id = any (p_files) or d.output_file_id = any (p_files) or d.error_file_id = any (p_files)
-        or d.id = any (p_unrecorded))
-    order by d.id for update);
+    select ended.id from autotag.batches ended
+    where ended.state in ('done', 'cancelled')
+      and (ended.input_file_id = any (p_files) or ended.output_file_id = any (p_files) or ended.error_file_id = any (p_files)
+        or ended.id = any (p_unrecorded))
+    order by ended.id for update);
 end $$;
 
 -- Handles a verified webhook delivery. Returns `accepted` (the next poll is due at once), `replayed` (this delivery was received
@@ -7329,7 +7418,7 @@ begin
       'Pass the header webhook-id and the event''s data.id.');
   end if;
   v_provider := autotag.lock_provider();
-  if (select count(*) from autotag.webhooks w where w.received_at > v_provider.refilled_at - interval '1 min') >= 600 then
+  if (select count(*) from autotag.webhooks wh where wh.received_at > v_provider.refilled_at - interval '1 min') >= 600 then
     return 'ignored';   -- no account ends that many batches; the next poll sees what is left out here
   end if;
   insert into autotag.webhooks (id, openai_batch_id, received_at)
@@ -7346,13 +7435,13 @@ begin
   return 'accepted';
 end $$;
 
--- A worker reports a poll of the batches at OpenAI: they progress, end, get lost or get stuck.
+-- What a worker's poll of the batches at OpenAI changes: they progress, end, get lost or get stuck.
 
 -- Records a poll: [{id, status, output_file_id, error_file_id, total, done, error_code, error, error_kind}]. Status `gone`:
 -- OpenAI does not know the batch (any more, or with this key); `unread`: the worker cannot read its state. What happens to a batch:
 --   it has ended                       it waits to be harvested
---   it failed: OpenAI's queue is full  it is planned again, which is no failure; if it is too large for the queue, in halves, and at
---                                      last as single calls (refuse_tokens)
+--   it failed: OpenAI's queue is full  it is planned again, which is no failure. One that is too large for the queue is halved, and
+--                                      in the end its images are sent as single calls (refuse_tokens)
 --   gone in several polls in a row     it ends, and its images are retried
 --   no progress for too long           it is cancelled, if the limits admit its images as single calls
 --   in flight for two days, or unread  it ends as if it were gone: OpenAI's window is 24 h
@@ -7383,19 +7472,19 @@ begin
   v_free := array(
     select j.id from autotag.jobs j where j.id in (
       select b.job_id from autotag.batches b
-      join unnest(v_polls) s on s.id = b.openai_batch_id where b.state = 'submitted')
+      join unnest(v_polls) seen on seen.id = b.openai_batch_id where b.state = 'submitted')
     order by j.id for no key update skip locked);
   v_free := array(
     select b.id from autotag.batches b
-    where b.openai_batch_id in (select s.id from unnest(v_polls) s) and b.job_id = any (v_free)
+    where b.openai_batch_id in (select seen.id from unnest(v_polls) seen) and b.job_id = any (v_free)
     order by b.id for no key update skip locked);
   v_polls := autotag.blame_briefs(v_polls);
   v_error := (
-    select s.error from unnest(v_polls) s join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
-    where b.id = any (v_free) and s.status = 'failed' and s.error_kind = 'account' limit 1);
+    select seen.error from unnest(v_polls) seen join autotag.batches b on b.openai_batch_id = seen.id and b.state = 'submitted'
+    where b.id = any (v_free) and seen.status = 'failed' and seen.error_kind = 'account' limit 1);
   v_limit := (
-    select min(autotag.stated_limit(s.error)) from unnest(v_polls) s join autotag.batches b on b.openai_batch_id = s.id
-    where b.id = any (v_free) and b.state = 'submitted' and s.status = 'failed' and s.error_code = 'token_limit_exceeded');
+    select min(autotag.stated_limit(seen.error)) from unnest(v_polls) seen join autotag.batches b on b.openai_batch_id = seen.id
+    where b.id = any (v_free) and b.state = 'submitted' and seen.status = 'failed' and seen.error_code = 'token_limit_exceeded');
   v_changed := autotag.apply_poll(v_polls, v_free, v_look, v_proven, v_now);
   -- Once per upload, even if several of its batches have changed.
   for v_job in select distinct b.job_id from autotag.batches b where b.id = any (v_changed) order by 1 loop
@@ -7412,25 +7501,25 @@ as $$
 begin
   -- total and done count lines, and a file has at most 50,000.
   return array(
-    select row(i.id, i.status, autotag.clean_id(s ->> 'output_file_id'), autotag.clean_id(s ->> 'error_file_id'),
-      coalesce(autotag.clean_number(s, 'total', 0, 50000), 0)::integer,
-      coalesce(autotag.clean_number(s, 'done', 0, 50000), 0)::integer,
-      autotag.printable(s ->> 'error_code', 100), autotag.printable(s ->> 'error', 1000),
-      autotag.printable(s ->> 'error_kind', 20))::autotag.batch_poll
-    from jsonb_array_elements(p_polled) s
-    cross join lateral (select autotag.clean_id(s ->> 'id') as id, autotag.clean_status(s ->> 'status') as status) i
+    select row(i.id, i.status, autotag.clean_id(e ->> 'output_file_id'), autotag.clean_id(e ->> 'error_file_id'),
+      coalesce(autotag.clean_number(e, 'total', 0, 50000), 0)::integer,
+      coalesce(autotag.clean_number(e, 'done', 0, 50000), 0)::integer,
+      autotag.printable(e ->> 'error_code', 100), autotag.printable(e ->> 'error', 1000),
+      autotag.printable(e ->> 'error_kind', 20))::autotag.batch_poll
+    from jsonb_array_elements(p_polled) e
+    cross join lateral (select autotag.clean_id(e ->> 'id') as id, autotag.clean_status(e ->> 'status') as status) i
     where i.id is not null and i.status is not null);
 end $$;
 
--- A batch that was refused for what its brief may ask (is_about_request) says nothing of the account: it becomes an error of its images,
--- which are sent as single calls, whose errors say more (blame_brief).
+-- If a batch was refused for something that its brief may have caused (is_about_request), the error says nothing about the account.
+-- It becomes an error of the batch's images. They are sent as single calls, whose errors say more (blame_brief).
 create or replace function autotag.blame_briefs(p_polls autotag.batch_poll[]) returns autotag.batch_poll[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_refused text[] := array(
-    select s.id from unnest(p_polls) s where s.status = 'failed' and s.error_kind = 'account'
-      and autotag.is_about_request(jsonb_build_object('kind', s.error_kind, 'code', s.error_code)));
+    select seen.id from unnest(p_polls) seen where seen.status = 'failed' and seen.error_kind = 'account'
+      and autotag.is_about_request(jsonb_build_object('kind', seen.error_kind, 'code', seen.error_code)));
 begin
   if v_refused = '{}' then
     return p_polls;
@@ -7439,25 +7528,28 @@ begin
     select b.openai_batch_id from autotag.batches b join autotag.jobs j on j.id = b.job_id
     where b.openai_batch_id = any (v_refused) and j.brief_id is not null);
   return array(
-    select row(s.id, s.status, s.output_file_id, s.error_file_id, s.total, s.done, s.error_code, s.error,
-      case when s.id = any (v_refused) then 'image' else s.error_kind end)::autotag.batch_poll
-    from unnest(p_polls) with ordinality s order by s.ordinality);
+    select row(seen.id, seen.status, seen.output_file_id, seen.error_file_id, seen.total, seen.done, seen.error_code, seen.error,
+      case when seen.id = any (v_refused) then 'image' else seen.error_kind end)::autotag.batch_poll
+    from unnest(p_polls) with ordinality seen order by seen.ordinality);
 end $$;
 
--- Bounds a poll's counts by the batch: it has at most as many lines as images, and at most all of them are done. A total of 0 is
--- unknown.
+-- Bounds a poll's counts by the batch: it has at most as many lines as images, at least as many as earlier polls reported, and at most
+-- all of them are done. A total of 0 is unknown.
 create or replace function autotag.bound_counts(p_poll autotag.batch_poll, p_batch autotag.batches) returns autotag.batch_poll
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
   p_poll.total := greatest(p_batch.request_total, least(p_poll.total, p_batch.image_count - p_batch.express_count));
+  if p_poll.total > 0 then
+    p_poll.total := greatest(p_poll.total, p_batch.request_done);
+  end if;
   p_poll.done := least(p_poll.done, coalesce(nullif(p_poll.total, 0), p_batch.image_count - p_batch.express_count));
   return p_poll;
 end $$;
 
 -- Applies a poll to the account: a poll that works ends the pause that a failed poll began, and a batch that failed with an
--- account error (p_error: no credit) pauses tagging, as a single call would. p_limit: of the provider's queue, if it stated it.
--- Locks: provider, in these cases.
+-- account error (p_error: no credit) pauses tagging, as a single call would. p_limit: the limit of the provider's queue, if a
+-- refusal stated it. Locks: provider, in these cases.
 create or replace function autotag.judge_poll(p_error text, p_limit bigint) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -7496,8 +7588,8 @@ declare
 begin
   select * into v_settings from autotag.settings;
   for v_poll in
-    select s.* from unnest(p_polled) s
-    join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
+    select seen.* from unnest(p_polled) seen
+    join autotag.batches b on b.openai_batch_id = seen.id and b.state = 'submitted'
     where b.id = any (p_batches) order by b.id
   loop
     select * into v_batch from autotag.batches b where b.openai_batch_id = v_poll.id and b.state = 'submitted';
@@ -7577,11 +7669,11 @@ begin
   end if;
 end $$;
 
--- Harvesting a batch that has ended: its answers are stored, and its images without an answer are retried.
+-- Harvests a batch that has ended: stores its answers, and retries its images without an answer.
 
--- Ends a batch with any outcome, and broadcasts batch-complete if OpenAI had it and no outcome waits for the host (announce_stored()
--- does it after the last one). Images without an answer are left to requeue_batch(). p_error: null keeps the row's. The caller
--- holds the batch and its job.
+-- Ends a batch, however it went. Broadcasts batch-complete if OpenAI had the batch and no outcome waits for the host; otherwise
+-- announce_stored() broadcasts it after the last outcome. requeue_batch() deals with images without an answer. p_error: null keeps
+-- the row's error. The caller holds the batch and its job.
 create or replace function autotag.end_batch(p_batch autotag.batches, p_error text) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -7606,9 +7698,9 @@ begin
   end if;
 end $$;
 
--- Puts tasks of a job, in this order, into new planned batches of the job. p_not_before: when they may start. p_from: the batch that
--- they come from, if OpenAI never had it: the first new one takes over its admission to the workspace's window. The caller holds job
--- and tasks. Locks: window (skip locked).
+-- Puts tasks of a job, in this order, into new planned batches of the job. p_not_before: when the batches may start. p_from: the
+-- batch that the tasks come from, if OpenAI never had it; the first new batch takes over its admission to the workspace's window.
+-- The caller holds job and tasks. Locks: window (skip locked).
 create or replace function autotag.place_in_batches(
   p_job autotag.jobs, p_tasks bigint[], p_not_before timestamptz default '-infinity', p_from autotag.batches default null
 ) returns void
@@ -7626,7 +7718,7 @@ begin
   select * into v_left from autotag.batches_left(p_job.workspace_id);
   v_batches := autotag.plan_batches(v_count, v_left.batches, v_left.window_images);
   with placed as materialized (
-    -- batches of equal size (or one less); a join by ranges would compare each task with each batch
+    -- The sizes of the batches differ by one at most. A join by ranges would compare each task with each batch.
     select u.id, v_last + (u.i * v_batches + v_count - 1) / v_count as ordinal from unnest(p_tasks) with ordinality u (id, i)
   ), made as (
     insert into autotag.batches (job_id, workspace_id, ordinal, image_count, extra_tokens, created_at, not_before, admitted_at)
@@ -7636,8 +7728,8 @@ begin
     from placed x join autotag.tasks t on t.id = x.id cross join autotag.provider_limits p group by x.ordinal
     returning id, ordinal
   )
-  update autotag.tasks t set lane = 'batch', batch_id = b.id, error_code = null, error = null
-  from placed x join made b on b.ordinal = x.ordinal where t.id = x.id;
+  update autotag.tasks t set lane = 'batch', batch_id = m.id, error_code = null, error = null
+  from placed x join made m on m.ordinal = x.ordinal where t.id = x.id;
   perform autotag.give_back_images(p_from, p_from.image_count - p_from.express_count - v_count / v_batches);
   perform autotag.refresh_eta(p_job.id);
   perform pg_notify('autotag', 'batch');
@@ -7712,7 +7804,7 @@ begin
     from (
       select distinct on (h.id) h.*, case when v_brief is null then r.result else autotag.fit_result(r.result, r.fields, v_brief) end
           || case when h.image_notes is null then '{}' else autotag.image_part(h.image_notes) end as result, r.error, r.usage, r.valid_usage, r.mark
-      -- where an error is recorded already, only a result is accepted: another error must not count twice
+      -- a task with a recorded error accepts only a result, so that no error counts twice
       from reported r join held h on h.id = r.task and (not h.failed or r.result is not null)
       where h.batch_id = p_batch.id and h.finished_at is null
       order by h.id, r.place) x);
@@ -7772,23 +7864,23 @@ begin
     return null;
   end if;
   v_kept := array(
-    select k.tag from (
+    select kept.tag from (
       select distinct on (x.tag) x.tag, x.i from (
         select autotag.printable(e #>> '{}', 51) as tag, i from jsonb_array_elements(v_tags) with ordinality u (e, i)
         where jsonb_typeof(e) = 'string' limit 1000) x
-      where length(x.tag) between 1 and 50 order by x.tag, x.i) k
-    order by k.i limit 50);
+      where length(x.tag) between 1 and 50 order by x.tag, x.i) kept
+    order by kept.i limit 50);
   if v_kept = '{}' and v_tags <> '[]' then
     return null;
   end if;
   if not autotag.are_different(to_jsonb(v_kept)) then
     v_kept := array(
-      select (array_agg(k.tag order by k.i))[1] from unnest(v_kept, autotag.tag_keys(v_kept)) with ordinality k (tag, key, i)
-      group by k.key order by min(k.i));
+      select (array_agg(kept.tag order by kept.i))[1] from unnest(v_kept, autotag.tag_keys(v_kept)) with ordinality kept (tag, key, i)
+      group by kept.key order by min(kept.i));
   end if;
   if jsonb_typeof(p_result -> 'confidence') = 'object' then
-    select jsonb_object_agg(t, autotag.clean_number(p_result -> 'confidence', t, 0, 1)) into v_sure
-    from unnest(v_kept) t where jsonb_typeof(p_result -> 'confidence' -> t) = 'number';
+    select jsonb_object_agg(tag, autotag.clean_number(p_result -> 'confidence', tag, 0, 1)) into v_sure
+    from unnest(v_kept) tag where jsonb_typeof(p_result -> 'confidence' -> tag) = 'number';
   end if;
   return jsonb_build_object('tags', to_jsonb(v_kept), 'confidence', coalesce(v_sure, '{}'),
     'caption', coalesce(autotag.printable(case when jsonb_typeof(p_result -> 'caption') = 'string' then p_result ->> 'caption' end, 300), ''),
@@ -7803,34 +7895,34 @@ language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
   return array(
-    select coalesce(t.tags is not null
-      and cardinality(t.list) <= 50 and r.result - '{tags,confidence,caption,model}'::text[] = '{}'
-      and length(t.caption) <= 300 and length(t.model) <= 100
-      and t.tags || t.caption || t.model !~ autotag.unprintable() and strpos(t.tags || t.sure, '\') = 0
+    select coalesce(texts.tags is not null
+      and cardinality(texts.list) <= 50 and r.result - '{tags,confidence,caption,model}'::text[] = '{}'
+      and length(texts.caption) <= 300 and length(texts.model) <= 100
+      and texts.tags || texts.caption || texts.model !~ autotag.unprintable() and strpos(texts.tags || texts.sure, '\') = 0
       -- spaces that printable() would remove
-      and strpos(t.tags || t.caption || t.model, '  ') = 0 and t.caption = btrim(t.caption) and t.model = btrim(t.model)
+      and strpos(texts.tags || texts.caption || texts.model, '  ') = 0 and texts.caption = btrim(texts.caption) and texts.model = btrim(texts.model)
       -- no element that is not a string; no tag or key that is empty or has a space at an end; no confidence outside 0 to 1
-      and t.tags !~ '\[[^"\]]|, [^"]|""|" |[^,] "|, "[],]' and t.sure !~ ': (1[^,}]|0[^.,}]|[^01])|""'
+      and texts.tags !~ '\[[^"\]]|, [^"]|""|" |[^,] "|, "[],]' and texts.sure !~ ': (1[^,}]|0[^.,}]|[^01])|""'
       -- As many tags as confidences, and every confidence has its tag: so no tag is there twice. (The cast to varchar(50) finds
       -- tags that are too long; `[^"]{51}` in the pattern above would take three quarters of the time.)
-      and t.list::varchar(50)[]::text[] = t.list and (r.result -> 'confidence') - t.list = '{}'
-      and 3 * cardinality(t.list) = length(t.sure) - length(replace(t.sure, '": ', ''))
-      and (t.tags !~ autotag.odd_tags() or autotag.are_different(r.result -> 'tags')), false)
+      and texts.list::varchar(50)[]::text[] = texts.list and (r.result -> 'confidence') - texts.list = '{}'
+      and 3 * cardinality(texts.list) = length(texts.sure) - length(replace(texts.sure, '": ', ''))
+      and (texts.tags !~ autotag.odd_tags() or autotag.are_different(r.result -> 'tags')), false)
     from unnest(p_results) with ordinality r (result, i)
-    -- Each text once (offset 0), and only of a result with the right types and at most 8 kB: a number of a few bytes can be a text of
-    -- 131 kB.
+    -- offset 0 makes each text once. Only results with the right types and at most 8 kB are read, because a number of a few bytes can be
+    -- a text of 131 kB.
     left join lateral (
       select x.*, string_to_array(left(right(x.tags, -2), -2), '", "') as list from (
         select (r.result -> 'tags')::text as tags, (r.result -> 'confidence')::text as sure, r.result ->> 'caption' as caption,
           r.result ->> 'model' as model
         where pg_column_size(r.result) < 8000 and jsonb_typeof(r.result -> 'tags') = 'array'
           and jsonb_typeof(r.result -> 'confidence') = 'object'
-          and jsonb_typeof(r.result -> 'caption') = 'string' and jsonb_typeof(r.result -> 'model') = 'string' offset 0) x offset 0) t on true
+          and jsonb_typeof(r.result -> 'caption') = 'string' and jsonb_typeof(r.result -> 'model') = 'string' offset 0) x offset 0) texts on true
     order by r.i);
 end $$;
 
--- What a worker did to an image that its user may want to know, for example {truncated: 0.97}: at most 8 names, each with a number, a
--- boolean, a text of 100 characters or a list of 8 numbers. Null: nothing.
+-- Validates a worker's notes about an image, for its user, for example {truncated: 0.97}: at most 8 names, each with a number, a boolean,
+-- a text of 100 characters or a list of 8 numbers. Null: no notes.
 create or replace function autotag.clean_image_notes(p_notes jsonb) returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -7859,34 +7951,38 @@ begin
 end $$;
 
 -- Reads answers as workers report them, in their order: [{task, attempt, result | error, usage, called, mark}]. result: as clean_result()
--- returns it, with image: clean_image_notes(); fields: as the worker gave them, for fit_result(). valid_usage: clean_usage() would return this usage unchanged, whatever the cap was: the answer has at most 4,000 tokens,
--- and the prompt at most p_input. error and another usage are as the worker gave them.
+-- returns it, with image: clean_image_notes(); fields: as the worker gave them, for fit_result(). valid_usage: clean_usage() would
+-- return this usage unchanged with any cap, because the answer has at most 4,000 tokens, and the prompt at most p_input.
+-- error and another usage are as the worker gave them.
 create or replace function autotag.read_answers(p_answers jsonb, p_input integer)
 returns table (task bigint, attempt integer, result jsonb, fields jsonb, error jsonb, usage jsonb, valid_usage boolean, called boolean, mark uuid, place bigint)
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp rows 500
 as $$
 declare
-  v_input jsonb := to_jsonb(p_input);
+  v_max jsonb := jsonb_build_object('max', p_input);
   v_canonical boolean[] := autotag.canonical_results(array(
     select case when jsonb_typeof(e -> 'result') = 'object' then (e -> 'result') - '{fields,image}'::text[] end from jsonb_array_elements(p_answers) e));
 begin
   return query
-    -- in jsonb's sort order only numbers lie between two numbers
-    select case when e -> 'task' between '1' and '9223372036854775807' then (e -> 'task')::bigint end,
-      case when e -> 'attempt' between '1' and '2147483647' then (e -> 'attempt')::integer end,
+    -- A JSON path compares numbers three times as fast as jsonb's operators. A value that is not a number never matches.
+    select case when jsonb_path_match(e, 'strict $.task >= 1 && $.task <= 9223372036854775807', '{}', true) then (e -> 'task')::bigint end,
+      case when jsonb_path_match(e, 'strict $.attempt >= 1 && $.attempt <= 2147483647', '{}', true) then (e -> 'attempt')::integer end,
       case when not v_canonical[i] then autotag.clean_result(e -> 'result')
         else (e -> 'result') - '{fields,image}'::text[] end
         || case when e -> 'result' ? 'image' then autotag.image_part(e #> '{result,image}') else '{}' end, e -> 'result' -> 'fields',
       nullif(e -> 'error', 'null'), u.usage,
-      coalesce(u.usage -> 'input' between '0' and v_input and u.usage -> 'output' between '0' and '4000'
-        and u.usage -> 'cached' between '0' and v_input and u.usage -> 'cache_write' between '0' and v_input
-        and u.usage -> 'reasoning' between '0' and '4000'
-        and length(u.usage ->> 'model') between 1 and 100 and length(u.usage ->> 'tier') between 1 and 20
-        and (u.usage ->> 'model') || (u.usage ->> 'tier') !~ autotag.unprintable(), false),
+      coalesce(jsonb_path_match(u.usage, 'strict $.input >= 0 && $.input <= $max && $.output >= 0 && $.output <= 4000
+          && $.cached >= 0 && $.cached <= $max && $.cache_write >= 0 && $.cache_write <= $max && $.reasoning >= 0 && $.reasoning <= 4000',
+          v_max, true)
+        and u.model <> '' and u.tier <> '' and length(u.model) <= 100 and length(u.tier) <= 20
+        and u.model || u.tier !~ autotag.unprintable(), false),
       e -> 'called' is distinct from 'false',
-      case when e ->> 'mark' ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$' then (e ->> 'mark')::uuid end, i
+      -- The mark must look like a uuid as Postgres prints it. One pattern for all of this takes twice as long.
+      case when u.mark like '________-____-____-____-____________' and u.mark !~ '[^0-9a-f-]' and length(replace(u.mark, '-', '')) = 32
+        then u.mark::uuid end, i
     from jsonb_array_elements(p_answers) with ordinality a (e, i)
-    cross join lateral (select e -> 'usage' as usage offset 0) u;
+    cross join lateral (
+      select e -> 'usage' as usage, e -> 'usage' ->> 'model' as model, e -> 'usage' ->> 'tier' as tier, e ->> 'mark' as mark offset 0) u;
 end $$;
 
 -- Validates a worker's error: its kind is one of error_kinds (else transient), texts are short and printable, waits are at most
@@ -7915,9 +8011,9 @@ begin
     'about_request', coalesce(p_error ->> 'about_request', '') = 'true');
 end $$;
 
--- The most tokens that are believed of one answer, so that no report uses up a quota. input: 20 times what a prompt reserves, at
--- least 20,000. output: 4 times the cap and 4,000, because some providers count reasoning apart; at least 4 times
--- max_output_tokens where the provider takes no cap (uncapped).
+-- The largest believable usage of one answer in tokens, so that no report uses up a quota. input: 20 times what a prompt reserves, at
+-- least 20,000. output: 4 times the cap plus 4,000, because some providers count reasoning separately; at least 4 times
+-- max_output_tokens if the provider accepts no cap (uncapped).
 create or replace function autotag.believable_usage(out input integer, out uncapped integer)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -7964,10 +8060,10 @@ begin
     where jsonb_typeof(p_observed -> n) = 'number');
 end $$;
 
--- A worker reports the stages of its single calls of one workspace: [{task, attempt, stage}], stages between `queued` and
--- `completed`. Ignores tasks that the worker does not hold (any more), and workers of another login. Only `processing` is written to
--- the host's row, because each write fires the host's triggers, webhooks and Postgres Changes; the others show in tagging_job().
--- It also broadcasts what no message has told of yet (broadcast_held), so a worker calls it once more a second after a report.
+-- Records the stages of a worker's single calls of one workspace: [{task, attempt, stage}], stages between `queued` and `completed`.
+-- Ignores tasks that the worker does not hold (any more), and workers of another login. Only `processing` is written to
+-- the host's row, because each write fires the host's triggers, webhooks and Postgres Changes; tagging_job() shows the others.
+-- It also broadcasts changes that no message has named yet (broadcast_held), so a worker calls it once more a second after a report.
 -- p_sent: {sent, sent_age (seconds)}, as in record_sent(). Returns sentences for the operator's log, as settle() does.
 -- Locks: tasks by id (skip locked), jobs (skip locked), assets (show), provider (skip locked).
 create or replace function autotag.report_stages(p_worker uuid, p_workspace_id autotag.workspace_id, p_stages jsonb, p_sent jsonb default null) returns jsonb
@@ -8001,7 +8097,7 @@ begin
     select x.job_id, coalesce(array_agg(x.asset_id) filter (where x.stage = 'processing'), '{}') as assets from moved x group by x.job_id) m;
   -- Rows of an upload that another transaction holds are left out, so that no row changes without a message.
   v_free := array(
-    select l.id from autotag.jobs l where l.id in (select m.job_id from unnest(v_moved) m) order by l.id for no key update skip locked);
+    select j.id from autotag.jobs j where j.id in (select m.job_id from unnest(v_moved) m) order by j.id for no key update skip locked);
   perform autotag.show(p_workspace_id, array(select a from unnest(v_moved) m, unnest(m.assets) a where m.job_id = any (v_free)),
     'processing', autotag.stage_progress('processing'), null);
   perform autotag.broadcast_progress(m.job_id, null, m.assets) from unnest(v_moved) m where m.job_id = any (v_free);
@@ -8014,15 +8110,15 @@ end $$;
 --
 --   given     tags that autotag gave and that are in the column, spelled as there. Every other tag of the column is a person's.
 --   added     people's tags, as autotag last saw them
---   removed   what was in one of the two lists once and then not in the column, by its key: people have removed it
+--   removed   the keys of tags that were in one of the two lists and later not in the column: people have removed them
 --
 -- Nothing else is remembered, so a tag that was removed and typed again between two runs counts as never touched. A tag that is in the
 -- column more than once, or that is spelled in another way than autotag gave it, is a person's.
 --
 -- Bounds: a list of 1,000 tags or 65,536 bytes takes 6 ms, 10 with capitals and 18 with punctuation. Longer ones are left as they are, and the row says so.
 
--- The keys of tags (tag_key): as a vocabulary compares them. A tag without letter and digit, which has none there, is compared in lower
--- case. Null stays null. (Most tags are their own key; a call for each of them would take longer.)
+-- The keys of tags (tag_key), as a vocabulary compares them. A tag without a letter or digit has no such key, so its key is its lower
+-- case. Null stays null. (Most tags are their own key. A call for each of them would take longer.)
 create or replace function autotag.tag_keys(p_tags text[]) returns text[]
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -8039,8 +8135,8 @@ create or replace function autotag.odd_tags() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$ select '[^][[:alnum:] ",]|[[:upper:]\u00aa\u00b2-\u00b3\u00b5\u00b9-\u00ba\u0132-\u0133\u013f-\u0140\u0149\u017f\u01c4-\u01cc\u01f1-\u01f3\u02b0-\u02b8\u02bc\u02e0-\u02e4\u0300-\u0385\u03c2\u03d0-\u03d6\u03f0-\u03f9\u0587\u0675-\u0678\u0958-\u095f\u09dc-\u09df\u0a33-\u0a5e\u0b5c-\u0b5d\u0e33\u0eb3\u0edc-\u0edd\u0f0c-\u0fbf\u10fc\u1100-\u11ff\u1c80-\u1c8f\u1d2c-\u1dbf\u1e9a-\u1e9b\u1f71-\u1fff\u2070-\u24ff\u2c7c-\u2c7d\u2d6f\u2e80-\u2fdf\u3130-\u318f\u3164\u3038-\u303a\u3099-\u309f\u30ff\u3192-\u33ff\ua69c-\ua69d\ua770\ua7f2-\ua7f9\uab5c-\uab69\uf900-\uffff\U00010000-\U0010ffff]' $$;
 
--- Whether each of an answer's tags has its own key. In ASCII, tags with one key have the same letters and digits, so most keys need not
--- be made, which takes longer.
+-- Whether each of an answer's tags has its own key. In ASCII, tags with one key have the same letters and digits. So it seldom has to
+-- make keys, which takes longer.
 create or replace function autotag.are_different(p_tags jsonb) returns boolean
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
 as $$
@@ -8055,8 +8151,8 @@ begin
   return (select count(distinct k) = count(*) from unnest(autotag.tag_keys(array(select jsonb_array_elements_text(p_tags)))) k);
 end $$;
 
--- The keys of the vocabulary's tags that words of people stand for, also because they are nearly the same (know_tags). p_names: those that
--- an answer gives (match_tags); p_keys: the words' keys. Only words that begin like a name are looked up.
+-- The keys of the vocabulary's tags that people's words mean, by a name or by nearly the same word (know_tags). p_names: the names in an
+-- answer (match_tags); p_keys: the words' keys. Only words that begin like a name are looked up.
 create or replace function autotag.near_tags(p_workspace_id autotag.workspace_id, p_names jsonb, p_keys text[]) returns text[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -8087,8 +8183,8 @@ begin
   return array[]::text[];
 end $$;
 
--- The tags of an answer, without those that the vocabulary only adds because they are above tags that people removed (`above` of
--- match_tags). p_removed: their keys; p_there: the keys of the tags that are there.
+-- The tags of an answer, without parents that were only added for tags that people removed (`above` of match_tags). p_removed: the
+-- removed keys; p_there: the keys of the tags in the column.
 create or replace function autotag.answered_tags(p_answer jsonb, p_removed text[], p_there text[], p_workspace_id autotag.workspace_id)
 returns text[]
 language plpgsql stable parallel safe set search_path = pg_catalog, pg_temp
@@ -8110,10 +8206,10 @@ begin
     where (p_answer -> 'above' -> t.tag <@ to_jsonb(v_gone)) is not true order by t.i);
 end $$;
 
--- What the answer of a run changes. p_tags: the tags that are there; null: an element that is not a text. p_memory: tagging_result as it
--- is. p_answer: as in store_tags; a tag is left out if one of its `names` (match_tags) is a person's tag or was removed, or if one of these is nearly the same
--- (near_tags). p_longest: the column's limit of a tag's length, if it has one. dropped: the places of tags that an
--- earlier run gave and this one does not. fresh: the tags to append. result: tagging_result as it will be.
+-- What the answer of a run changes. p_tags: the tags in the column; null: an element that is not a text. p_memory: the present
+-- tagging_result. p_answer: as in store_tags; a tag is left out if one of its `names` (match_tags) is a person's tag or was removed, or
+-- is nearly the same as one (near_tags). p_longest: the column's limit of a tag's length, if it has one. dropped: the places of tags
+-- that an earlier run gave and this one does not. fresh: the tags to append. result: the new tagging_result.
 create or replace function autotag.merge_tags(
   p_tags text[], p_memory jsonb, p_answer jsonb, p_longest integer, p_workspace_id autotag.workspace_id,
   out dropped integer[], out fresh text[], out result jsonb
@@ -8159,11 +8255,13 @@ begin
     where t.tag <> all (v_given) and t.key not in (select k from unnest(v_keys) k where k is not null))), v_given, v_added, v_removed);
 end $$;
 
--- The memory of a row as it is after its tags were stored, because triggers of the host can change what autotag writes. p_tags: the texts
--- in the column; null: it is too large. A tag that was stored and is not there was not given, and no person removed it. One that is spelled
--- in another way than it was given is given as it is spelled. Where given tags are not there, and people's are, what else is there came
--- in their place (a trigger that knows synonyms), so it is given, too; otherwise it is a person's. A given tag that became one that people
--- have or removed is remembered as removed: each run would bring it once more. Null: the memory is right as it is.
+-- The memory of a row, corrected after its tags were stored, because triggers of the host can change what autotag writes. p_tags: the
+-- texts in the column now; null: the column is too large. Null: the memory is right already.
+--   * A given tag that is not in the column counts neither as given nor as removed by a person.
+--   * A given tag that is spelled differently there counts as given, in that spelling.
+--   * If given tags are missing and all of people's are there, other tags have replaced the missing ones (a trigger that knows synonyms),
+--     so they count as given. Otherwise they are a person's.
+--   * A given tag that became a tag that people have or removed counts as removed, because each run would bring it again.
 create or replace function autotag.kept_tags(p_tags text[], p_memory jsonb) returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -8218,7 +8316,7 @@ begin
     || case when p_removed <> '{}' then jsonb_build_object('removed', p_removed) else '{}' end;
 end $$;
 
--- The same for a row whose tags autotag leaves as they are. It keeps the lists, so that nothing is forgotten, and says why.
+-- The same for a row whose tags autotag leaves as they are. It keeps the lists, so that nothing is forgotten, and adds the reason.
 create or replace function autotag.leave_tags(p_memory jsonb, p_answer jsonb, p_reason text, out result jsonb, out error text)
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -8233,7 +8331,7 @@ begin
 end $$;
 
 -- Merges an answer into a column of texts (text[], varchar[], citext[]), for store_tags. p_large: the value is too large to be read
--- (p_tags is null then). tags: the new value; null: as it is. error: what to tell the user.
+-- (p_tags is null then). tags: the new value; null: unchanged. error: a sentence for the user.
 create or replace function autotag.merge_array(
   p_tags text[], p_large boolean, p_memory jsonb, p_answer jsonb, p_longest integer, p_workspace_id autotag.workspace_id,
   out tags text[], out result jsonb, out error text
@@ -8268,8 +8366,8 @@ begin
   end if;
 end $$;
 
--- The same for a column of JSON (jsonb, json). Elements stay as they are written, also those that are no texts. A list with an object is
--- left alone: texts among objects would break who reads it.
+-- The same for a column of JSON (jsonb, json). Elements stay as they are written, even if they are not texts. A list with an object is
+-- left alone, because texts among objects would break its readers.
 create or replace function autotag.merge_json(
   p_tags json, p_large boolean, p_memory jsonb, p_answer jsonb, p_workspace_id autotag.workspace_id, out tags json, out result jsonb, out error text
 )
@@ -8329,11 +8427,11 @@ end $$;
 
 -- The outcome of an image after its call: tags, a failure, or a retry.
 
--- A plan that was cached while the tasks table was empty would scan all of it when it is full. So queries that join it are
--- planned each time: by `execute` in functions that every report passes, by `plan_cache_mode` in the others.
+-- A plan that was cached while the tasks table was empty would scan all of it when it is full. So queries that join it are planned
+-- each time: by `execute` in functions that run for every report, by `plan_cache_mode` in the others.
 
--- Requeues tasks as single calls: the next claim puts them into their queues, when their delay is over. Returns those that do not
--- go on, because they reach max_failures or their job was cancelled; the caller fails them (finish, keep).
+-- Requeues tasks as single calls: once their delay is over, the next claim puts them into their queues. Returns those that are not
+-- requeued, because they reach max_failures or their job was cancelled; the caller fails them (finish, keep).
 -- p_tries: [{task, failures (to add), delay (seconds; absent: none), code, message, output_tokens (lowest cap of the next answer;
 -- absent: unchanged), suspect (its error paused tagging: the code is recorded, and the second such error counts as a failure)}].
 -- Locks: tasks.
@@ -8425,7 +8523,7 @@ begin
   where a.error is not null and autotag.is_final(a, t.failures);
 end $$;
 
--- Requeues the other images with an error, each after the delay of its kind. Returns those that do not go on (requeue).
+-- Requeues the other images with an error, each after the delay of its kind. Returns those that are not requeued (requeue).
 create or replace function autotag.try_again(p_answers autotag.answer[], p_settings autotag.settings) returns autotag.finished[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -8438,7 +8536,7 @@ begin
       'delay', case
         -- longer than the probe interval, so that the next probe is another image
         when k.pauses then extract(epoch from p_settings.account_probe_interval) + 1
-        -- a host of images asks to wait, which the provider's limits know nothing of
+        -- a host of images asks to wait, which has nothing to do with the provider's limits
         when k.delays or a.error ->> 'origin' = 'host' then greatest((a.error ->> 'retry_after')::double precision, autotag.growing_delay(t.failures, p_settings)) end))
   into v_tries
   from unnest(p_answers) a
@@ -8468,9 +8566,9 @@ create or replace function autotag.max_cap(p_workspace_id autotag.workspace_id) 
 language sql stable security definer set search_path = pg_catalog, pg_temp set jit = off
 as $$
   select greatest(s.min_output_tokens, least(s.max_output_tokens,
-    l.max_units - (p.tokens_per_image - p.output_tokens),
+    w.max_units - (p.tokens_per_image - p.output_tokens),
     (0.9 * p.tokens_per_minute)::integer - (p.tokens_per_image - p.output_tokens)))
-  from autotag.settings s, autotag.provider_limits p, autotag.window_limits(p_workspace_id, 'realtime') l
+  from autotag.settings s, autotag.provider_limits p, autotag.window_limits(p_workspace_id, 'realtime') w
 $$;
 
 -- The lowest cap of the next answer about an image: four times the cap of an answer that was cut off, up to max_cap(); null: the
@@ -8489,7 +8587,7 @@ end $$;
 --     configuration is probably wrong.
 --   * A second account error of one image, although others had succeeded before it was asked: it counts as a failure of the image,
 --     so that one image cannot pause tagging forever.
---   * What the provider refuses because of a brief: blame_brief().
+--   * A refusal because of a brief: blame_brief().
 -- form_changed: the model's row got another form, which the caller reports (report_provider).
 -- p_asked_at: when a batch's file was built; null: single calls, which have their own times. Locks: the model's row without waiting.
 create or replace function autotag.reclassify_errors(
@@ -8542,11 +8640,11 @@ begin
   form_changed := cardinality(v_settled) > 0;
 end $$;
 
--- The error of an image if it belongs to what its workspace's profile asks (its brief), not to the provider; null: it does not. It does
--- not as soon as another workspace is refused in the same way, with no success between, nor where nobody else could be harmed. While the
--- question works, such an image fails for good, and the other workspace counts after a minute: successes of that time would contradict
--- it. Else it is tried again, after those of other workspaces.
--- Its `refusal` is the name under which record_outcomes() remembers it.
+-- The error of an image if its brief is the cause (what its workspace's profile asks), and not the provider; null: it is not. The brief
+-- is no longer the cause once another workspace is refused in the same way without a success between. It is not the cause either if
+-- the error could harm no other workspace. While the question works, such an image fails for good, and the refusal of another
+-- workspace counts only after a minute, in which a success would contradict it. Otherwise the image is tried again, after those of
+-- other workspaces. record_outcomes() remembers the error under the name in its `refusal`.
 create or replace function autotag.blame_brief(p_answer autotag.answer, p_provider autotag.provider_limits, p_asked_at timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -8565,7 +8663,7 @@ begin
     or e ->> 'parameter' is not null and exists (
       select from autotag.learned l where l.model = p_provider.question ->> 'model' and l.brief_id = p_answer.brief_id
         and l.learned_at >= p_provider.question_since)
-    or not exists (select from autotag.workspaces w where w.workspace_id <> p_answer.workspace_id)
+    or not exists (select from autotag.workspaces ws where ws.workspace_id <> p_answer.workspace_id)
     or not v_works and not exists (
       select from autotag.jobs j where j.finished_at is null and j.workspace_id <> p_answer.workspace_id) then
     return null;
@@ -8612,7 +8710,7 @@ begin
       select x.key, x.value from jsonb_each(v_new || p_provider.refusals) x
       where (x.value ->> 'at')::timestamptz >= p_provider.question_since
         and coalesce((x.value ->> 'at')::timestamptz > v_success, true)
-      order by x.value ->> 'at' desc limit 20) r), '{}')   -- the names are a worker's words
+      order by x.value ->> 'at' desc limit 20) r), '{}')   -- at most 20, because workers choose the names
   where p.id;
 end $$;
 
@@ -8644,24 +8742,28 @@ declare
   v_provider autotag.provider_limits;
   v_error jsonb;
   v_learnt record;
+  v_failed boolean;            -- one of them has an error
   v_good boolean;
   v_works boolean;             -- one of them was asked after the last account error or change of address, so tagging works now
 begin
   select * into v_provider from autotag.provider_limits;
   v_learnt := autotag.tokens_to_learn(p_answers, p_asked_at);
   perform autotag.learn(v_learnt.inputs, v_learnt.outputs, null, v_learnt.briefs);
-  select coalesce(bool_or(a.error is null), false),
+  select coalesce(bool_or(a.error is not null), false),
+    coalesce(bool_or(a.error is null and coalesce(p_asked_at, a.reserved_at) >= v_provider.question_since), false),
     coalesce(bool_or(a.error is null and coalesce(p_asked_at, a.reserved_at) >=
-      greatest(v_provider.account_error_at, v_provider.fingerprint_since)), false)
-  into v_good, v_works
-  from unnest(p_answers) a where coalesce(p_asked_at, a.reserved_at) >= v_provider.question_since;
-  perform autotag.record_refusals(p_answers, v_provider, p_asked_at);
+      greatest(v_provider.account_error_at, v_provider.fingerprint_since, v_provider.question_since)), false)
+  into v_failed, v_good, v_works
+  from unnest(p_answers) a;
+  if v_failed or v_provider.refusals <> '{}' then
+    perform autotag.record_refusals(p_answers, v_provider, p_asked_at);
+  end if;
   if v_good then
     update autotag.provider_limits p set has_rate_headers = false where p.has_rate_headers is null;
   end if;
   -- Errors of calls from before the question or the address changed do not count.
   select a.error into v_error from unnest(p_answers) a
-  where a.error ->> 'kind' = 'account' and coalesce(p_asked_at, a.reserved_at) >=
+  where v_failed and a.error ->> 'kind' = 'account' and coalesce(p_asked_at, a.reserved_at) >=
     greatest(v_provider.question_since, v_provider.fingerprint_since, case when p_asked_at is null then v_provider.proven_at end)
   limit 1;
   if found then
@@ -8670,13 +8772,13 @@ begin
   elsif v_works and (v_provider.account_error is not null or v_provider.proven_at is null) then
     perform autotag.resume_tagging();
     -- The address and key of a worker that succeeded become the present ones.
-    perform autotag.switch_provider(w.base_url, w.fingerprint)
-    from autotag.workers w where w.fingerprint is not null and w.id = p_worker and p_asked_at is null;
+    perform autotag.switch_provider(wk.base_url, wk.fingerprint)
+    from autotag.workers wk where wk.fingerprint is not null and wk.id = p_worker and p_asked_at is null;
     perform pg_notify('autotag', 'realtime');
     perform pg_notify('autotag', 'batch');
   elsif v_provider.proven_at is null and exists (
     select from unnest(p_answers) a where a.error ->> 'kind' = 'image' or a.error ? 'refusal' or not a.called) then
-    -- This image has proven nothing: the next one tries at once.
+    -- This image has proven nothing, so the next one tries at once.
     update autotag.provider_limits p set probe_at = null where p.account_error is null;
     perform pg_notify('autotag', 'realtime');
   end if;
@@ -8696,7 +8798,7 @@ end $$;
 
 -- Single calls: a worker reports their outcomes in bulk.
 
--- settle: a worker reports the outcomes of its single calls of one workspace.
+-- settle: records the outcomes of a worker's single calls of one workspace.
 -- p_reports: [{task, attempt, result | error, usage: {input, cached, cache_write, output, reasoning, model, tier}, called, mark}].
 --   usage: given whenever the provider answered, even if the answer was unusable. called: false if the call was not sent.
 --   mark: of the picture that the model saw, as describe_tasks() gave it.
@@ -8704,11 +8806,11 @@ end $$;
 -- p_keep: the host's rows are slow (an earlier call was cancelled for it): keep the outcomes for store_waiting() instead.
 -- Ignores reports for tasks that the worker does not hold (any more), with an older attempt, or from another login.
 -- Returns {accepted, busy, notices: [{event, notice}], held}: the number of accepted reports, and sentences for the log. busy: another
--- call of this worker for this workspace is still running; nothing was done, so call again. held: no message has told of all
--- rows yet, so call report_stages() in a second.
+-- call of this worker for this workspace is still running; nothing was done, so call again. held: messages have not named all
+-- changed rows yet, so call report_stages() in a second.
 --
--- Only this transaction writes the host's rows of these images, and it writes those of one workspace. So it holds nothing that
--- other workspaces need, until the end: report_provider() takes the provider row if it is free.
+-- This transaction writes the host's rows of one workspace only, and holds nothing that other workspaces need until its end:
+-- report_provider() comes last, and takes the provider row if it is free.
 -- Locks: the worker's workspace (advisory), window (skip locked), tasks, jobs, assets (finish), usage, provider (skip locked).
 create or replace function autotag.settle(
   p_worker uuid, p_workspace_id autotag.workspace_id, p_reports jsonb, p_observed jsonb default null, p_keep boolean default false
@@ -8717,6 +8819,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp set plan
 as $$
 declare
   v_answers autotag.answer[];
+  v_failed boolean;            -- one of them has an error
   v_report autotag.provider_report;
   v_judged record;
   v_notices jsonb;
@@ -8732,14 +8835,15 @@ begin
   end if;
   v_answers := autotag.read_reports(p_worker, p_workspace_id, p_reports);
   v_report := autotag.summarize_calls(p_worker, v_answers, p_observed);
-  if exists (select from unnest(v_answers) a where a.error is not null) then
+  v_failed := exists (select from unnest(v_answers) a where a.error is not null);
+  if v_failed then
     v_judged := autotag.reclassify_errors(v_answers);
     v_answers := v_judged.answers;
     v_report.form_changed := v_judged.form_changed;
   end if;
   v_report.answers := v_answers;
   v_report.windows := autotag.correct_windows(autotag.window_corrections(v_answers));
-  if exists (select from unnest(v_answers) a where a.error is not null) then
+  if v_failed then
     v_answers := autotag.judge_retries(v_answers, false);
   end if;
   v_notices := autotag.apply_answers(p_workspace_id, v_answers, not p_keep);
@@ -8747,12 +8851,12 @@ begin
   return jsonb_build_object('accepted', cardinality(v_answers), 'busy', false,
     'held', exists (
       select from autotag.jobs j
-      where j.id in (select a.job_id from unnest(v_answers) a) and j.finished_at is null and j.changed is distinct from '{}'),
+      where j.id = any (array(select distinct a.job_id from unnest(v_answers) a)) and j.finished_at is null and j.changed is distinct from '{}'),
     'notices', v_notices || autotag.report_provider(v_report));
 end $$;
 
--- Validates reports and returns those for tasks of the workspace that the worker holds, at most one per task. (The plan is kept.
--- Without the settings, one that was made while the table was empty would read all of it when it is full.)
+-- Validates reports and returns those for tasks of the workspace that the worker holds, at most one per task. (The plan is kept. The
+-- enable_… options make it use the index. Without them, a plan from when the table was empty would scan all of the full table.)
 create or replace function autotag.read_reports(p_worker uuid, p_workspace_id autotag.workspace_id, p_reports jsonb) returns autotag.answer[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
@@ -8837,30 +8941,30 @@ begin
     select c.* from jsonb_to_recordset(p_corrections) c (workspace_id autotag.workspace_id, reserved_at timestamptz, requests integer, units integer)
     order by c.workspace_id, c.reserved_at
   loop
-    perform from autotag.windows w
-    where w.workspace_id = v_window.workspace_id and w.request_type = 'realtime' for no key update skip locked;
+    perform from autotag.windows wn
+    where wn.workspace_id = v_window.workspace_id and wn.request_type = 'realtime' for no key update skip locked;
     if found then
       perform autotag.correct_window(v_window.workspace_id, 'realtime', v_window.reserved_at, v_window.requests, v_window.units);
     elsif exists (
-      select from autotag.windows w
-      where w.workspace_id = v_window.workspace_id and w.request_type = 'realtime'
-        and w.admitted_at[cardinality(w.admitted_at)] > autotag.now() - interval '1 min') then
+      select from autotag.windows wn
+      where wn.workspace_id = v_window.workspace_id and wn.request_type = 'realtime'
+        and wn.admitted_at[cardinality(wn.admitted_at)] > autotag.now() - interval '1 min') then
       v_held := v_held || to_jsonb(v_window);
     end if;
   end loop;
   return v_held;
 end $$;
 
--- Writing outcomes to the host's rows. The host's triggers, constraints and transactions can refuse or hold up any row, so: the
--- bulk first; if it raises, smaller parts (next_part), down to the single row. A row that is held is kept for later (unstored), and so is
--- one whose error may pass, for a while. Otherwise a row that raises fails with the code not_stored. So one row costs its own image,
--- nobody waits, and every image ends.
+-- Writes outcomes to the host's rows. The host's triggers, constraints and transactions can refuse or hold up any row. So the bulk is
+-- written first; if it raises, smaller parts (next_part), down to the single row. An outcome is kept for later (unstored) if its row is
+-- held, or for a while if the error may pass. Any other row that raises fails with the code not_stored. So one row costs its own image
+-- only, nobody waits, and every image ends.
 
 -- Stores the outcomes of images of one workspace: tags or failures, the counts, progress and broadcasts. Outcomes of tasks that
 -- have ended meanwhile are dropped. p_own: the transaction is autotag's own, so constraints that the host has deferred are checked
 -- here, where an error costs one image. Returns sentences for the operator's log: [{event, notice}].
--- p_waits: how long its parts may wait for locks in vain; then the rest is kept without another try. 150 ms are three parts, and a
--- second finds one image in 500 whose trigger waits for a lock.
+-- p_waits: how long its parts may wait for locks; then the rest is kept without another try. 150 ms is enough for three parts,
+-- and a second finds one image in 500 whose trigger waits for a lock.
 -- The caller does not hold the provider row. Locks: tasks, jobs by id, assets; it waits for none longer than lock_timeout.
 create or replace function autotag.finish(
   p_workspace_id autotag.workspace_id, p_items autotag.finished[], p_own boolean, p_waits interval default interval '150 ms'
@@ -8922,7 +9026,7 @@ begin
   return v_notices;
 end $$;
 
--- The first part of p_count rows that are written together if they can be: all of them.
+-- The first part of p_count rows: all of them.
 create or replace function autotag.first_part(p_count integer) returns autotag.parts
 language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
@@ -8930,9 +9034,9 @@ begin
   return row(greatest(p_count, 1), 0, 64, 0)::autotag.parts;
 end $$;
 
--- The next part, after one of p_size rows was written, or raised (p_raised). After a part that raised come halves, down to the row that
--- raises. A part whose rows are not known to raise has half as many as there were rows for one that raises. So each row is tried
--- twice, however many raise. (Halves of the whole try all of it again for each halving: 50,000 with 1 % that raise took 60 s.)
+-- The next part, after a part of p_size rows was written or raised (p_raised). A part that raised is halved, down to the row that raises.
+-- If one of N rows has raised so far, the next part has N / 2 rows. So each row is tried about twice, however many raise. (To halve the
+-- whole each time would try all rows again: 50,000 with 1 % that raise took 60 s.)
 create or replace function autotag.next_part(p_parts autotag.parts, p_size integer, p_raised boolean) returns autotag.parts
 language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
@@ -8967,8 +9071,8 @@ exception when others or assert_failure then
   took := clock_timestamp() - v_began;
 end $$;
 
--- Decides what becomes of one image whose outcome raised this: it is tagged again (its picture was replaced), kept (keep_error), or
--- refused. unshown: the outcome, if its row did not take it in any form; the caller stores it without the row.
+-- Decides about one image whose outcome raised this error: it is tagged again (its picture was replaced), kept (keep_error), or refused.
+-- unshown: the outcome, if the row did not accept it in any form; the caller stores it without the row.
 create or replace function autotag.end_odd(
   p_workspace_id autotag.workspace_id, p_item autotag.finished, p_own boolean, p_state text, p_error text,
   out ended autotag.ended[], out unshown autotag.finished[], out notices jsonb
@@ -9000,7 +9104,7 @@ begin
       ended := v_try.ended;
       unshown := array[]::autotag.finished[];
     elsif autotag.is_lock_error(v_try.state) then
-      notices := autotag.keep_error(array[p_item], v_try.state, v_try.error);   -- its row is held now, so all is tried again
+      notices := autotag.keep_error(array[p_item], v_try.state, v_try.error);   -- another transaction holds its row: keep it for a later try
       if notices is not null then
         unshown := array[]::autotag.finished[];
         return;
@@ -9042,8 +9146,8 @@ begin
   return p_state in ('55P03', '40P01', '40001');
 end $$;
 
--- The picture of an image was replaced after the model saw it: the image is queued again, and its answer is dropped, also where it was
--- kept. After max_failures the image fails. Locks: the task.
+-- Queues an image again, because its picture was replaced after the model saw it, and drops its answer, even if that was kept. After
+-- max_failures the image fails. Locks: the task.
 create or replace function autotag.tag_again(p_task bigint) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -9052,22 +9156,22 @@ declare
     'code', 'picture_replaced', 'message', 'The picture was replaced again and again while it was being tagged.')));
 begin
   if v_ended = '{}' then
-    delete from autotag.unstored u where u.task_id = p_task;
+    delete from autotag.unstored un where un.task_id = p_task;
     perform pg_notify('autotag', 'realtime');
   else
     perform autotag.keep(v_ended, false);
   end if;
 end $$;
 
--- Writing the row of one image raised this error: keeps its outcome if the error may pass. Null: it does not, or has not passed.
+-- Keeps the outcome of one image whose row raised this error, if the error may pass. Null: it cannot pass, or the patience is used up.
 -- Otherwise sentences for the operator's log: [{event, notice}].
---   * A row that another transaction holds is waited for as long as it takes.
---   * Other errors use up patience: a lock's error of a row that is free comes from a trigger, which waits for something else or
---     raises it itself. It is tried 64 times, an hour.
+--   * A row that another transaction holds is tried until it is free.
+--   * Other errors use up patience. If the row is free, a lock's error comes from a trigger, which waits for something else or raises
+--     the error itself: 64 tries, an hour.
 --   * Lack of resources and failures of the server: twenty tries, a quarter of an hour.
 --   * Missing columns, tables or privileges are mistakes in the adapter or in a trigger, and a rule on the table (0A) prevents every
---     update (diagnose_rules); somebody may be mending that: eight tries, a minute.
---   * All others are the row's own.
+--     update (diagnose_rules). Somebody may be fixing that: eight tries, a minute.
+--   * All other errors are about the row itself and do not pass.
 create or replace function autotag.keep_error(p_items autotag.finished[], p_state text, p_error text) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -9078,7 +9182,7 @@ begin
   if autotag.is_lock_error(p_state) and autotag.try_held(p_items) <> '{}' then
     perform autotag.keep(p_items);
     return '[]'::jsonb;
-  elsif v_costs is null or exists (select from autotag.unstored u where u.task_id = p_items[1].task and u.patience_used >= 1) then
+  elsif v_costs is null or exists (select from autotag.unstored un where un.task_id = p_items[1].task and un.patience_used >= 1) then
     return null;
   end if;
   perform autotag.keep(p_items, true, v_costs);
@@ -9086,8 +9190,8 @@ begin
     'The outcome of image %s could not be stored yet: %s', p_items[1].asset_id, autotag.printable(p_error, 500))));
 end $$;
 
--- The images of these whose rows or jobs another transaction holds; all of them if even the table is held; none if it cannot be
--- found out.
+-- The images among these whose rows or jobs another transaction holds; all of them if another transaction holds the whole table; none if
+-- the look-up fails.
 create or replace function autotag.try_held(p_items autotag.finished[]) returns autotag.asset_id[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -9169,7 +9273,7 @@ declare
   v_deleted bigint[];
 begin
   with deleted as (
-    -- coalesce: the plan may not use the index of live tasks, and read all of it
+    -- coalesce keeps the plan from using the index of live tasks, all of which it might read
     delete from autotag.tasks t
     where t.id = any (array(select i.task from unnest(p_items) i)) and coalesce(t.finished_at, 'infinity') = 'infinity'
     returning t.id
@@ -9203,15 +9307,15 @@ begin
 end $$;
 
 -- Fails tasks and shows that on the host's rows (p_show). Returns those that had not ended. The caller holds their jobs and counts
--- them. (The plan is kept, as in read_reports(): planning takes 0.2 ms, and 2 ms after a part of 10,000 has raised, because the planner
--- looks for the ends of the index among what that part left.)
+-- them. (The plan is kept, as in read_reports(). Planning takes 0.2 ms, and 2 ms after a part of 10,000 rows has raised, because the
+-- planner then searches dead entries for the ends of the index.)
 create or replace function autotag.fail_tasks(p_workspace_id autotag.workspace_id, p_items autotag.finished[], p_show boolean)
 returns autotag.finished[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$
 declare
-  v_now timestamptz := autotag.now();   -- a call for each row takes a tenth of all
+  v_now timestamptz := autotag.now();   -- called once: a call per row would take a tenth of the time
   v_failed autotag.finished[];
 begin
   with failed as (
@@ -9223,7 +9327,7 @@ begin
     returning i as item
   )
   select array(select f.item from failed f) into v_failed;
-  delete from autotag.unstored u where u.task_id in (select i.task from unnest(v_failed) i);
+  delete from autotag.unstored un where un.task_id in (select i.task from unnest(v_failed) i);
   if p_show and v_failed <> '{}' then
     perform autotag.show_stage(array(select i.asset_id from unnest(v_failed) i), p_workspace_id, 'failed', 0, null,
       array(select i.message from unnest(v_failed) i));
@@ -9234,10 +9338,10 @@ end $$;
 -- Outcomes that wait for the host's rows: kept now, stored later.
 
 -- Keeps outcomes for store_waiting(). Their tasks end for workers and queues, and stay live until they are stored. p_tried: their
--- rows were just tried in vain, so the next try is delayed: by a quarter of a second, twice as long each time, at most a minute.
+-- rows were just tried without success, so the next try is delayed: by a quarter of a second, twice as long each time, at most a minute.
 -- p_costs: the part of an image's patience that its error used up (keep_error).
--- Locks: tasks by id. It waits for them, because an outcome that is not kept is lost: another transaction may just report the image's
--- stage. In finish() it waits no longer than lock_timeout, and raises; then the worker settles again.
+-- Locks: tasks by id. It waits for them (another transaction may be reporting the image's stage), because an outcome that is not kept is
+-- lost. In finish() it waits no longer than lock_timeout, and raises; then the worker settles again.
 create or replace function autotag.keep(p_items autotag.finished[], p_tried boolean default true, p_costs numeric default 0) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -9252,23 +9356,24 @@ begin
     from autotag.tasks t join unnest(p_items) i on i.task = t.id
     where t.finished_at is null order by t.id for update of t
   ), kept as (
-    insert into autotag.unstored as u (task_id, workspace_id, batch_id, result, error_code, error, mark, tries, patience_used, next_at, kept_at)
+    insert into autotag.unstored as un
+      (task_id, workspace_id, batch_id, result, error_code, error, mark, tries, patience_used, next_at, kept_at)
     select l.id, l.workspace_id, l.batch_id, l.result, l.code, l.message, l.mark, p_tried::integer, p_costs,
       v_now + case when p_tried then interval '0.25 s' else interval '0' end, v_now
     from live l
     on conflict (task_id) do update
-    set tries = u.tries + 1, patience_used = u.patience_used + p_costs, result = excluded.result, error_code = excluded.error_code, error = excluded.error,
-        next_at = v_now + least(interval '1 min', interval '0.25 s' * power(2, least(u.tries, 10)))
-    returning u.task_id
+    set tries = un.tries + 1, patience_used = un.patience_used + p_costs, result = excluded.result,
+        error_code = excluded.error_code, error = excluded.error,
+        next_at = v_now + least(interval '1 min', interval '0.25 s' * power(2, least(un.tries, 10)))
+    returning un.task_id
   )
   update autotag.tasks t set worker_id = null, claim = null, batch_id = null, lane = 'realtime', retry_at = 'infinity'
   from kept k where t.id = k.task_id and t.retry_at is distinct from 'infinity';
   perform pg_notify('autotag', 'store');
 end $$;
 
--- What waits for the host: the workspaces with outcomes that are due, and the seconds until the next are (null: none). It jumps over
--- the index from workspace to workspace, because every outcome that is kept wakes all workers to call it. (The plan is kept, as in
--- read_reports().)
+-- The workspaces with outcomes that are due, and the seconds until the next outcomes are (null: there are none). Every outcome that is
+-- kept wakes all workers to call it, so it jumps through the index from workspace to workspace. (The plan is kept, as in read_reports().)
 create or replace function autotag.list_unstored(p_worker uuid, out workspaces autotag.workspace_id[], out wait double precision)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set enable_bitmapscan = off set jit = off
@@ -9279,20 +9384,20 @@ begin
   workspaces := '{}';
   if autotag.is_own_worker(p_worker) then
     with recursive found as (
-      (select u.workspace_id, u.next_at from autotag.unstored u order by u.workspace_id, u.next_at limit 1)
+      (select un.workspace_id, un.next_at from autotag.unstored un order by un.workspace_id, un.next_at limit 1)
       union all
       select n.* from found f
       cross join lateral (
-        select u.workspace_id, u.next_at from autotag.unstored u where u.workspace_id > f.workspace_id
-        order by u.workspace_id, u.next_at limit 1) n
+        select un.workspace_id, un.next_at from autotag.unstored un where un.workspace_id > f.workspace_id
+        order by un.workspace_id, un.next_at limit 1) n
     )
     select coalesce((array_agg(f.workspace_id order by f.next_at) filter (where f.next_at <= v_now))[:1000], '{}') into workspaces from found f;
-    wait := autotag.real_seconds((select min(u.next_at) from autotag.unstored u where u.next_at > v_now) - v_now);
+    wait := autotag.real_seconds((select min(un.next_at) from autotag.unstored un where un.next_at > v_now) - v_now);
   end if;
 end $$;
 
--- At most p_limit outcomes of a workspace that are due, for store_waiting(), by their tasks. Not those that another worker stores at
--- the moment. It is a call of its own, so that the worker knows what it tried, whatever comes of it (postpone_stores).
+-- The tasks of at most p_limit outcomes of a workspace that are due, for store_waiting(). Skips outcomes that another worker is storing.
+-- This is a separate call, so that the worker knows what it tried even if store_waiting() fails (postpone_stores).
 create or replace function autotag.pick_unstored(p_worker uuid, p_workspace_id autotag.workspace_id, p_limit integer) returns bigint[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -9300,9 +9405,9 @@ declare
   v_now timestamptz := autotag.now();
 begin
   return array(
-    select u.task_id from autotag.unstored u
-    where u.workspace_id = p_workspace_id and u.next_at <= v_now and autotag.is_own_worker(p_worker)
-    order by u.next_at, u.task_id limit greatest(least(p_limit, 1000), 0) for update skip locked);
+    select un.task_id from autotag.unstored un
+    where un.workspace_id = p_workspace_id and un.next_at <= v_now and autotag.is_own_worker(p_worker)
+    order by un.next_at, un.task_id limit greatest(least(p_limit, 1000), 0) for update skip locked);
 end $$;
 
 -- Stores these outcomes of a workspace (pick_unstored) if they are still due. Those whose rows are still held wait longer. Ends the
@@ -9324,27 +9429,27 @@ begin
     return jsonb_build_object('stored', 0, 'more', false, 'notices', '[]'::jsonb);
   end if;
   v_due := array(
-    select u.task_id from autotag.unstored u
-    where u.task_id = any (p_tasks) and u.workspace_id = p_workspace_id and u.next_at <= v_now limit 1000 for update skip locked);
-  select coalesce(array_agg(row(t.id, t.job_id, t.asset_id, u.result, u.error_code, u.error, u.mark)::autotag.finished order by t.id), '{}'),
-    array_agg(distinct u.batch_id) filter (where u.batch_id is not null)
+    select un.task_id from autotag.unstored un
+    where un.task_id = any (p_tasks) and un.workspace_id = p_workspace_id and un.next_at <= v_now limit 1000 for update skip locked);
+  select coalesce(array_agg(row(t.id, t.job_id, t.asset_id, un.result, un.error_code, un.error, un.mark)::autotag.finished order by t.id), '{}'),
+    array_agg(distinct un.batch_id) filter (where un.batch_id is not null)
   into v_items, v_batches
-  from autotag.unstored u join autotag.tasks t on t.id = u.task_id and t.finished_at is null
-  where u.task_id = any (v_due);
+  from autotag.unstored un join autotag.tasks t on t.id = un.task_id and t.finished_at is null
+  where un.task_id = any (v_due);
   v_notices := autotag.finish(p_workspace_id, v_items, true, interval '1 s');
-  delete from autotag.unstored u
-  where u.task_id = any (v_due) and not exists (select from autotag.tasks t where t.id = u.task_id and t.finished_at is null);
+  delete from autotag.unstored un
+  where un.task_id = any (v_due) and not exists (select from autotag.tasks t where t.id = un.task_id and t.finished_at is null);
   perform autotag.announce_stored(v_batches);
   return jsonb_build_object('stored', (select count(*) from unnest(v_due) d where not exists (
-      select from autotag.unstored u where u.task_id = d)),
-    'more', exists (select from autotag.unstored u where u.workspace_id = p_workspace_id and u.next_at <= v_now),
+      select from autotag.unstored un where un.task_id = d)),
+    'more', exists (select from autotag.unstored un where un.workspace_id = p_workspace_id and un.next_at <= v_now),
     'notices', v_notices);
 end $$;
 
--- store_waiting() took too long for these outcomes and was cancelled: they wait longer. If it is one, this image's own row is to
--- blame: after max_failures such timeouts it fails with the code not_stored, and its row is not touched again. p_lost: it ended its
--- connection several times, which counts as three timeouts: a row that crashes the server process must not do so for long. Returns
--- sentences for the operator's log: [{event, notice}]. Locks: unstored (skip locked), then as in finish().
+-- Postpones these outcomes, because store_waiting() took too long for them and was cancelled. For a single outcome, the image's own row
+-- is to blame: after max_failures such timeouts it fails with the code not_stored, and its row is not touched again. p_lost: the
+-- connection broke several times. That counts as three timeouts, because a row that crashes the server process must not do so for long.
+-- Returns sentences for the operator's log: [{event, notice}]. Locks: unstored (skip locked), then as in finish().
 create or replace function autotag.postpone_stores(p_worker uuid, p_workspace_id autotag.workspace_id, p_tasks bigint[], p_lost boolean default false)
 returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -9362,8 +9467,8 @@ begin
     return '[]'::jsonb;
   end if;
   for v_row in
-    select u.* from autotag.unstored u
-    where u.task_id = any (p_tasks) and u.workspace_id = p_workspace_id and u.next_at <= v_now
+    select un.* from autotag.unstored un
+    where un.task_id = any (p_tasks) and un.workspace_id = p_workspace_id and un.next_at <= v_now
     limit 1000 for update skip locked
   loop
     if v_alone and v_row.timeouts + v_timeouts >= v_max then
@@ -9375,16 +9480,16 @@ begin
         then 'Writing the row of image %s ended the session each time. A trigger on the table does that, or the row is damaged.'
         else 'Writing the row of image %s took too long %s times. A trigger on the table is probably slow.' end, v_task.asset_id, v_max)));
     end if;
-    update autotag.unstored u
-    set tries = u.tries + 1, timeouts = u.timeouts + v_timeouts,
-        next_at = v_now + case when v_alone then least(interval '1 min', interval '0.25 s' * power(2, least(u.tries, 10)))
+    update autotag.unstored un
+    set tries = un.tries + 1, timeouts = un.timeouts + v_timeouts,
+        next_at = v_now + case when v_alone then least(interval '1 min', interval '0.25 s' * power(2, least(un.tries, 10)))
           else interval '0' end
-    where u.task_id = v_row.task_id;
+    where un.task_id = v_row.task_id;
   end loop;
   return '[]'::jsonb;
 end $$;
 
--- Broadcasts batch-complete for those of these batches that have ended and whose last answer is stored. Locks: batches by id.
+-- Broadcasts batch-complete for each of these batches that has ended, if its last answer is stored. Locks: batches by id.
 create or replace function autotag.announce_stored(p_batches uuid[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -9394,7 +9499,7 @@ begin
   for v_batch in
     select b.* from autotag.batches b
     where b.id = any (p_batches) and b.state = 'done' and not b.stored
-      and not exists (select from autotag.unstored u where u.batch_id = b.id)
+      and not exists (select from autotag.unstored un where un.batch_id = b.id)
     order by b.id for no key update skip locked
   loop
     update autotag.batches b set stored = true where b.id = v_batch.id;
@@ -9405,29 +9510,29 @@ end $$;
 -- Usage per workspace and user, and its cost.
 
 -- Adds the usage of these answers (count_usage). A row without a cost is priced as a whole as soon as its model has a price.
--- Settles of one workspace write the same row, so this comes after the host's rows: another worker's settle waits for it until this
--- transaction ends. Locks: usage by key.
+-- All settles of a workspace write the same row, and wait for it until this transaction ends. So this comes after the host's rows.
+-- Locks: usage by key.
 create or replace function autotag.add_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb default null, p_asked_at timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  insert into autotag.usage as u (workspace_id, user_id, day, model, service_tier, images, requests,
+  insert into autotag.usage as us (workspace_id, user_id, day, model, service_tier, images, requests,
     input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost)
   select c.* from autotag.count_usage(p_answers, p_batch, p_question, p_asked_at) c
   on conflict (workspace_id, day, user_id, model, service_tier) do update set
-    images = u.images + excluded.images, requests = u.requests + excluded.requests,
-    input_tokens = u.input_tokens + excluded.input_tokens,
-    cached_tokens = u.cached_tokens + excluded.cached_tokens,
-    cache_write_tokens = u.cache_write_tokens + excluded.cache_write_tokens,
-    output_tokens = u.output_tokens + excluded.output_tokens,
-    reasoning_tokens = u.reasoning_tokens + excluded.reasoning_tokens,
-    cost = excluded.cost + coalesce(u.cost, autotag.price_tokens(u.model, u.service_tier,
-      u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens));
+    images = us.images + excluded.images, requests = us.requests + excluded.requests,
+    input_tokens = us.input_tokens + excluded.input_tokens,
+    cached_tokens = us.cached_tokens + excluded.cached_tokens,
+    cache_write_tokens = us.cache_write_tokens + excluded.cache_write_tokens,
+    output_tokens = us.output_tokens + excluded.output_tokens,
+    reasoning_tokens = us.reasoning_tokens + excluded.reasoning_tokens,
+    cost = excluded.cost + coalesce(us.cost, autotag.price_tokens(us.model, us.service_tier,
+      us.input_tokens, us.cached_tokens, us.cache_write_tokens, us.output_tokens));
 end $$;
 
 -- The usage of these answers, each by its model (not given: the one in p_question; null: the present one) and service
--- tier. What was asked since the question changed costs at most as much as the model and tier that were asked. Answers without
--- figures get the tier `unknown` and no cost. An answer without a job (a comparison) counts as a request, not as a tagged image.
+-- tier. An answer to the present question costs at most as much as the model and tier that were asked. Answers without figures get the
+-- tier `unknown` and no cost. An answer without a job (a comparison) counts as a request, not as a tagged image.
 create or replace function autotag.count_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb, p_asked_at timestamptz)
 returns table (workspace_id autotag.workspace_id, user_id autotag.user_id, day date, model text, service_tier text, images bigint, requests bigint, input_tokens bigint,
   cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
@@ -9468,8 +9573,8 @@ end $$;
 
 -- Price of answers of one model and tier (price_tokens) to a question: at most that of the model and tier that the question names,
 -- if they differ. A dated name of the model that was asked is that model; a question without a tier leaves it to the account.
--- Where that is zero the answer costs zero, even if the model that answered is unknown: servers of one's own use names of their
--- own. p_asked null: no bound.
+-- If that price is zero, the answer costs zero even if the model that answered is unknown, because self-hosted servers use their own
+-- names. p_asked null: no bound.
 create or replace function autotag.price_answers(
   p_asked jsonb, p_model text, p_tier text, p_input numeric, p_cached numeric, p_cache_write numeric, p_output numeric
 ) returns numeric
@@ -9492,10 +9597,10 @@ create or replace function autotag.price_usage() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  update autotag.usage u
-  set cost = autotag.price_tokens(u.model, u.service_tier, u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens)
-  where u.cost is null
-    and autotag.price_tokens(u.model, u.service_tier, u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens) is not null;
+  update autotag.usage us
+  set cost = autotag.price_tokens(us.model, us.service_tier, us.input_tokens, us.cached_tokens, us.cache_write_tokens, us.output_tokens)
+  where us.cost is null
+    and autotag.price_tokens(us.model, us.service_tier, us.input_tokens, us.cached_tokens, us.cache_write_tokens, us.output_tokens) is not null;
   return null;
 end $$;
 
@@ -9512,16 +9617,16 @@ as $$
 begin
   perform autotag.check_member(p_workspace_id);
   return query
-    select u.user_id, u.day, u.model, u.service_tier, u.images, u.requests, u.input_tokens,
-      u.cached_tokens, u.cache_write_tokens, u.output_tokens, u.reasoning_tokens, u.cost
-    from autotag.usage u
-    where u.workspace_id = p_workspace_id and u.day between p_since and p_until
-    order by u.day, u.user_id, u.model, u.service_tier;
+    select us.user_id, us.day, us.model, us.service_tier, us.images, us.requests, us.input_tokens,
+      us.cached_tokens, us.cache_write_tokens, us.output_tokens, us.reasoning_tokens, us.cost
+    from autotag.usage us
+    where us.workspace_id = p_workspace_id and us.day between p_since and p_until
+    order by us.day, us.user_id, us.model, us.service_tier;
 end $$;
 
 -- Broadcasts to browsers, sent by the transaction that makes them true, and the right to receive them.
 
--- Broadcasts a message, or warns: an error of Realtime (a partition is missing) must not undo what the message tells of.
+-- Broadcasts a message. It only warns of an error of Realtime (a partition is missing), which must not undo the reported change.
 create or replace function autotag.broadcast(p_topic text, p_event text, p_payload jsonb, p_private boolean) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -9546,14 +9651,14 @@ begin
 end $$;
 
 -- Takes messages out of the outbox for delivery: [{topic, event, payload, private}]. They are deleted at once, because Realtime
--- delivers at most once and clients rely on getting no message twice.
+-- delivers at most once, and clients rely on it that no message comes twice.
 create or replace function autotag.take_outbox(p_limit integer) returns jsonb
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$
   with taken as (
-    delete from autotag.outbox o where o.id in (
-      select w.id from autotag.outbox w order by w.id limit greatest(least(p_limit, 1000), 0) for update skip locked)
-    returning o.*
+    delete from autotag.outbox ob where ob.id in (
+      select oldest.id from autotag.outbox oldest order by oldest.id limit greatest(least(p_limit, 1000), 0) for update skip locked)
+    returning ob.*
   )
   select coalesce(jsonb_agg(jsonb_build_object(
     'topic', t.topic, 'event', t.event, 'payload', t.payload, 'private', t.private) order by t.id), '[]')
@@ -9580,8 +9685,8 @@ begin
 end $$;
 
 -- What users see: stage, progress and eta of each image, and the counts of each upload. The adapter's show_stage and store_tags
--- write the rows: queued, one or two stages in between (submitted, processing), and the end. Everything finer goes by broadcast and
--- tagging_job(), because each write of a row fires the host's triggers, webhooks and Postgres Changes.
+-- write the rows: queued, one or two stages in between (submitted, processing), and the end. Broadcasts and tagging_job() report
+-- everything finer, because each write of a row fires the host's triggers, webhooks and Postgres Changes.
 
 -- The order of the seven stages. A pass moves only forward and ends with completed or failed.
 create or replace function autotag.stage_rank(stage text) returns integer
@@ -9600,9 +9705,9 @@ as $$
     when 'processing' then 30 when 'completing' then 90 when 'completed' then 100 end
 $$;
 
--- Shows a stage on the host's rows of images of one workspace, where the host lets it: a row that is held or that raises is left
--- out, because the image's outcome follows. It goes on in parts as finish() does, and waits for locks as long. autotag.quiet: shows
--- nothing (seal_uploads). The caller does not hold the provider row. Locks: assets.
+-- Writes a stage to the host's rows of images of one workspace. A row that is held or that raises is left out, because the image's
+-- outcome follows. It writes in parts and waits for locks as finish() does. While autotag.quiet is set, it writes nothing
+-- (seal_uploads). The caller does not hold the provider row. Locks: assets.
 create or replace function autotag.show(
   p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_stage text, p_progress integer, p_eta timestamptz
 ) returns void
@@ -9654,7 +9759,7 @@ exception when others or assert_failure then
   took := clock_timestamp() - v_began;
 end $$;
 
--- Those of these images whose rows no other transaction holds; none if it cannot be found out, because even the table is held.
+-- The images among these whose rows no other transaction holds; none if another transaction holds the whole table.
 create or replace function autotag.free_assets(p_asset_ids autotag.asset_id[]) returns autotag.asset_id[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -9691,8 +9796,8 @@ as $$
   ) / p_job.image_count)::integer))
 $$;
 
--- The images of a job whose rows have changed since its last message, more than once or once; null: more of them than a client should ask
--- for by id in one URL.
+-- The images of a job whose rows have changed since its last message, each once or several times; null: more than a client should
+-- request by id in one URL.
 create or replace function autotag.add_changed(p_changed autotag.asset_id[], p_more autotag.asset_id[]) returns autotag.asset_id[]
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -9706,10 +9811,10 @@ begin
   return case when cardinality(v_all) <= 100 and pg_column_size(v_all) <= 8000 then v_all end;
 end $$;
 
--- Counts finished images of a job, the last of which finishes it, and tells its workspace: job-progress at most once per
--- broadcast_interval, job-complete at the end. p_changed: the images whose rows this transaction has changed; null: many. Those that no
--- message has told of yet come with the next one (broadcast_held). p_eta: the job's eta, if it was just computed. One update of the job's row.
--- The caller holds the job's lock.
+-- Counts finished images of a job; the last one finishes the job. Broadcasts job-progress at most once per broadcast_interval, and
+-- job-complete at the end. p_changed: the images whose rows this transaction has changed; null: many. The next message includes those
+-- that no message has named yet (broadcast_held). p_eta: the job's eta, if it was just computed. Updates the job's row once. The caller
+-- holds the job's lock.
 create or replace function autotag.report_job(
   p_job_id uuid, p_completed integer, p_failed integer, p_changed autotag.asset_id[], p_eta timestamptz default null
 ) returns void
@@ -9766,8 +9871,8 @@ begin
   end if;
 end $$;
 
--- Broadcasts that a job has ended. p_told: the images whose rows changed since its last message. Where no batch-complete will follow,
--- clients that listen only to the public topic get one without a batch (broadcast_single_calls).
+-- Broadcasts that a job has ended. p_told: the images whose rows changed since its last message. If no batch-complete follows, clients
+-- that listen only to the public topic get one without a batch id (broadcast_single_calls).
 create or replace function autotag.broadcast_end(p_job autotag.jobs, p_told autotag.asset_id[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -9802,8 +9907,8 @@ begin
   perform autotag.report_job(p_job_id, 0, 0, p_changed, p_eta);
 end $$;
 
--- Broadcasts what no message has told of yet, because another had just been sent: of at most 100 uploads of a workspace; null: of all.
--- (A plan with seqscan may read all uploads that were ever finished.) Locks: jobs (skip locked).
+-- Broadcasts changes that no message has named yet, because another message had just been sent: those of at most 100 uploads of a
+-- workspace; null: of all workspaces. (A plan with seqscan may read all uploads that ever finished.) Locks: jobs (skip locked).
 create or replace function autotag.broadcast_held(p_workspace_id autotag.workspace_id) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
   set plan_cache_mode = 'force_custom_plan' set enable_seqscan = off set jit = off
@@ -9863,9 +9968,9 @@ declare
   v_error text;
   v_eta record := autotag.current_eta(p_job);
 begin
-  select jsonb_object_agg(s.stage, case s.stage when 'completed' then p_job.completed else coalesce(c.images, 0) end)
+  select jsonb_object_agg(st.stage, case st.stage when 'completed' then p_job.completed else coalesce(c.images, 0) end)
   into v_stages
-  from unnest(array['queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed']) s (stage)
+  from unnest(array['queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed']) st (stage)
   left join (
     select o.stage, count(*) as images
     from autotag.tasks t left join autotag.batches b on b.id = t.batch_id
@@ -9892,10 +9997,9 @@ end $$;
 
 -- Predicts when a job ends. Single calls: from their schedule under the present limits and queues. Batches: from the durations
 -- of earlier ones (by size and time of day, the newest weigh most), and once a batch makes progress, from its pace. Users see
--- the median; the 90th percentile is available too. Predictions are made inside uploads, reports and polls, and read what providers
--- and operators set, so none of them raises: predict_batch, batch_eta, predict_new_batch, predict_single_calls, predict_job,
--- predict_wait and estimate_seconds warn and return
--- null (about 5 µs, of the millisecond that a prediction takes).
+-- the median; the 90th percentile is available too. Predictions run inside uploads, reports and polls, and read values that providers
+-- and operators set. So they never raise: predict_batch, batch_eta, predict_new_batch, predict_single_calls, predict_job, predict_wait
+-- and estimate_seconds warn and return null instead (that takes 5 µs of the millisecond of a prediction).
 
 -- Possible durations of a batch of p_images images that starts at p_started, in seconds with weights: those of recent batches
 -- and a prior with a median of settings.batch_seconds (45 min), from a third (15 min) to 16 times that (12 h); OpenAI promises
@@ -9957,8 +10061,8 @@ as $$
 $$;
 
 -- Predicts the total duration of a batch in seconds: median and 90th percentile. p_running: when OpenAI began to work on it
--- (null: not yet); p_share: how much of it is done. Only durations longer than its age count, and from a third done on only its
--- own pace.
+-- (null: not yet); p_share: how much of it is done. Only durations longer than its age count. Once a third is done, only its own pace
+-- counts.
 create or replace function autotag.predict_batch(
   p_images integer, p_started timestamptz, p_now timestamptz, p_running timestamptz, p_share double precision,
   p_except uuid, out p50 double precision, out p90 double precision
@@ -9976,9 +10080,9 @@ begin
   select min(l.seconds) filter (where l.upto >= 0.5 * l.total), min(l.seconds) filter (where l.upto >= 0.9 * l.total)
   into p50, p90
   from (
-    select b.seconds, sum(b.weight) over (order by b.seconds) as upto, sum(b.weight) over () as total
-    from autotag.batch_lengths(p_images, p_started, p_now, p_except) b
-    where b.seconds > v_age) l;
+    select h.seconds, sum(h.weight) over (order by h.seconds) as upto, sum(h.weight) over () as total
+    from autotag.batch_lengths(p_images, p_started, p_now, p_except) h
+    where h.seconds > v_age) l;
   p50 := coalesce(p50, 1.5 * v_age);
   p90 := greatest(coalesce(p90, 3 * v_age), 1.1 * p50);
   if v_trust > 0 then
@@ -10101,8 +10205,8 @@ exception when others then
   p50 := null; p90 := null;
 end $$;
 
--- The predicted end of a job as it is shown: never in the past. A stored prediction that is over (or as good as) is made anew. Null: the
--- job has ended, or no prediction is possible.
+-- The predicted end of a job as it is shown, never in the past. A stored prediction that is over, or nearly so, is computed again. Null:
+-- the job has ended, or no prediction is possible.
 create or replace function autotag.current_eta(p_job autotag.jobs, out p50 timestamptz, out p90 timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -10178,9 +10282,9 @@ begin
       group by t.error_code order by count(*) desc limit p_max) x);
 end $$;
 
--- What waits, and why, at most p_max of each kind: [{kind, workspace_id, id, images, reason, until}]. until null: without a time, so
--- the owner has to change something. kind: batch and upload (id: of the batch, of the upload in automatic mode), workspace (its
--- single calls), outcomes (tags that wait for the host's rows).
+-- The work that waits, and why, at most p_max of each kind: [{kind, workspace_id, id, images, reason, until}]. until null: it waits
+-- until the owner changes something. kind: batch, upload (of automatic mode), workspace (its single calls), or outcomes (tags that wait
+-- for the host's rows). Only batch and upload have an id.
 create or replace function autotag.list_waiting(p_max integer, p_now timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -10196,23 +10300,23 @@ begin
       from autotag.batches b
       where b.state not in ('done', 'cancelled') and b.worker_id is null and b.not_before > p_now order by b.not_before desc, b.id limit p_max)
       union all
-      (select 'workspace', w.workspace_id, null, w.queued, w.ready_at,
-        case when w.ready_at = 'infinity' then format('One image reserves more than the workspace''s %s tokens a minute.', l.max_units)
+      (select 'workspace', ws.workspace_id, null, ws.queued, ws.ready_at,
+        case when ws.ready_at = 'infinity' then format('One image reserves more than the workspace''s %s tokens a minute.', l.max_units)
           else 'The workspace has used up its limit of this minute, or its next chunk is not due.' end
-      from autotag.workspaces w cross join lateral autotag.window_limits(w.workspace_id, 'realtime') l
-      where w.queued > 0 and not w.ready and w.ready_at > p_now order by w.ready_at desc, w.workspace_id limit p_max)
+      from autotag.workspaces ws cross join lateral autotag.window_limits(ws.workspace_id, 'realtime') l
+      where ws.queued > 0 and not ws.ready and ws.ready_at > p_now order by ws.ready_at desc, ws.workspace_id limit p_max)
       union all
-      (select 'upload', u.workspace_id, u.id::text, (select count(*) from autotag.arrivals a where a.upload_id = u.id), u.seal_at,
-        case when u.failures = 0 then 'A quota is used up, or the workspace has as many unfinished images as it may have.'
+      (select 'upload', up.workspace_id, up.id::text, (select count(*) from autotag.arrivals ar where ar.upload_id = up.id), up.seal_at,
+        case when up.failures = 0 then 'A quota is used up, or the workspace has as many unfinished images as it may have.'
           else 'Its rows are held, or the database refuses to write them; the log of the workers says why.' end
-      from autotag.uploads u where u.seal_at > p_now order by u.seal_at desc, u.id limit p_max)
+      from autotag.uploads up where up.seal_at > p_now order by up.seal_at desc, up.id limit p_max)
       union all
-      (select 'outcomes', u.workspace_id, null, count(*), min(u.next_at), 'Other transactions hold the rows of these images, or writing them takes too long.'
-      from autotag.unstored u group by u.workspace_id order by 4 desc limit p_max)) x);
+      (select 'outcomes', un.workspace_id, null, count(*), min(un.next_at), 'Other transactions hold the rows of these images, or writing them takes too long.'
+      from autotag.unstored un group by un.workspace_id order by 4 desc limit p_max)) x);
 end $$;
 
 -- The state of the system as one JSON object; lists are cut to p_max (at most 200). The README shows how it is printed.
--- It contains ids of workspaces, uploads, batches and workers, and no image. To know an id gives no right to anything.
+-- It contains ids of workspaces, uploads, batches and workers, and no image. Knowing an id gives no rights.
 create or replace function autotag.status(p_max integer default 20) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -10233,12 +10337,12 @@ begin
         from autotag.jobs j where j.finished_at is null order by j.created_at limit p_max) x),
     'batches', (
       select coalesce(jsonb_agg(to_jsonb(x) order by x.created_at, x.ordinal), '[]') from (
-        select b.id as batch, b.job_id, b.ordinal, b.openai_batch_id, b.state, b.openai_status,
-          b.image_count - b.express_count as images, b.request_done as done, b.created_at, b.submitted_at,
-          e.p50 as eta, e.p90 as eta_p90, b.failures, b.error
-        from (select * from autotag.batches l where l.state not in ('done', 'cancelled')
-              order by l.created_at, l.ordinal limit p_max) b
-        cross join lateral autotag.batch_eta(b::autotag.batches, v_now) e) x),
+        select live.id as batch, live.job_id, live.ordinal, live.openai_batch_id, live.state, live.openai_status,
+          live.image_count - live.express_count as images, live.request_done as done, live.created_at, live.submitted_at,
+          e.p50 as eta, e.p90 as eta_p90, live.failures, live.error
+        from (select * from autotag.batches b where b.state not in ('done', 'cancelled')
+              order by b.created_at, b.ordinal limit p_max) live
+        cross join lateral autotag.batch_eta(live::autotag.batches, v_now) e) x),
     'limits', jsonb_build_object(
       'requests_per_minute', v_provider.requests_per_minute,
       'requests_left', floor(greatest(v_provider.requests_left, 0)),
@@ -10254,20 +10358,20 @@ begin
       'account_error_at', v_provider.account_error_at),
     'model', autotag.describe_model(v_provider),
     'workers', (
-      select coalesce(jsonb_agg(jsonb_build_object('worker', w.id, 'host', w.host, 'version', w.version,
-        'listening', w.listening, 'started_at', w.started_at, 'last_heartbeat_at', w.last_heartbeat_at, 'alive', w.lease_until > v_now,
-        'held', cardinality(autotag.leased_tasks(w.id))) order by w.started_at), '[]')
-      from autotag.workers w),
+      select coalesce(jsonb_agg(jsonb_build_object('worker', wk.id, 'host', wk.host, 'version', wk.version,
+        'listening', wk.listening, 'started_at', wk.started_at, 'last_heartbeat_at', wk.last_heartbeat_at, 'alive', wk.lease_until > v_now,
+        'held', cardinality(autotag.leased_tasks(wk.id))) order by wk.started_at), '[]')
+      from autotag.workers wk),
     'errors', autotag.recent_errors(p_max, v_now),
     'waiting', autotag.list_waiting(p_max, v_now),
     'today', (
-      select jsonb_build_object('images', coalesce(sum(u.images), 0), 'requests', coalesce(sum(u.requests), 0),
-        'input_tokens', coalesce(sum(u.input_tokens), 0), 'output_tokens', coalesce(sum(u.output_tokens), 0),
-        'cost', coalesce(sum(u.cost), 0),
+      select jsonb_build_object('images', coalesce(sum(us.images), 0), 'requests', coalesce(sum(us.requests), 0),
+        'input_tokens', coalesce(sum(us.input_tokens), 0), 'output_tokens', coalesce(sum(us.output_tokens), 0),
+        'cost', coalesce(sum(us.cost), 0),
         -- requests to models without a price, whose cost is not included
-        'unpriced_requests', coalesce(sum(u.requests) filter (where u.cost is null), 0),
-        'unpriced_models', coalesce(jsonb_agg(distinct u.model) filter (where u.cost is null), '[]'))
-      from autotag.usage u where u.day = (v_now at time zone 'utc')::date));
+        'unpriced_requests', coalesce(sum(us.requests) filter (where us.cost is null), 0),
+        'unpriced_models', coalesce(jsonb_agg(distinct us.model) filter (where us.cost is null), '[]'))
+      from autotag.usage us where us.day = (v_now at time zone 'utc')::date));
 end $$;
 
 -- Metrics for a monitoring system.
@@ -10283,40 +10387,40 @@ declare
 begin
   return (
     select jsonb_build_object(
-      'queued', q.images, 'queued_workspaces', q.workspaces,
+      'queued', c.images, 'queued_workspaces', c.workspaces,
       'oldest_queued', (
-        select extract(epoch from v_now - min(j.created_at)) from autotag.queues u join autotag.jobs j on j.id = u.job_id
-        where u.queued > 0 and j.finished_at is null),
+        select extract(epoch from v_now - min(j.created_at)) from autotag.queues q join autotag.jobs j on j.id = q.job_id
+        where q.queued > 0 and j.finished_at is null),
       'delayed', k.delayed, 'live', l.images,
-      'work', q.images + k.held + k.due + b.images,
-      'batches', b.states, 'oldest_batch', extract(epoch from v_now - b.oldest))
+      'work', c.images + k.held + k.due + g.images,
+      'batches', g.states, 'oldest_batch', extract(epoch from v_now - g.oldest))
     || jsonb_build_object(
       'requests_left', floor(v_provider.requests_left), 'requests_per_minute', v_provider.requests_per_minute,
       'tokens_left', floor(v_provider.tokens_left), 'tokens_per_minute', v_provider.tokens_per_minute,
       'blocked_seconds', extract(epoch from greatest(v_provider.blocked_until, v_now) - v_now),
       'account_error', (v_provider.account_error is not null)::integer,
-      'workers', (select count(*) from autotag.workers w where w.lease_until > v_now),
+      'workers', (select count(*) from autotag.workers wk where wk.lease_until > v_now),
       'outbox', o.messages, 'oldest_message', extract(epoch from v_now - o.oldest),
       'unstored', n.images, 'oldest_unstored', extract(epoch from v_now - n.oldest),
       'images_today', u.images, 'cost_today', u.cost, 'unpriced_today', u.unpriced,
       'shutdown_days', (select m.shutdown_date from autotag.settings s, autotag.find_model(s.model) m) - (v_now at time zone 'utc')::date)
-    from autotag.count_waiting() q
+    from autotag.count_waiting() c
     cross join (select count(*) filter (where t.retry_at is not null) as delayed,
                   count(*) filter (where t.retry_at <= v_now) as due,
                   count(*) filter (where t.worker_id is not null) as held
                 from autotag.tasks t where t.finished_at is null) k
     cross join (select coalesce(sum(j.image_count - j.completed - j.failed), 0) as images
                 from autotag.jobs j where j.finished_at is null) l
-    cross join (select coalesce(jsonb_object_agg(s.state, s.batches), '{}') as states, min(s.oldest) as oldest,
-                  coalesce(sum(s.images) filter (where s.state not in ('submitted')), 0) as images
+    cross join (select coalesce(jsonb_object_agg(x.state, x.batches), '{}') as states, min(x.oldest) as oldest,
+                  coalesce(sum(x.images) filter (where x.state not in ('submitted')), 0) as images
                 from (select b.state, count(*) as batches, min(b.created_at) as oldest,
                         sum(b.image_count - b.express_count) filter (where b.not_before <= v_now) as images
-                      from autotag.batches b where b.state not in ('done', 'cancelled') group by b.state) s) b
-    cross join (select count(*) as messages, min(m.created_at) as oldest from autotag.outbox m) o
-    cross join (select count(*) as images, min(r.kept_at) as oldest from autotag.unstored r) n
-    cross join (select coalesce(sum(x.images), 0) as images, coalesce(sum(x.cost), 0) as cost,
-                  coalesce(sum(x.requests) filter (where x.cost is null), 0) as unpriced
-                from autotag.usage x where x.day = (v_now at time zone 'utc')::date) u);
+                      from autotag.batches b where b.state not in ('done', 'cancelled') group by b.state) x) g
+    cross join (select count(*) as messages, min(ob.created_at) as oldest from autotag.outbox ob) o
+    cross join (select count(*) as images, min(un.kept_at) as oldest from autotag.unstored un) n
+    cross join (select coalesce(sum(us.images), 0) as images, coalesce(sum(us.cost), 0) as cost,
+                  coalesce(sum(us.requests) filter (where us.cost is null), 0) as unpriced
+                from autotag.usage us where us.day = (v_now at time zone 'utc')::date) u);
 end $$;
 
 -- The findings of `autotag doctor` that the database can make by itself, each with its fix.
@@ -10383,8 +10487,8 @@ declare
   v_now timestamptz := autotag.now();
   v_owners text;               -- logins of live workers that may do everything
 begin
-  select autotag.name_some(array_agg(distinct w.login::text)) into v_owners
-  from autotag.workers w where w.lease_until > v_now and autotag.is_owner(w.login);
+  select autotag.name_some(array_agg(distinct wk.login::text)) into v_owners
+  from autotag.workers wk where wk.lease_until > v_now and autotag.is_owner(wk.login);
   return case
     when p_logins = '{}' then autotag.finding('roles', 'warning',
       'No separate login has the role autotag_worker, so workers have to log in as the owner, which may do everything.',
@@ -10440,8 +10544,8 @@ create or replace function autotag.sample_image() returns jsonb
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object('bucket', d.bucket, 'path', d.path)
-  from (select j.workspace_id from autotag.jobs j order by j.created_at desc limit 1) j
-  cross join autotag.describe_assets(autotag.list_assets(j.workspace_id, false, null, 20)) d
+  from (select j.workspace_id from autotag.jobs j order by j.created_at desc limit 1) newest
+  cross join autotag.describe_assets(autotag.list_assets(newest.workspace_id, false, null, 20)) d
   where d.bucket is not null and d.path is not null limit 1
 $$;
 
@@ -10479,8 +10583,8 @@ begin
       then 'Add a policy that lets users insert only rows that name them as the uploader (… = (select auth.uid())).' end);
 end $$;
 
--- Whether a rule on the host's table prevents updates. Postgres rewrites `update … returning` by no rule but an unconditional one with
--- `returning` of its own, and cannot rewrite it at all within `with`: tags are paid for and cannot be stored.
+-- Whether a rule on the host's table prevents updates, so that tags are paid for and cannot be stored. Postgres rewrites
+-- `update … returning` only by an unconditional rule with its own `returning`, and not at all within `with`.
 create or replace function autotag.diagnose_rules() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -10523,13 +10627,13 @@ create or replace function autotag.update_triggers() returns text[]
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select array(
-    select t.tgname::text from pg_trigger t
-    where t.tgrelid = autotag.image_table() and not t.tgisinternal and t.tgenabled in ('O', 'A') and t.tgtype & 16 <> 0 order by 1)
+    select tg.tgname::text from pg_trigger tg
+    where tg.tgrelid = autotag.image_table() and not tg.tgisinternal and tg.tgenabled in ('O', 'A') and tg.tgtype & 16 <> 0 order by 1)
 $$;
 
--- Writes tags to the row of one image as a worker's report does, and takes that back, also what triggers did in this database. The image
--- is the last one whose row refused its tags, or any. p_tag: the first of ten tags. Returns the error; null: none. tried: false: there is no
--- image. kept: how many of the tags are in the row then, or were removed by people; null: its tags stay as they are.
+-- Writes tags to the row of one image as a worker's report does, and rolls that back, including what triggers did in this database. The
+-- image is the last one whose row refused its tags, or any. p_tag: the first of ten tags. error: null if there was none. tried: false if
+-- there is no image. kept: how many of the tags were in the row, or had been removed by people; null: the row's tags do not change.
 create or replace function autotag.try_write(p_tag text, out tried boolean, out state text, out error text, out kept integer)
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '1s'
 as $$
@@ -10566,8 +10670,8 @@ exception when others or assert_failure then
   end if;
 end $$;
 
--- Whether a row takes tags (try_write). p_triggers: also if triggers of the host run then. Not everything that a trigger does can be taken
--- back (a call of dblink, a request that it waits for), so the doctor does that only if it is asked to.
+-- Whether a row accepts tags (try_write). p_triggers: try it even if triggers of the host run then. The doctor does that only on request,
+-- because some effects of a trigger cannot be rolled back (a call of dblink, a request that it waits for).
 create or replace function autotag.diagnose_write(p_triggers boolean) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -10621,15 +10725,15 @@ begin
     'autotag doctor --try-write   (says why; then: autotag enqueue --workspace …)')) end;
 end $$;
 
--- Whether a workspace's profile allows only the tags of a vocabulary that is empty: then no tag is stored. No finding if none does.
+-- Whether a workspace's profile allows only the tags of its vocabulary, but that is empty: then no tag is stored. No finding if not.
 create or replace function autotag.diagnose_vocabulary() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_empty bigint := (
     select count(*) from (
-      select distinct on (x.workspace_id) x.workspace_id, x.vocabulary_mode
-      from autotag.profiles x order by x.workspace_id, x.version desc) p
+      select distinct on (pr.workspace_id) pr.workspace_id, pr.vocabulary_mode
+      from autotag.profiles pr order by pr.workspace_id, pr.version desc) p
     where p.vocabulary_mode = 'only' and not autotag.has_vocabulary(p.workspace_id));
 begin
   return case when v_empty = 0 then '[]' else jsonb_build_array(autotag.finding('vocabulary', 'warning',
@@ -10712,8 +10816,7 @@ begin
     else autotag.finding('clock', 'ok', 'autotag.tick() runs regularly.') end;
 end $$;
 
--- Sends a broadcast without a meaning, so that the doctor can check whether broadcasts arrive: at most five a second, more are
--- ignored.
+-- Sends a broadcast without a meaning, so that the doctor can check whether broadcasts arrive. More than five a second are ignored.
 create or replace function autotag.send_test_broadcast(p_nonce uuid) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -10732,7 +10835,7 @@ declare
   v_now timestamptz := autotag.now();
   v_waiting integer;
 begin
-  select count(*)::integer into v_waiting from autotag.outbox o where o.created_at < v_now - interval '1 min';
+  select count(*)::integer into v_waiting from autotag.outbox ob where ob.created_at < v_now - interval '1 min';
   return case
     when to_regprocedure('realtime.send(jsonb,text,text,boolean)') is not null then
       autotag.finding('realtime.send', 'ok', 'Broadcasts are sent when their transaction commits.')
@@ -10753,9 +10856,9 @@ declare
   v_polling integer;
   v_versions text;
 begin
-  select count(*)::integer, count(*) filter (where not w.listening)::integer, autotag.name_some(array_agg(distinct w.version))
+  select count(*)::integer, count(*) filter (where not wk.listening)::integer, autotag.name_some(array_agg(distinct wk.version))
   into v_workers, v_polling, v_versions
-  from autotag.workers w where w.lease_until > v_now;
+  from autotag.workers wk where wk.lease_until > v_now;
   return case
     when v_workers = 0 then autotag.finding('workers', 'error', 'No worker is alive, so nothing is tagged.', 'autotag worker')
     when v_polling > 0 then autotag.finding('workers', 'warning',
@@ -10764,7 +10867,7 @@ begin
     else autotag.finding('workers', 'ok', format('%s alive, version %s.', v_workers, v_versions)) end;
 end $$;
 
--- Whether something waits that only a change of limits can set free (list_waiting).
+-- Whether work waits that only a change of limits can release (list_waiting).
 create or replace function autotag.diagnose_waiting() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -10817,7 +10920,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return case
-    when exists (select from autotag.quotas q where q.max_cost is not null and q.scope = 'workspace' and q.workspace_id is null)
+    when exists (select from autotag.quotas qu where qu.max_cost is not null and qu.scope = 'workspace' and qu.workspace_id is null)
       then autotag.finding('spending', 'ok', 'Every workspace has a quota in dollars.')
     else autotag.finding('spending', 'warning', 'No quota limits what a workspace may spend.',
       'insert into autotag.quotas (scope, period, max_cost) values (''workspace'', ''month'', 20);   -- dollars, every workspace') end;
@@ -10853,9 +10956,9 @@ begin
         format('%s costs $%s and $%s per million tokens, about $%s for 1,000 images one by one.', v_model,
           to_char(m.input_price, 'FM9990.0099'), to_char(m.output_price, 'FM9990.0099'), to_char(1000 * autotag.expected_cost(), 'FM9990.009')))
       else autotag.finding('price',
-        case when exists (select from autotag.quotas q where q.max_cost is not null) then 'error' else 'warning' end,
+        case when exists (select from autotag.quotas qu where qu.max_cost is not null) then 'error' else 'warning' end,
         format('The price of %s is not known, so costs are shown as unknown%s.', v_model,
-          case when exists (select from autotag.quotas q where q.max_cost is not null)
+          case when exists (select from autotag.quotas qu where qu.max_cost is not null)
             then ' and no quota in dollars is enforced' else '' end),
         case when m.name is null
           then format('insert into autotag.models (name, input_price, output_price) values (%L, …, …);   -- dollars per million tokens', v_model)
@@ -10921,10 +11024,10 @@ insert into autotag.error_kinds values
 on conflict (kind) do update set counts = excluded.counts, delays = excluded.delays, pauses = excluded.pauses,
   ends = excluded.ends, meaning = excluded.meaning, suspects = excluded.suspects;
 
--- What the public RPCs take and return, so that `supabase gen types` gives exact types. Tried with the real CLI (3.1): a jsonb result
--- becomes `Json`, OUT parameters become `Record<string, unknown>`, `returns table` an array without any null, and a composite type an
--- object whose fields may all be null. Only the row of a relation in an exposed schema keeps `not null`, also through a view. So each
--- result is the row of a view of autotag.shapes, which never has a row. Nobody may read the views (grants.sql).
+-- The types that the public RPCs take and return, so that `supabase gen types` gives exact types. As tried with the real CLI (3.1), a
+-- jsonb result becomes `Json`, OUT parameters become `Record<string, unknown>`, `returns table` an array without any null, and a
+-- composite type an object whose fields may all be null. Only the row of a relation in an exposed schema keeps `not null`, also through
+-- a view. So each result is the row of a view of autotag.shapes, which never has a row. Nobody may read the views (grants.sql).
 
 -- Your own column tagging_stage stays text with a check: your triggers, policies and clients compare it with text.
 create type public.tagging_stage as enum ('queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed');
@@ -10956,14 +11059,14 @@ alter table autotag.shapes enable row level security;
 
 -- The number of images in each stage.
 create view public.tagging_stage_counts with (security_invoker = true) as
-  select s.an_integer as queued, s.an_integer as preparing, s.an_integer as submitted, s.an_integer as processing,
-    s.an_integer as completing, s.an_integer as completed, s.an_integer as failed
-  from autotag.shapes s;
+  select sh.an_integer as queued, sh.an_integer as preparing, sh.an_integer as submitted, sh.an_integer as processing,
+    sh.an_integer as completing, sh.an_integer as completed, sh.an_integer as failed
+  from autotag.shapes sh;
 create view public.tagging_batch_result with (security_invoker = true) as
-  select s.maybe_text as batch_id, s.a_text as state, s.an_integer as image_count from autotag.shapes s;
+  select sh.maybe_text as batch_id, sh.a_text as state, sh.an_integer as image_count from autotag.shapes sh;
 create view public.tagging_vocabulary_tag with (security_invoker = true) as
-  select s.a_text as tag, s.texts as aliases, s.maybe_text as description, s.maybe_text as parent, s.a_boolean as general
-  from autotag.shapes s;
+  select sh.a_text as tag, sh.texts as aliases, sh.maybe_text as description, sh.maybe_text as parent, sh.a_boolean as general
+  from autotag.shapes sh;
 alter table autotag.shapes  -- it never has a row
   -- squawk-ignore adding-required-field
   add column a_stage_counts public.tagging_stage_counts not null,
@@ -10974,47 +11077,47 @@ alter table autotag.shapes  -- it never has a row
 
 -- tagging_job, tagging_jobs
 create view public.tagging_job_result with (security_invoker = true) as
-  select s.a_uuid as job_id, s.a_status as status, s.a_strategy as strategy, s.an_integer as image_count, s.a_stage_counts as stages,
-    s.an_integer as completed, s.an_integer as failed, s.an_integer as progress, s.maybe_time as eta, s.maybe_time as eta_p90,
-    s.maybe_text as error, s.maybe_text as fallback, s.batches, s.a_time as created_at, s.maybe_time as finished_at,
-    s.a_boolean as cancelled
-  from autotag.shapes s;
+  select sh.a_uuid as job_id, sh.a_status as status, sh.a_strategy as strategy, sh.an_integer as image_count, sh.a_stage_counts as stages,
+    sh.an_integer as completed, sh.an_integer as failed, sh.an_integer as progress, sh.maybe_time as eta, sh.maybe_time as eta_p90,
+    sh.maybe_text as error, sh.maybe_text as fallback, sh.batches, sh.a_time as created_at, sh.maybe_time as finished_at,
+    sh.a_boolean as cancelled
+  from autotag.shapes sh;
 -- enqueue_tagging, retry_tagging
 create view public.tagging_upload_result with (security_invoker = true) as
-  select s.maybe_uuid as job_id, s.maybe_strategy as strategy, s.an_integer as image_count, s.an_integer as skipped,
-    s.an_integer as batches, s.maybe_time as eta
-  from autotag.shapes s;
+  select sh.maybe_uuid as job_id, sh.maybe_strategy as strategy, sh.an_integer as image_count, sh.an_integer as skipped,
+    sh.an_integer as batches, sh.maybe_time as eta
+  from autotag.shapes sh;
 create view public.tagging_cancel_result with (security_invoker = true) as
-  select s.a_uuid as job_id, s.an_integer as cancelled from autotag.shapes s;
+  select sh.a_uuid as job_id, sh.an_integer as cancelled from autotag.shapes sh;
 create view public.tagging_strategy_result with (security_invoker = true) as
-  select s.a_strategy as type, s.an_integer as chunks, s.a_bigint as delay_ms, s.an_integer as batches,
-    s.maybe_number as estimate_seconds, s.maybe_text as note
-  from autotag.shapes s;
+  select sh.a_strategy as type, sh.an_integer as chunks, sh.a_bigint as delay_ms, sh.an_integer as batches,
+    sh.maybe_number as estimate_seconds, sh.maybe_text as note
+  from autotag.shapes sh;
 -- check_rate_limit, peek_rate_limit
 create view public.tagging_limit_result with (security_invoker = true) as
-  select s.a_boolean as allowed, s.maybe_number as retry_after, s.maybe_text as reason from autotag.shapes s;
+  select sh.a_boolean as allowed, sh.maybe_number as retry_after, sh.maybe_text as reason from autotag.shapes sh;
 create view public.tagging_usage_result with (security_invoker = true) as
-  select s.maybe_user as user_id, s.a_date as day, s.a_text as model, s.a_text as service_tier, s.an_integer as images,
-    s.an_integer as requests, s.a_bigint as input_tokens, s.a_bigint as cached_tokens, s.a_bigint as cache_write_tokens,
-    s.a_bigint as output_tokens, s.a_bigint as reasoning_tokens, s.maybe_numeric as cost
-  from autotag.shapes s;
+  select sh.maybe_user as user_id, sh.a_date as day, sh.a_text as model, sh.a_text as service_tier, sh.an_integer as images,
+    sh.an_integer as requests, sh.a_bigint as input_tokens, sh.a_bigint as cached_tokens, sh.a_bigint as cache_write_tokens,
+    sh.a_bigint as output_tokens, sh.a_bigint as reasoning_tokens, sh.maybe_numeric as cost
+  from autotag.shapes sh;
 -- tagging_profile, set_tagging_profile
 create view public.tagging_profile_result with (security_invoker = true) as
-  select s.an_integer as version, s.a_boolean as own, s.a_text as instructions, s.maybe_text as language,
-    s.maybe_integer as tag_count, s.a_number as min_confidence, s.a_text as vocabulary_mode, s.a_boolean as add_parents,
-    s.a_json as fields, s.maybe_time as created_at
-  from autotag.shapes s;
+  select sh.an_integer as version, sh.a_boolean as own, sh.a_text as instructions, sh.maybe_text as language,
+    sh.maybe_integer as tag_count, sh.a_number as min_confidence, sh.a_text as vocabulary_mode, sh.a_boolean as add_parents,
+    sh.a_json as fields, sh.maybe_time as created_at
+  from autotag.shapes sh;
 create view public.tagging_vocabulary_result with (security_invoker = true) as
-  select s.a_text as mode, s.a_boolean as add_parents, s.a_boolean as may_edit, s.tags from autotag.shapes s;
+  select sh.a_text as mode, sh.a_boolean as add_parents, sh.a_boolean as may_edit, sh.tags from autotag.shapes sh;
 -- set_tagging_vocabulary, edit_tagging_vocabulary
 create view public.tagging_vocabulary_change with (security_invoker = true) as
-  select s.an_integer as tags, s.an_integer as added, s.an_integer as changed, s.an_integer as removed from autotag.shapes s;
+  select sh.an_integer as tags, sh.an_integer as added, sh.an_integer as changed, sh.an_integer as removed from autotag.shapes sh;
 create view public.tagging_webhook_result with (security_invoker = true) as
-  select s.a_text as result from autotag.shapes s;
+  select sh.a_text as result from autotag.shapes sh;
 
 -- The public RPCs: thin wrappers with clean parameter names. grants.sql says who may call them. Errors are documented where
--- they are raised; each has a `code` in its detail. Ids have the base types of the domains (autotag.keys), and results are rows of
--- the views in api_types.sql, which generated client types name. jsonb_populate_record() makes them of what the functions return.
+-- they are raised; each has a `code` in its detail. Ids have the base types of the domains (autotag.keys). Results are rows of the
+-- views in api_types.sql, which generated client types name; jsonb_populate_record() makes them from the jsonb of autotag's functions.
 create or replace function public.enqueue_tagging(asset_ids autotag.keys.asset_ids%type) returns public.tagging_upload_result
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
@@ -11024,7 +11127,7 @@ begin
   perform autotag.check_image_count(cardinality(asset_ids));   -- before any function reads that many
   v_visible := autotag.visible_assets(asset_ids);
   return jsonb_populate_record(null::public.tagging_upload_result,
-    -- rows come before files: enqueue() refuses images that are not visible, so nobody looks for a file then, and none has been seen
+    -- Rows are checked before files. If a row is not visible, enqueue() refuses the call, so no file is looked up or counts as seen.
     autotag.enqueue(asset_ids, case when v_visible = asset_ids then autotag.visible_file_marks(asset_ids)
       else array_fill('00000000-0000-0000-0000-000000000000'::uuid, array[cardinality(asset_ids)]) end, v_visible));
 end $$;
@@ -11039,7 +11142,7 @@ as $$
 declare
   v_asset_ids autotag.asset_id[] := autotag.visible_assets(autotag.failed_assets(job_id));
 begin
-  perform autotag.check_image_count(greatest(cardinality(v_asset_ids), 1));   -- retry() judges 0 images
+  perform autotag.check_image_count(greatest(cardinality(v_asset_ids), 1));   -- retry() refuses an upload without failed images
   return jsonb_populate_record(null::public.tagging_upload_result,
     autotag.retry(job_id, v_asset_ids, autotag.visible_file_marks(v_asset_ids)));
 end $$;
@@ -11081,7 +11184,7 @@ begin
     'delay_ms', case v_type when 'realtime-chunked' then (extract(epoch from v_settings.chunk_delay) * 1000)::bigint else 0 end,
     'batches', v_batches,
     'estimate_seconds', autotag.estimate_seconds(p_images, v_batches))
-    -- why that many images are not sent in a batch
+    -- the reason why that many images are not sent in a batch
     || case when v_type = 'realtime-chunked' and p_images > v_settings.chunk_max_images
       then jsonb_build_object('note', 'The AI provider has no Batch API, so these images are sent as single calls.')
       else '{}' end;
@@ -11138,7 +11241,7 @@ create or replace function public.edit_tagging_vocabulary(
 language sql security invoker set search_path = pg_catalog, pg_temp
 as $$ select jsonb_populate_record(null::public.tagging_vocabulary_change, autotag.edit_vocabulary(workspace_id, entries, removed, false)) $$;
 
--- What the images of a workspace are asked: {version, own, instructions, language, tag_count, min_confidence, vocabulary_mode,
+-- The profile that holds for a workspace: {version, own, instructions, language, tag_count, min_confidence, vocabulary_mode,
 -- add_parents, fields, created_at}. For its members.
 create or replace function public.tagging_profile(workspace_id autotag.keys.workspace_id%type) returns public.tagging_profile_result
 language sql stable security invoker set search_path = pg_catalog, pg_temp
@@ -11167,7 +11270,7 @@ begin
   perform autotag.end_empty_jobs();
   perform autotag.look_at_windows(v_now);
   perform autotag.broadcast_held(null);
-  if exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at <= v_now))
+  if exists (select from autotag.workspaces ws where ws.queued > 0 and (ws.ready or ws.ready_at <= v_now))
      or exists (select from autotag.tasks t where t.retry_at <= v_now) then
     perform pg_notify('autotag', 'realtime');
   end if;
@@ -11177,9 +11280,9 @@ begin
        where b.state = 'submitted' and greatest(p.next_poll_at, p.ask_after) <= v_now) then
     perform pg_notify('autotag', 'batch');
   end if;
-  -- Two workers that stored the last answers of a batch at the same time did not see each other's.
+  -- If two workers store the last answers of a batch at the same time, neither sees that the batch is complete.
   perform autotag.announce_stored(array(select b.id from autotag.batches b where b.state = 'done' and not b.stored));
-  if exists (select from autotag.unstored u where u.next_at <= v_now) then
+  if exists (select from autotag.unstored un where un.next_at <= v_now) then
     perform pg_notify('autotag', 'store');
   end if;
   -- Last, because these lock the provider row.
@@ -11188,27 +11291,29 @@ begin
   update autotag.clock set ticked_at = v_now where id;
 end $$;
 
--- Lets batches that wait for their workspace's window start, if it has room already (a raised limit, a cancelled upload): of each size
--- as many as would fit. Called by tick(). Locks: batches (skip locked).
+-- Lets batches start that wait for their workspace's window, if it has room earlier than expected (the limit was raised, or an upload
+-- was cancelled): of each size as many as would fit. Called by tick(). Locks: batches (skip locked).
 create or replace function autotag.look_at_windows(p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   update autotag.batches b set not_before = p_now
   where b.id in (
-    select w.id
+    select fitting.id
     from (
-      select x.workspace_id, x.image_count - x.express_count as images, array_agg(x.id order by x.created_at, x.ordinal) as ids
-      from autotag.batches x
-      where x.state = 'planned' and x.admitted_at is null and x.worker_id is null and x.waits_for_window and x.not_before > p_now
+      select waiting.workspace_id, waiting.image_count - waiting.express_count as images,
+        array_agg(waiting.id order by waiting.created_at, waiting.ordinal) as ids
+      from autotag.batches waiting
+      where waiting.state = 'planned' and waiting.admitted_at is null and waiting.worker_id is null
+        and waiting.waits_for_window and waiting.not_before > p_now
       group by 1, 2) g
     cross join lateral autotag.admit(g.workspace_id, 'batch', cardinality(g.ids), g.images, true, p_take => false) a
-    join autotag.batches w on w.id = any (g.ids[1 : a.admitted])
-    for no key update of w skip locked);
+    join autotag.batches fitting on fitting.id = any (g.ids[1 : a.admitted])
+    for no key update of fitting skip locked);
 end $$;
 
--- Ends uploads without a task that could end: their tasks were deleted by hand. What is missing counts as failed. Called by tick().
--- Locks: jobs (skip locked).
+-- Ends uploads that have no unfinished task, because somebody deleted their tasks by hand. Missing images count as failed. Called by
+-- tick(). Locks: jobs (skip locked).
 create or replace function autotag.end_empty_jobs() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off set jit = off
 as $$
@@ -11217,7 +11322,7 @@ declare
 begin
   for v_job in
     select j.* from autotag.jobs j
-    -- a look-up per live upload: a join may read all live images, and an order by id all uploads that were ever finished
+    -- This is a look-up per live upload. A join may read all live images, and an order by id all uploads that ever finished.
     where j.finished_at is null and (select t.id from autotag.tasks t where t.job_id = j.id and t.finished_at is null limit 1) is null
     limit 100 for no key update skip locked
   loop
@@ -11239,49 +11344,49 @@ declare
 begin
   delete from autotag.jobs j
   where j.id in (
-    select f.id from autotag.jobs f
-    where f.finished_at < v_now - (select s.keep_finished from autotag.settings s) order by f.id for update skip locked);
-  delete from autotag.windows l
+    select finished.id from autotag.jobs finished
+    where finished.finished_at < v_now - (select s.keep_finished from autotag.settings s) order by finished.id for update skip locked);
+  delete from autotag.windows wn
   using (
-    select w.workspace_id, w.request_type from autotag.windows w
-    where w.max_requests is null and w.max_units is null
-      and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h'
+    select unused.workspace_id, unused.request_type from autotag.windows unused
+    where unused.max_requests is null and unused.max_units is null
+      and coalesce(unused.admitted_at[cardinality(unused.admitted_at)], '-infinity') < v_now - interval '1 h'
     for update skip locked) old
-  where l.workspace_id = old.workspace_id and l.request_type = old.request_type;
-  delete from autotag.pictures p using autotag.jobs j
-  where j.id = p.job_id and j.finished_at < v_now - (select s.repeat_window from autotag.settings s);
-  delete from autotag.uploads u
-  where u.id in (
-    select o.id from autotag.uploads o
-    where not exists (select from autotag.arrivals a where a.upload_id = o.id) for update skip locked);
-  update autotag.arrivals r set upload_id = null
-  where r.id in (
-    select a.id from autotag.arrivals a
-    where a.upload_id is not null and not exists (select from autotag.uploads u where u.id = a.upload_id) for update skip locked);
-  delete from autotag.webhooks w where w.received_at < v_now - interval '4 days';  -- OpenAI retries for three days
+  where wn.workspace_id = old.workspace_id and wn.request_type = old.request_type;
+  delete from autotag.pictures pi using autotag.jobs j
+  where j.id = pi.job_id and j.finished_at < v_now - (select s.repeat_window from autotag.settings s);
+  delete from autotag.uploads up
+  where up.id in (
+    select empty.id from autotag.uploads empty
+    where not exists (select from autotag.arrivals ar where ar.upload_id = empty.id) for update skip locked);
+  update autotag.arrivals ar set upload_id = null
+  where ar.id in (
+    select orphan.id from autotag.arrivals orphan
+    where orphan.upload_id is not null and not exists (select from autotag.uploads up where up.id = orphan.upload_id) for update skip locked);
+  delete from autotag.webhooks wh where wh.received_at < v_now - interval '4 days';  -- OpenAI retries for three days
   delete from autotag.durations d where d.started_at < v_now - interval '90 days';
-  delete from autotag.outbox o where o.created_at < v_now - interval '1 day';
-  delete from autotag.usage u
-  where u.day < (v_now at time zone 'utc')::date - (select s.keep_usage from autotag.settings s);
-  -- Last, because these need the provider row. Workspaces without work; a workspace whose upload has just begun comes back with it.
+  delete from autotag.outbox ob where ob.created_at < v_now - interval '1 day';
+  delete from autotag.usage us
+  where us.day < (v_now at time zone 'utc')::date - (select s.keep_usage from autotag.settings s);
+  -- These come last, because they need the provider row. A deleted workspace comes back with its next upload.
   perform from autotag.provider_limits for update;
   delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- not used for 90 days
-  delete from autotag.briefs b   -- no upload that is kept was asked this
-  where b.created_at < v_now - interval '90 days' and not exists (select from autotag.learned l where l.brief_id = b.id)
-    and b.id not in (select j.brief_id from autotag.jobs j where j.brief_id is not null);
-  delete from autotag.workspaces w
-  where w.queued = 0 and not exists (
-    select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
-  delete from autotag.workers w where w.lease_until < v_now - interval '2 days';   -- can_expire() lets them go after one
+  delete from autotag.briefs br   -- no upload that is kept was asked this
+  where br.created_at < v_now - interval '90 days' and not exists (select from autotag.learned l where l.brief_id = br.id)
+    and br.id not in (select j.brief_id from autotag.jobs j where j.brief_id is not null);
+  delete from autotag.workspaces ws
+  where ws.queued = 0 and not exists (
+    select from autotag.jobs j where j.workspace_id = ws.workspace_id and j.finished_at is null);
+  delete from autotag.workers wk where wk.lease_until < v_now - interval '2 days';   -- can_expire() lets them go after one
   update autotag.clock set housekeeping_at = v_now where id;
 end $$;
 
--- The tasks of deleted jobs go with them.
+-- Deletes the tasks of deleted jobs.
 create or replace function autotag.delete_tasks() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  delete from autotag.unstored u using autotag.tasks t, gone g where t.job_id = g.id and u.task_id = t.id;
+  delete from autotag.unstored un using autotag.tasks t, gone g where t.job_id = g.id and un.task_id = t.id;
   delete from autotag.tasks t using gone g where t.job_id = g.id;
   return null;
 end $$;
@@ -11321,8 +11426,8 @@ begin
   return coalesce(autotag.can_expire(v_now), false);
 end $$;
 
--- Schedules both in pg_cron under fixed names, so that scheduling again changes nothing. False: pg_cron is not installed.
--- Dynamic SQL, because without the extension pg_cron's objects do not exist.
+-- Schedules tick() and housekeeping() in pg_cron under fixed names, so that scheduling again changes nothing. False: pg_cron is
+-- not installed. The SQL is dynamic, because without the extension pg_cron's objects do not exist.
 create or replace function autotag.schedule_cron() returns boolean
 language plpgsql set search_path = pg_catalog, pg_temp
 as $$

@@ -1,6 +1,6 @@
 -- The public RPCs: thin wrappers with clean parameter names. grants.sql says who may call them. Errors are documented where
--- they are raised; each has a `code` in its detail. Ids have the base types of the domains (autotag.keys), and results are rows of
--- the views in api_types.sql, which generated client types name. jsonb_populate_record() makes them of what the functions return.
+-- they are raised; each has a `code` in its detail. Ids have the base types of the domains (autotag.keys). Results are rows of the
+-- views in api_types.sql, which generated client types name; jsonb_populate_record() makes them from the jsonb of autotag's functions.
 create or replace function public.enqueue_tagging(asset_ids autotag.keys.asset_ids%type) returns public.tagging_upload_result
 language plpgsql security invoker set search_path = pg_catalog, pg_temp
 as $$
@@ -10,7 +10,7 @@ begin
   perform autotag.check_image_count(cardinality(asset_ids));   -- before any function reads that many
   v_visible := autotag.visible_assets(asset_ids);
   return jsonb_populate_record(null::public.tagging_upload_result,
-    -- rows come before files: enqueue() refuses images that are not visible, so nobody looks for a file then, and none has been seen
+    -- Rows are checked before files. If a row is not visible, enqueue() refuses the call, so no file is looked up or counts as seen.
     autotag.enqueue(asset_ids, case when v_visible = asset_ids then autotag.visible_file_marks(asset_ids)
       else array_fill('00000000-0000-0000-0000-000000000000'::uuid, array[cardinality(asset_ids)]) end, v_visible));
 end $$;
@@ -25,7 +25,7 @@ as $$
 declare
   v_asset_ids autotag.asset_id[] := autotag.visible_assets(autotag.failed_assets(job_id));
 begin
-  perform autotag.check_image_count(greatest(cardinality(v_asset_ids), 1));   -- retry() judges 0 images
+  perform autotag.check_image_count(greatest(cardinality(v_asset_ids), 1));   -- retry() refuses an upload without failed images
   return jsonb_populate_record(null::public.tagging_upload_result,
     autotag.retry(job_id, v_asset_ids, autotag.visible_file_marks(v_asset_ids)));
 end $$;
@@ -67,7 +67,7 @@ begin
     'delay_ms', case v_type when 'realtime-chunked' then (extract(epoch from v_settings.chunk_delay) * 1000)::bigint else 0 end,
     'batches', v_batches,
     'estimate_seconds', autotag.estimate_seconds(p_images, v_batches))
-    -- why that many images are not sent in a batch
+    -- the reason why that many images are not sent in a batch
     || case when v_type = 'realtime-chunked' and p_images > v_settings.chunk_max_images
       then jsonb_build_object('note', 'The AI provider has no Batch API, so these images are sent as single calls.')
       else '{}' end;
@@ -124,7 +124,7 @@ create or replace function public.edit_tagging_vocabulary(
 language sql security invoker set search_path = pg_catalog, pg_temp
 as $$ select jsonb_populate_record(null::public.tagging_vocabulary_change, autotag.edit_vocabulary(workspace_id, entries, removed, false)) $$;
 
--- What the images of a workspace are asked: {version, own, instructions, language, tag_count, min_confidence, vocabulary_mode,
+-- The profile that holds for a workspace: {version, own, instructions, language, tag_count, min_confidence, vocabulary_mode,
 -- add_parents, fields, created_at}. For its members.
 create or replace function public.tagging_profile(workspace_id autotag.keys.workspace_id%type) returns public.tagging_profile_result
 language sql stable security invoker set search_path = pg_catalog, pg_temp

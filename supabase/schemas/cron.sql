@@ -10,7 +10,7 @@ begin
   perform autotag.end_empty_jobs();
   perform autotag.look_at_windows(v_now);
   perform autotag.broadcast_held(null);
-  if exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at <= v_now))
+  if exists (select from autotag.workspaces ws where ws.queued > 0 and (ws.ready or ws.ready_at <= v_now))
      or exists (select from autotag.tasks t where t.retry_at <= v_now) then
     perform pg_notify('autotag', 'realtime');
   end if;
@@ -20,9 +20,9 @@ begin
        where b.state = 'submitted' and greatest(p.next_poll_at, p.ask_after) <= v_now) then
     perform pg_notify('autotag', 'batch');
   end if;
-  -- Two workers that stored the last answers of a batch at the same time did not see each other's.
+  -- If two workers store the last answers of a batch at the same time, neither sees that the batch is complete.
   perform autotag.announce_stored(array(select b.id from autotag.batches b where b.state = 'done' and not b.stored));
-  if exists (select from autotag.unstored u where u.next_at <= v_now) then
+  if exists (select from autotag.unstored un where un.next_at <= v_now) then
     perform pg_notify('autotag', 'store');
   end if;
   -- Last, because these lock the provider row.
@@ -31,27 +31,29 @@ begin
   update autotag.clock set ticked_at = v_now where id;
 end $$;
 
--- Lets batches that wait for their workspace's window start, if it has room already (a raised limit, a cancelled upload): of each size
--- as many as would fit. Called by tick(). Locks: batches (skip locked).
+-- Lets batches start that wait for their workspace's window, if it has room earlier than expected (the limit was raised, or an upload
+-- was cancelled): of each size as many as would fit. Called by tick(). Locks: batches (skip locked).
 create or replace function autotag.look_at_windows(p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   update autotag.batches b set not_before = p_now
   where b.id in (
-    select w.id
+    select fitting.id
     from (
-      select x.workspace_id, x.image_count - x.express_count as images, array_agg(x.id order by x.created_at, x.ordinal) as ids
-      from autotag.batches x
-      where x.state = 'planned' and x.admitted_at is null and x.worker_id is null and x.waits_for_window and x.not_before > p_now
+      select waiting.workspace_id, waiting.image_count - waiting.express_count as images,
+        array_agg(waiting.id order by waiting.created_at, waiting.ordinal) as ids
+      from autotag.batches waiting
+      where waiting.state = 'planned' and waiting.admitted_at is null and waiting.worker_id is null
+        and waiting.waits_for_window and waiting.not_before > p_now
       group by 1, 2) g
     cross join lateral autotag.admit(g.workspace_id, 'batch', cardinality(g.ids), g.images, true, p_take => false) a
-    join autotag.batches w on w.id = any (g.ids[1 : a.admitted])
-    for no key update of w skip locked);
+    join autotag.batches fitting on fitting.id = any (g.ids[1 : a.admitted])
+    for no key update of fitting skip locked);
 end $$;
 
--- Ends uploads without a task that could end: their tasks were deleted by hand. What is missing counts as failed. Called by tick().
--- Locks: jobs (skip locked).
+-- Ends uploads that have no unfinished task, because somebody deleted their tasks by hand. Missing images count as failed. Called by
+-- tick(). Locks: jobs (skip locked).
 create or replace function autotag.end_empty_jobs() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off set jit = off
 as $$
@@ -60,7 +62,7 @@ declare
 begin
   for v_job in
     select j.* from autotag.jobs j
-    -- a look-up per live upload: a join may read all live images, and an order by id all uploads that were ever finished
+    -- This is a look-up per live upload. A join may read all live images, and an order by id all uploads that ever finished.
     where j.finished_at is null and (select t.id from autotag.tasks t where t.job_id = j.id and t.finished_at is null limit 1) is null
     limit 100 for no key update skip locked
   loop
@@ -82,49 +84,49 @@ declare
 begin
   delete from autotag.jobs j
   where j.id in (
-    select f.id from autotag.jobs f
-    where f.finished_at < v_now - (select s.keep_finished from autotag.settings s) order by f.id for update skip locked);
-  delete from autotag.windows l
+    select finished.id from autotag.jobs finished
+    where finished.finished_at < v_now - (select s.keep_finished from autotag.settings s) order by finished.id for update skip locked);
+  delete from autotag.windows wn
   using (
-    select w.workspace_id, w.request_type from autotag.windows w
-    where w.max_requests is null and w.max_units is null
-      and coalesce(w.admitted_at[cardinality(w.admitted_at)], '-infinity') < v_now - interval '1 h'
+    select unused.workspace_id, unused.request_type from autotag.windows unused
+    where unused.max_requests is null and unused.max_units is null
+      and coalesce(unused.admitted_at[cardinality(unused.admitted_at)], '-infinity') < v_now - interval '1 h'
     for update skip locked) old
-  where l.workspace_id = old.workspace_id and l.request_type = old.request_type;
-  delete from autotag.pictures p using autotag.jobs j
-  where j.id = p.job_id and j.finished_at < v_now - (select s.repeat_window from autotag.settings s);
-  delete from autotag.uploads u
-  where u.id in (
-    select o.id from autotag.uploads o
-    where not exists (select from autotag.arrivals a where a.upload_id = o.id) for update skip locked);
-  update autotag.arrivals r set upload_id = null
-  where r.id in (
-    select a.id from autotag.arrivals a
-    where a.upload_id is not null and not exists (select from autotag.uploads u where u.id = a.upload_id) for update skip locked);
-  delete from autotag.webhooks w where w.received_at < v_now - interval '4 days';  -- OpenAI retries for three days
+  where wn.workspace_id = old.workspace_id and wn.request_type = old.request_type;
+  delete from autotag.pictures pi using autotag.jobs j
+  where j.id = pi.job_id and j.finished_at < v_now - (select s.repeat_window from autotag.settings s);
+  delete from autotag.uploads up
+  where up.id in (
+    select empty.id from autotag.uploads empty
+    where not exists (select from autotag.arrivals ar where ar.upload_id = empty.id) for update skip locked);
+  update autotag.arrivals ar set upload_id = null
+  where ar.id in (
+    select orphan.id from autotag.arrivals orphan
+    where orphan.upload_id is not null and not exists (select from autotag.uploads up where up.id = orphan.upload_id) for update skip locked);
+  delete from autotag.webhooks wh where wh.received_at < v_now - interval '4 days';  -- OpenAI retries for three days
   delete from autotag.durations d where d.started_at < v_now - interval '90 days';
-  delete from autotag.outbox o where o.created_at < v_now - interval '1 day';
-  delete from autotag.usage u
-  where u.day < (v_now at time zone 'utc')::date - (select s.keep_usage from autotag.settings s);
-  -- Last, because these need the provider row. Workspaces without work; a workspace whose upload has just begun comes back with it.
+  delete from autotag.outbox ob where ob.created_at < v_now - interval '1 day';
+  delete from autotag.usage us
+  where us.day < (v_now at time zone 'utc')::date - (select s.keep_usage from autotag.settings s);
+  -- These come last, because they need the provider row. A deleted workspace comes back with its next upload.
   perform from autotag.provider_limits for update;
   delete from autotag.learned l where l.learned_at < v_now - interval '90 days';  -- not used for 90 days
-  delete from autotag.briefs b   -- no upload that is kept was asked this
-  where b.created_at < v_now - interval '90 days' and not exists (select from autotag.learned l where l.brief_id = b.id)
-    and b.id not in (select j.brief_id from autotag.jobs j where j.brief_id is not null);
-  delete from autotag.workspaces w
-  where w.queued = 0 and not exists (
-    select from autotag.jobs j where j.workspace_id = w.workspace_id and j.finished_at is null);
-  delete from autotag.workers w where w.lease_until < v_now - interval '2 days';   -- can_expire() lets them go after one
+  delete from autotag.briefs br   -- no upload that is kept was asked this
+  where br.created_at < v_now - interval '90 days' and not exists (select from autotag.learned l where l.brief_id = br.id)
+    and br.id not in (select j.brief_id from autotag.jobs j where j.brief_id is not null);
+  delete from autotag.workspaces ws
+  where ws.queued = 0 and not exists (
+    select from autotag.jobs j where j.workspace_id = ws.workspace_id and j.finished_at is null);
+  delete from autotag.workers wk where wk.lease_until < v_now - interval '2 days';   -- can_expire() lets them go after one
   update autotag.clock set housekeeping_at = v_now where id;
 end $$;
 
--- The tasks of deleted jobs go with them.
+-- Deletes the tasks of deleted jobs.
 create or replace function autotag.delete_tasks() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  delete from autotag.unstored u using autotag.tasks t, gone g where t.job_id = g.id and u.task_id = t.id;
+  delete from autotag.unstored un using autotag.tasks t, gone g where t.job_id = g.id and un.task_id = t.id;
   delete from autotag.tasks t using gone g where t.job_id = g.id;
   return null;
 end $$;
@@ -164,8 +166,8 @@ begin
   return coalesce(autotag.can_expire(v_now), false);
 end $$;
 
--- Schedules both in pg_cron under fixed names, so that scheduling again changes nothing. False: pg_cron is not installed.
--- Dynamic SQL, because without the extension pg_cron's objects do not exist.
+-- Schedules tick() and housekeeping() in pg_cron under fixed names, so that scheduling again changes nothing. False: pg_cron is
+-- not installed. The SQL is dynamic, because without the extension pg_cron's objects do not exist.
 create or replace function autotag.schedule_cron() returns boolean
 language plpgsql set search_path = pg_catalog, pg_temp
 as $$

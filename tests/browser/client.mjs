@@ -1,37 +1,17 @@
-// Drives pages that use the package in headless Chromium, one browser for all scenarios. It prints JSON lines: {do, …} asks the
-// test to do something, which answers with a line; {scenario, seen | error} is what a scenario saw.
-// Arguments: JSON with {chromium, pages, client, scenarios, patience, lifetime, lapses, next}.
-import { createInterface } from 'node:readline'
+// Drives pages that use the package in headless Chromium (chromium.mjs). All scenarios are given {url, anonKey, pages, client, patience,
+// lifetime, lapses, next}.
 import { fileURLToPath } from 'node:url'
-import { chromium } from 'playwright-core'
+import { ask, browser } from './chromium.mjs'
 
-const given = JSON.parse(process.argv[2])
 const HOUR = 3600 // seconds
-const LIFETIME = given.lifetime ?? 3 // seconds of a token that lapses
-const LAPSES = given.lapses ?? 3 // lifetimes that a page stays open
-const PATIENCE = given.patience ?? 60_000 // milliseconds; only a broken promise takes so long
-const answers = createInterface({ input: process.stdin })[Symbol.asyncIterator]()
-const say = (line) => console.log(JSON.stringify(line))
-const USUAL = { batch_poll_interval: '0.2 s', chunk_delay: '0.1 s', broadcast_interval: '0' }
-let asking = Promise.resolve()
-
-/** Asks the test to do something. */
-function ask(what, args = {}) {
-  asking = asking.then(async () => {
-    say({ do: what, ...args })
-    return JSON.parse((await answers.next()).value)
-  })
-  return asking
-}
-
-const browser = await chromium.launch({ executablePath: given.chromium, args: ['--no-sandbox'] })
+let given
 
 /** A window of its own. What it fetches and what its websockets carry is noted. */
 async function open(member, options = {}) {
   const context = await browser.newContext()
   const page = await context.newPage()
   Object.assign(page, { fetched: [], frames: [], joins: 0, tokens: 0, problems: [] })
-  page.setDefaultTimeout(PATIENCE)
+  page.setDefaultTimeout(given.patience)
   page.on('pageerror', (error) => page.problems.push(String(error)))
   page.on('response', async (response) => {
     const request = response.request()
@@ -87,7 +67,7 @@ async function lapsing(options, lives) {
   const { member, paths } = await ask('workspace', { images: 3 })
   const page = await open(member, options)
   const opened = Date.now()
-  await page.waitForTimeout(LAPSES * LIFETIME * 1000)
+  await page.waitForTimeout(given.lapses * given.lifetime * 1000)
   await page.waitForFunction(
     (lives) => window.statuses.filter((status) => ['live', 'SUBSCRIBED'].includes(status)).length > lives, lives)
   await live(page)
@@ -95,24 +75,24 @@ async function lapsing(options, lives) {
   await count(page, 'completed', 3)
   return { seconds: Math.round((Date.now() - opened) / 1000), joins: page.joins, tokens: page.tokens, problems: page.problems }
 }
-/** A page whose upload is at the provider, in a batch that lasts, while the next poll is far away. */
-async function batch() {
-  const { member, paths } = await ask('workspace', { images: 51 })
+/** A page whose upload is at the provider, in a batch that lasts, while the next poll is far away. Five images are tagged at once. */
+async function batch(images) {
+  const { member, paths } = await ask('workspace', { images })
   await ask('provider', { batch_latency: [90, 90], hold: true })
-  await ask('configure', { batch_poll_interval: '10 min' })
+  await ask('configure', { batch_poll_interval: '10 min', chunk_max_images: 10 })
   const page = await open(member)
   await upload(page, paths)
-  await page.waitForFunction(() => document.querySelectorAll('#one li:is([data-stage=submitted], [data-stage=processing])').length === 46)
+  await page.waitForFunction((rest) => document.querySelectorAll('#one li:is([data-stage=submitted], [data-stage=processing])').length === rest, images - 5)
   await count(page, 'completed', 5)
   return page
 }
 
 /** Cancels the upload that the page shows, and lets the provider do it once the page says so. */
-async function cancelling(page) {
+async function cancelling(page, images) {
   await page.click('.job button')
   await page.waitForFunction(() => /cancel/.test(document.querySelector('.job span').textContent))
   const { batches } = await ask('provider', { batch_latency: [2, 3], cancelled: true })
-  await count(page, 'failed', 46)
+  await count(page, 'failed', images - 5)
   return { batches, stages: await page.$$eval('#one li', (items) => items.map((item) => item.dataset.stage)), problems: page.problems }
 }
 /** A page, and what takes it off the line and back. */
@@ -133,7 +113,7 @@ async function line(member, options) {
 }
 const texts = (page) => page.$$eval('#one li', (items) => items.map((item) => item.textContent))
 
-const scenarios = {
+const played = {
   /** 60 images by batch in a workspace of 2,000. */
   async large() {
     const { member, paths } = await ask('workspace', { images: 60, rows: 2000 })
@@ -203,7 +183,7 @@ const scenarios = {
 
   /** Tokens lapse, one after the other: those of a token provider, which keeps each one until its end. */
   async lapse() {
-    return await lapsing({ lifetime: LIFETIME }, LAPSES - 1)
+    return await lapsing({ lifetime: given.lifetime }, given.lapses - 1)
   },
 
   /** Those of supabase.auth, which makes a new one every 30 s when they last 60: then they do not lapse at all. */
@@ -213,9 +193,9 @@ const scenarios = {
       before: async (page, context, member) => {
         await context.route('**/auth/v1/token**', async (route) => {
           page.tokens++
-          await route.fulfill({ json: await session(member, LIFETIME) })
+          await route.fulfill({ json: await session(member, given.lifetime) })
         })
-        await page.addInitScript((signed) => { localStorage.session ??= signed }, JSON.stringify(await session(member, LIFETIME)))
+        await page.addInitScript((signed) => { localStorage.session ??= signed }, JSON.stringify(await session(member, given.lifetime)))
       },
     }, 0)
   },
@@ -264,12 +244,12 @@ const scenarios = {
   async offline() {
     const { member, paths } = await ask('workspace', { images: 11 })
     await ask('configure', { chunk_delay: '4 s' })
-    const { page, off, on } = await line(member, { lifetime: LIFETIME })
+    const { page, off, on } = await line(member, { lifetime: given.lifetime })
     await upload(page, paths.slice(0, 8))
     await page.waitForFunction(() => document.querySelectorAll('#one li[data-stage=completed]').length >= 5)
     await off()
     await ask('enqueue', { member, paths: paths.slice(8), wait: true })
-    await page.waitForTimeout(LIFETIME * 1000)
+    await page.waitForTimeout(given.lifetime * 1000)
     for (let i = 0; i < 3; i++) {
       await on()
       await page.waitForTimeout(500)
@@ -284,18 +264,17 @@ const scenarios = {
 
   /** A batch is cancelled in the window that began it. The page says so at once, and the provider, which takes its time, knows at once. */
   async cancel() {
-    const page = await batch()
-    return await cancelling(page)
+    return await cancelling(await batch(12), 12)
   },
 
   /** A page is loaded again in the middle of a batch, and finds the upload. */
   async reload() {
-    const page = await batch()
+    const page = await batch(51) // more than the list's first 50
     await page.reload()
     await live(page)
     await page.waitForFunction(() => document.querySelectorAll('#one li').length >= 50)
     await page.evaluate(() => window.loadMore?.())
-    return await cancelling(page)
+    return await cancelling(page, 51)
   },
 
   async quota() {
@@ -325,12 +304,12 @@ const scenarios = {
 
 const CDN = {
   'supabase-js@2/dist/umd/supabase.js': '../../node_modules/@supabase/supabase-js/dist/umd/supabase.js',
-  'supabase-autotag@0.1/dist/': '../../clients/js/dist/',
+  'supabase-autotag/dist/': '../../clients/js/dist/',
 }
 
 /** Files of npm's CDN, from this repository. */
 function fromHere(route) {
-  const path = route.request().url().split('/npm/')[1].replace('@supabase/', '')
+  const path = route.request().url().split('/npm/')[1].replace('@supabase/', '').replace(/^supabase-autotag@[\d.]+/, 'supabase-autotag')
   const [cdn, here] = Object.entries(CDN).find(([start]) => path.startsWith(start))
   return route.fulfill({ path: fileURLToPath(new URL(here + path.slice(cdn.length), import.meta.url)), contentType: 'text/javascript' })
 }
@@ -340,7 +319,7 @@ async function example(address, edits = true) {
   const { member, files } = await ask('workspace', { files: 4, quota: 3 })
   const context = await browser.newContext()
   const page = await context.newPage()
-  page.setDefaultTimeout(PATIENCE)
+  page.setDefaultTimeout(given.patience)
   const problems = []
   page.on('pageerror', (error) => problems.push(String(error)))
   const signed = await session(member)
@@ -379,9 +358,9 @@ async function editTags(page, images) {
   await page.waitForFunction(() => document.querySelectorAll('li[data-stage]').length === 2)
   return tags
 }
-scenarios.plain = () => example(`${given.pages}/plain/`)
-scenarios.react = () => example(`${given.pages}/react/`)
-scenarios.next = () => example(given.next, false)
+played.plain = () => example(`${given.pages}/plain/`)
+played.react = () => example(`${given.pages}/react/`)
+played.next = () => example(given.next, false)
 
 async function session(member, lifetime = HOUR) {
   const { token } = await ask('mint', { member: member.user, lifetime })
@@ -399,18 +378,8 @@ async function sign(page, member) {
   await page.evaluate(({ access_token, refresh_token }) => window.supabase.auth.setSession({ access_token, refresh_token }), signed)
 }
 
-Object.assign(given, await ask('project'))
-for (const name of given.scenarios) {
-  try {
-    say({ scenario: name, seen: await scenarios[name]() })
-  } catch (error) {
-    const pages = browser.contexts().flatMap((context) => context.pages())
-    const statuses = await Promise.all(pages.map((page) => page.evaluate(() => window.statuses).catch(() => null)))
-    say({ scenario: name, error: String(error.stack).slice(0, 2000), statuses, joins: pages.map((page) => page.joins) })
-  }
-  await Promise.all(browser.contexts().map((context) => context.close()))
-  await ask('configure', USUAL)
-  await ask('provider', { batch_latency: [2, 3] })
-}
-await browser.close()
-process.exit()
+/** The scenarios. Their arguments are kept in `given`, which their helpers read. */
+export const scenarios = Object.fromEntries(Object.entries(played).map(([name, scenario]) => [name, (forThis) => {
+  given = forThis
+  return scenario()
+}]))

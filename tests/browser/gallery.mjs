@@ -1,12 +1,8 @@
-// Drives the gallery in headless Chromium and prints what was seen as JSON. Arguments: the scenario, and JSON with
-// {mine, other, stranger, files: [paths], shots: folder or null, chromium: path}.
-import { createRequire } from 'node:module'
-import { chromium } from 'playwright-core'
+// Drives the gallery in headless Chromium (chromium.mjs). A scenario is given {mine, other, stranger, files: [paths],
+// shots: folder or null, tag} and tells what was seen.
+import { browser, look } from './chromium.mjs'
 
-const axe = createRequire(import.meta.url).resolve('axe-core/axe.min.js')
-const [scenario, given] = [process.argv[2], JSON.parse(process.argv[3])]
 const PATIENCE = 120_000 // milliseconds; only a broken promise takes so long
-const browser = await chromium.launch({ executablePath: given.chromium, args: ['--no-sandbox'] })
 
 /** A window of its own; what it asked the edge for is counted. */
 async function open(address, options = {}) {
@@ -48,39 +44,32 @@ const shown = (page) => page.$$eval('.image', (items) => items.map((item) => ({
 })))
 
 /** Saves a screenshot of the page from its top, with all pictures in view loaded; `height` cuts it off. */
-async function shot(page, name, height) {
-  if (!given.shots) return
+async function shot(page, shots, name, height) {
+  if (!shots) return
   await page.evaluate(() => window.scrollTo(0, 0))
   await page.waitForFunction(() => [...document.querySelectorAll('.picture img')].every(
     (img) => img.getBoundingClientRect().top > window.innerHeight || img.naturalWidth > 0))
   const { width } = page.viewportSize()
-  await page.screenshot({ path: `${given.shots}/${name}.png`, ...height && { clip: { x: 0, y: 0, width, height } } })
+  await page.screenshot({ path: `${shots}/${name}.png`, ...height && { clip: { x: 0, y: 0, width, height } } })
 }
 
 /** Saves a screenshot of the first image in this stage; false: its stage has changed meanwhile. */
-async function shotOfStage(page, stage) {
-  if (!given.shots) return true
+async function shotOfStage(page, shots, stage) {
+  if (!shots) return true
   const item = page.locator(`.image[data-stage=${stage}]`).first()
   const asset = await item.getAttribute('data-asset', { timeout: 1000 }).catch(() => null)
   if (!asset) return false
   const card = page.locator(`[data-asset="${asset}"]`)
   await page.waitForFunction((id) => document.querySelector(`[data-asset="${id}"] img`).naturalWidth > 0, asset)
   await card.evaluate((item) => { item.style.alignSelf = 'start' }) // without the space below a short card
-  await card.screenshot({ path: `${given.shots}/stage-${stage}.png` })
+  await card.screenshot({ path: `${shots}/stage-${stage}.png` })
   await card.evaluate((item) => { item.style.alignSelf = '' })
   return await card.getAttribute('data-stage') === stage
 }
 
-/** Violations that axe-core finds. */
-async function violations(page) {
-  await page.addScriptTag({ path: axe })
-  const found = await page.evaluate(() => window.axe.run())
-  return found.violations.map((violation) => `${violation.id}: ${violation.nodes[0].html}`)
-}
-
-const scenarios = {
+export const scenarios = {
   /** A few images; a second window follows, a stranger's sees nothing, and nobody asks by the clock. */
-  async few() {
+  async few(given) {
     const [one, two, other] = [await open(given.mine), await open(given.mine), await open(given.other)]
     await add(one, given.files)
     await all(two, 'completed', given.files.length)
@@ -101,7 +90,7 @@ const scenarios = {
   },
 
   /** Two windows edit an image's tags and tag it again; then only the vocabulary may be used. A stranger has their address. */
-  async edited() {
+  async edited(given) {
     const [one, two] = [await open(given.mine), await open(given.mine)]
     const stranger = await open(given.stranger, { refused: true })
     await add(one, given.files)
@@ -162,27 +151,27 @@ const scenarios = {
   },
 
   /** Many images: each stage is seen on the way, and photographed. */
-  async many() {
+  async many(given) {
     const page = await open(given.mine)
     const seen = {}
-    const look = async () => {
+    const note = async () => {
       for (const item of await shown(page)) {
         if (seen[item.stage]) continue
-        if (item.stage !== 'queued' && !await shotOfStage(page, item.stage)) break
+        if (item.stage !== 'queued' && !await shotOfStage(page, given.shots, item.stage)) break
         seen[item.stage] = item.text
         if (given.shots && item.stage === 'processing') {
           await page.waitForFunction(() => document.querySelector('.job progress').value >= 25)
-          await shot(page, 'gallery')
+          await shot(page, given.shots, 'gallery')
         }
       }
     }
     let over = false
     const watching = (async () => {
       while (!over) {
-        await look()
-        await new Promise((resolve) => setTimeout(resolve, 20))
+        await note()
+        await new Promise((resolve) => setTimeout(resolve, 100)) // each stage lasts for a second or more
       }
-      await look() // the last stage, which ended the watch
+      await note() // the last stage, which ended the watch
     })()
     await add(page, given.files)
     await all(page, 'completed', given.files.length)
@@ -192,22 +181,23 @@ const scenarios = {
     return { seen, problems: page.problems, assets, images: (await shown(page)).length }
   },
 
-  /** Three hundred images: what the page asked the edge for from the upload to the last tag. */
-  async patient() {
+  /** Images that are stored and not tagged yet: what the page asked the edge for from their upload to the last tag. */
+  async patient(given) {
     const page = await open(given.mine)
-    await add(page, given.files)
+    const count = (await stages(page)).length
+    await page.click('#tag-all')
     await page.waitForFunction(() => document.querySelectorAll('.job').length === 1, null, { timeout: PATIENCE })
     const mark = page.asked.length
-    await all(page, 'completed', given.files.length)
+    await all(page, 'completed', count)
     const asked = {}
     for (const path of page.asked.slice(mark)) {
       if (!path.startsWith('/storage/v1/object/sign')) asked[path] = (asked[path] ?? 0) + 1
     }
-    return { asked, problems: page.problems }
+    return { count, asked, problems: page.problems }
   },
 
   /** The websocket breaks while images are tagged: the page says so, comes back, and shows what it missed. */
-  async lost() {
+  async lost(given) {
     const sockets = []
     const page = await open(given.mine, { sockets })
     const other = await open(given.mine)
@@ -218,7 +208,7 @@ const scenarios = {
   },
 
   /** Files are chosen while the page still fetches what it shows. */
-  async early() {
+  async early(given) {
     let answer
     const answered = new Promise((resolve) => { answer = resolve })
     const page = await open(given.mine, { slow: { url: '**/rpc/tagging_usage', until: answered } })
@@ -229,11 +219,11 @@ const scenarios = {
   },
 
   /** One image fails, says why, and is tried again. */
-  async failed() {
+  async failed(given) {
     const page = await open(given.mine)
     await add(page, given.files)
     await all(page, 'failed', 1)
-    await shotOfStage(page, 'failed')
+    await shotOfStage(page, given.shots, 'failed')
     const before = await shown(page)
     await page.focus('.image[data-stage=failed] .retry')
     await page.keyboard.press('Enter')
@@ -241,7 +231,7 @@ const scenarios = {
     return { before, after: await shown(page), problems: page.problems }
   },
 
-  async cancelled() {
+  async cancelled(given) {
     const page = await open(given.mine)
     await add(page, given.files)
     await page.waitForFunction(() => document.querySelectorAll('.image[data-stage=completed]').length > 0)
@@ -251,53 +241,47 @@ const scenarios = {
     return { stages: await stages(page), job: await page.textContent('.job'), problems: page.problems }
   },
 
-  async refused() {
+  async refused(given) {
     const page = await open(given.mine)
     await add(page, given.files)
     await page.waitForFunction(() => document.getElementById('notice').textContent !== '')
-    await shot(page, 'quota', 480)
+    await shot(page, given.shots, 'quota', 480)
     return { notice: await page.textContent('#notice'), problems: page.problems }
   },
 
   /** Narrow and wide, light and dark, with every kind of image: nothing for axe-core, nothing to scroll sideways. */
-  async looks() {
+  async looks(given) {
     const results = []
+    const page = await open(given.mine, { viewport: { width: 360, height: 900 }, reducedMotion: 'reduce' })
     for (const width of [360, 1440]) {
+      await page.setViewportSize({ width, height: 900 })
       for (const colorScheme of ['light', 'dark']) {
-        const page = await open(given.mine, { viewport: { width, height: 900 }, colorScheme, reducedMotion: 'reduce' })
-        await page.waitForTimeout(500)
+        await page.emulateMedia({ colorScheme })
         await page.click('#usage summary')
         await page.click('#asked summary')
         await page.waitForFunction(() => document.querySelectorAll('#words li').length > 0)
-        const sideways = await page.evaluate(() => document.documentElement.scrollWidth > window.innerWidth)
-        results.push({ width, colorScheme, sideways, violations: await violations(page) })
-        if (colorScheme === 'light') await shot(page, `asked-${width}`)
+        results.push({ width, colorScheme, paper: await page.evaluate(() => getComputedStyle(document.body).backgroundColor), ...await look(page) })
+        if (colorScheme === 'light') await shot(page, given.shots, `asked-${width}`)
         await page.click('#usage summary')
         await page.click('#asked summary')
-        if (width === 1440 && colorScheme === 'light') await shotOfStage(page, 'queued')
-        await shot(page, `page-${width}-${colorScheme}`)
+        if (width === 1440 && colorScheme === 'light') await shotOfStage(page, given.shots, 'queued')
+        await shot(page, given.shots, `page-${width}-${colorScheme}`)
       }
     }
-    return { results }
+    return { results, problems: page.problems }
   },
 
   /** The page of a comparison, in a file: nothing for axe-core, nothing to scroll sideways. */
-  async comparison() {
+  async comparison(given) {
     const results = []
+    const context = await browser.newContext({ viewport: { width: 1180, height: 1180 }, bypassCSP: true })
+    const page = await context.newPage()
+    await page.goto(`file://${given.files[0]}`)
     for (const width of [1180, 360]) {
-      const context = await browser.newContext({ viewport: { width, height: 1180 }, bypassCSP: true })
-      const page = await context.newPage()
-      await page.goto(`file://${given.files[0]}`)
-      const sideways = await page.evaluate(() => document.documentElement.scrollWidth > window.innerWidth)
+      await page.setViewportSize({ width, height: 1180 })
+      results.push({ width, ...await look(page) })
       if (given.shots && width === 1180) await page.screenshot({ path: `${given.shots}/compare.png` })
-      results.push({ width, sideways, violations: await violations(page) })
     }
     return { results }
   },
-}
-
-try {
-  console.log(JSON.stringify(await scenarios[scenario]()))
-} finally {
-  await browser.close()
 }

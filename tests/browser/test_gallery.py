@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-import shutil
-import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import need_chromium, play
 
 from autotag.http.serve import serve
-from conftest import skip
+from forked import run_command
 from lab.openai_sim.faults import Fault
 from lab.page import address, make_page
 from lab.pictures import draw
 from lab.postgres import free_port
 from lab.stack import HOST
-from support import PATIENCE, Library, audit, worker
+from support import Library, audit, worker
 
-HERE = Path(__file__).parent
 #: Set to a folder (docs/screenshots) to keep what the tests photograph.
 SHOTS = os.environ.get("AUTOTAG_SCREENSHOTS")
 
@@ -49,27 +46,16 @@ class Gallery:
     async def play(self, scenario: str, files: list[str]) -> dict[str, Any]:
         """What the scenario saw; an error in the page fails the test."""
         given = {"mine": self.mine, "other": self.other, "stranger": self.stranger, "files": files, "shots": SHOTS,
-                 "chromium": CHROMIUM, "tag": TYPED}  # fmt: skip
-        process = await asyncio.create_subprocess_exec(
-            "node", str(HERE / "gallery.mjs"), scenario, json.dumps(given),
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        async with asyncio.timeout(2 * PATIENCE):
-            out, error = await process.communicate()
-        assert process.returncode == 0, error.decode()[-2000:]
-        seen: dict[str, Any] = json.loads(out)
-        assert seen.pop("problems", []) == []
-        return seen
+                 "tag": TYPED}  # fmt: skip
+        return await play("gallery.mjs", scenario, given)
 
 
-CHROMIUM = shutil.which("chromium")
 TYPED = 'Aunt "Mary" <b>\\o/</b>'  # a tag that a person types; it stays text everywhere
 
 
 @pytest.fixture
 async def gallery(library: Library, tmp_path: Path) -> AsyncIterator[Gallery]:
-    if CHROMIUM is None:
-        skip("there is no chromium (Debian: apt-get install chromium)")
+    need_chromium()
     port = free_port()
     url = f"http://{HOST}:{port}"
     async with serve(make_page(library.stack), HOST, port):
@@ -131,30 +117,34 @@ async def test_peoples_tags_stay_and_only_the_vocabulary_is_used(gallery: Galler
 @pytest.mark.long
 async def test_many_images_pass_through_every_stage(gallery: Gallery) -> None:
     stack = gallery.library.stack
-    stack.configure(broadcast_interval="0.2 s", express_images=0, batch_poll_interval="0.3 s")
+    count = 60 if SHOTS else 20
+    stack.configure(broadcast_interval="0.2 s", chunk_max_images=10, express_images=0, batch_poll_interval="0.3 s")
     # Rows that are submitted are told of a second after the message that the batch was (`Stages.follow_up`).
     # Each stage lasts several times as long, for busy machines.
     stack.simulator.plan.batch_validation, stack.simulator.plan.batch_latency = 4, (5, 5)
     async with worker(stack):
-        seen = await gallery.play("many", gallery.files(60))
+        seen = await gallery.play("many", gallery.files(count))
     texts = seen["seen"]
     assert {"submitted", "processing", "completed"} <= set(texts)
     assert texts["submitted"] == "Submitted to AI"
     assert texts["processing"].startswith("AI analyzing (")
-    assert seen["images"] == 60
+    assert seen["images"] == count
     told = gallery.library.sql("select count(*) as n from realtime.messages where topic like 'tagging:%%'")[0]["n"]
     assert seen["assets"] <= told + 5, "it fetches when it is told, and not by the clock"
 
 
 @pytest.mark.long
-async def test_while_three_hundred_images_are_tagged_nothing_is_polled(gallery: Gallery) -> None:
-    """Every request of the page answers a message; with messages a second apart there are few of them."""
+async def test_while_images_are_tagged_in_three_batches_nothing_is_polled(gallery: Gallery) -> None:
+    """Every request of the page answers a message; with messages a second apart there are few of them. There are more images
+    than the page asks for by their ids (MAX_IDS)."""
     stack = gallery.library.stack
-    stack.configure(broadcast_interval="1 s")
+    stack.configure(broadcast_interval="1 s", chunk_max_images=20, batch_max_images=60, batch_split_images=40)
     stack.simulator.plan.batch_latency = (3, 4)
+    await gallery.library.upload(120)
     async with worker(stack):
-        seen = await gallery.play("patient", gallery.files(300))
+        seen = await gallery.play("patient", [])
     told = gallery.library.sql("select count(*) as n from realtime.messages where topic like 'tagging:%%'")[0]["n"]
+    assert seen["count"] == 120
     assert set(seen["asked"]) <= {"/rest/v1/assets", "/rest/v1/rpc/tagging_usage"}
     assert sum(seen["asked"].values()) <= told + 2, "what was told, the upload's own look, and the usage at the end"
     assert len(gallery.library.sql("select 1 from autotag.batches")) == 3
@@ -211,6 +201,7 @@ async def test_it_looks_right_narrow_and_wide_light_and_dark(gallery: Gallery) -
          for i in range(40)]))  # fmt: skip
     make_members_editors(library)
     seen = await gallery.play("looks", [])
+    assert len({look["paper"] for look in seen["results"]}) == 2, "light and dark"
     for look in seen["results"]:
         assert look["violations"] == [], look
         assert not look["sideways"], look
@@ -225,12 +216,11 @@ async def test_the_page_of_a_comparison_looks_right(gallery: Gallery, tmp_path: 
         await library.finished(library.enqueue(assets))
     library.sql("update public.assets set tags = tags || array['bright colours'] where id = any (%s)", assets[:5])
     library.sql("update public.assets set tags = tags[2:] where id = any (%s)", assets[3:6])
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "autotag", "compare", "--workspace", library.member.workspace, "--model", "gpt-6-luna",
-        "--yes", "--html", str(page), env={"PATH": os.environ["PATH"], **library.stack.operator_environment()},
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
+    code, _, error = await run_command(
+        "compare", "--workspace", library.member.workspace, "--model", "gpt-6-luna", "--yes", "--html", str(page),
+        environment={"PATH": os.environ["PATH"], **library.stack.operator_environment()},
     )  # fmt: skip
-    assert await process.wait() == 0
+    assert code == 0, error
     seen = await gallery.play("comparison", [str(page)])
     for result in seen["results"]:
         assert result["violations"] == [], result

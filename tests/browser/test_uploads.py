@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
-import json
 import os
 import random
-import shutil
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import need_chromium, play
 
 from autotag.http.serve import serve
-from conftest import skip
 from lab.edge.app import make_edge
 from lab.edge.manners import Manners
 from lab.page import address, make_page
@@ -25,9 +22,8 @@ from lab.pictures import draw
 from lab.postgres import free_port
 from lab.proxy import Proxy
 from lab.stack import HOST, Stack
-from support import PATIENCE, Library
+from support import Library
 
-CHROMIUM = shutil.which("chromium")
 SHOTS = os.environ.get("AUTOTAG_SCREENSHOTS")
 PHOTOS, TWICE = 40, 3  # chosen, and chosen again while they are uploaded
 LARGE_SIZE = 300_000  # bytes: 2.4 s at 1 Mbit/s
@@ -62,8 +58,7 @@ class Line:
 
 @pytest.fixture
 async def line(library: Library) -> AsyncIterator[Line]:
-    if CHROMIUM is None:
-        skip("there is no chromium (Debian: apt-get install chromium)")
+    need_chromium()
     made = Line(library.stack)
     await made.start()
     async with made.proxy.serve():
@@ -103,6 +98,30 @@ def book(library: Library) -> dict[str, int]:
     return counts
 
 
+@dataclass
+class Breaking:
+    """What the scenario asks for."""
+
+    library: Library
+    line: Line
+    photo: Path  # whose upload Storage fails to end
+
+    async def answer(self, asked: dict[str, Any]) -> Any:
+        match asked:
+            case {"do": "cut"}:
+                assert self.line.cut()
+            case {"do": "restart"}:
+                await self.line.stop()
+                await self.line.start()
+            case {"do": "lose_object"}:
+                lose_object(self.library.stack, self.photo)
+            case {"do": "lose", "reply": reply}:
+                self.line.proxy.cut_reply(reply)
+            case {"do": "book"}:
+                return book(self.library)
+        return None
+
+
 @pytest.mark.long
 async def test_forty_photos_over_a_bad_connection(library: Library, line: Line, tmp_path: Path) -> None:
     library.sql("update storage.buckets set file_size_limit = 400000 where id = 'assets'")
@@ -113,52 +132,21 @@ async def test_forty_photos_over_a_bad_connection(library: Library, line: Line, 
         given = {
             "mine": address(f"http://{HOST}:{port}", library.member), "files": [str(path) for path in files],
             "large": [number for number, path in enumerate(files) if path.name.startswith("large")], "refused": str(refused),
-            "twice": TWICE, "shots": SHOTS, "chromium": CHROMIUM,
+            "twice": TWICE, "shots": SHOTS,
         }  # fmt: skip
-        async with asyncio.timeout(2 * PATIENCE):
-            seen = await play(given, library, line)
-    assert seen["problems"] == seen["looks"] == []
+        seen = await play(
+            "uploads.mjs", "photos", given, answer=Breaking(library, line, files[max(given["large"])]).answer
+        )
+    assert seen["looks"] == []
     assert line.proxy.breaks["reset"] > 0
-    assert line.proxy.cuts == 2, "two replies to the end of an upload were lost"
+    assert line.proxy.cuts == 3, "two replies to the end of an upload, and one to enqueue_tagging, were lost"
     closed = seen["closed"]
     assert 12 <= closed["objects"] < PHOTOS, "the window was closed in the middle"
     assert closed["orphans"] == 0
-    assert closed["enqueued"] == TWICE, "the second selection of the double click was complete"
-    assert seen["untagged"] == f"{closed['objects'] - TWICE} images are not tagged.", closed
+    assert closed["enqueued"] in (0, TWICE), "only the second selection of the double click can have been complete"
+    assert seen["untagged"] == f"{closed['objects'] - closed['enqueued']} images are not tagged.", closed
     assert any(seen["resumed"]), "it goes on where it stopped"
     assert any(seen["resumedAfterReload"]), "also after a reload"
     assert seen["left"] == ["too large.jpg The file is larger than this project allows."]
     assert book(library) == {"objects": PHOTOS, "rows": PHOTOS, "orphans": 0, "photos": PHOTOS, "enqueued": PHOTOS}
     assert library.sql("select count(*)::int as n from autotag.tasks") == [{"n": PHOTOS}]
-
-
-async def play(given: dict[str, Any], library: Library, line: Line) -> dict[str, Any]:
-    """Runs the browser and breaks what it asks for."""
-    process = await asyncio.create_subprocess_exec(
-        "node", str(Path(__file__).with_name("uploads.mjs")), json.dumps(given),
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, limit=2**24,
-    )  # fmt: skip
-    assert process.stdin
-    assert process.stdout
-    assert process.stderr
-    while asked := (await process.stdout.readline()).decode().strip():
-        reply = "done"
-        if asked == "cut":
-            assert line.cut()
-        elif asked == "restart":
-            await line.stop()
-            await line.start()
-        elif asked == "book":
-            reply = json.dumps(book(library))
-        elif asked == "lose object":
-            lose_object(library.stack, Path(given["files"][given["large"][-1]]))
-        elif asked.startswith("lose "):
-            line.proxy.cut_reply(f"{asked.removeprefix('lose ')} /storage/v1/upload/resumable")
-        else:
-            process.stdin.close()
-            await process.wait()
-            seen: dict[str, Any] = json.loads(asked)
-            return seen
-        process.stdin.write(f"{reply}\n".encode())
-        await process.stdin.drain()
-    raise AssertionError((await process.stderr.read()).decode()[-3000:])

@@ -23,7 +23,7 @@ from key_types import KeyedStack
 from supabase import AsyncClientOptions, acreate_client
 
 HERE = Path(__file__).parent
-LINE_MOST = 16_000_000  # bytes of one answer
+MAX_LINE = 16_000_000  # bytes of one answer
 
 
 def types_of(stack: KeyedStack) -> dict[str, str]:
@@ -65,7 +65,7 @@ Call = Callable[[str, str, dict[str, Any]], Awaitable[Answer]]
 @contextlib.asynccontextmanager
 async def supabase_js(stack: KeyedStack) -> AsyncIterator[Call]:
     process = await asyncio.create_subprocess_exec(
-        "node", "--no-warnings", str(HERE / "contract.mjs"), limit=LINE_MOST,
+        "node", "--no-warnings", str(HERE / "contract.mjs"), limit=MAX_LINE,
         env={"PATH": os.environ["PATH"], "SUPABASE_URL": stack.supabase_url, "SUPABASE_ANON_KEY": stack.anon_key},
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip

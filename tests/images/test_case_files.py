@@ -19,7 +19,7 @@ EXPECTED = json.loads((CASES / "expected.json").read_text())
 def test_case_file(name: str) -> None:
     expected = EXPECTED[name]
     if expected["expect"] == "tagged":
-        assert measure(CASES / name, 512).cost < 300_000_000
+        assert measure(CASES / name, 512).need < 300_000_000
         assert not judge(prepare(CASES / name, 512, 300_000_000).jpeg, expected)
     else:
         for read in (lambda: measure(CASES / name, 512), lambda: prepare(CASES / name, 512, 300_000_000)):

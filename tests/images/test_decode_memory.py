@@ -1,4 +1,4 @@
-"""What a file may cost is known before it is decoded: a child's memory never grows by more than `Opened.cost`."""
+"""What a file may cost is known before it is decoded: a child's memory never grows by more than `Opened.need`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ for side in sys.argv[3:]:
         code = None
     except TaggingError as error:
         code = error.code
-    print(json.dumps({"side": side, "cost": measured.cost, "grown": peak() - idle, "code": code}))
+    print(json.dumps({"side": side, "need": measured.need, "grown": peak() - idle, "code": code}))
 """
 
 
@@ -112,6 +112,6 @@ def test_no_file_takes_more_than_it_says(tmp_path: Path, name: str, monkeypatch:
     for line in done.stdout.splitlines():
         found = json.loads(line)
         assert found["code"] is None
-        assert found["grown"] <= found["cost"] <= LIMIT, found
+        assert found["grown"] <= found["need"] <= LIMIT, found
         if name in ORDINARY:
-            assert found["cost"] <= decode.Budget(MEMORY, 25_000_000).heavy, found
+            assert found["need"] <= decode.Budget(MEMORY, 25_000_000).heavy, found

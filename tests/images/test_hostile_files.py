@@ -52,7 +52,7 @@ def environment(stack: Stack) -> dict[str, str]:
 
 
 def busy_child(worker: int) -> int | None:
-    """A process that decodes for this worker: not the nursery, and with processor time of its own."""
+    """A process that decodes for this worker: not the fork server, and with processor time of its own."""
     for pid in descendants(worker)[2:]:
         with contextlib.suppress(OSError):
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image as Pillow
 
 from autotag.errors import TaggingError
-from autotag.images.children import DATA_MARGIN, NURSERY, Child, ChildDied, Decoded
-from autotag.images.decode import COMMON_COST
+from autotag.images.children import DATA_MARGIN, FORK_SERVER, Child, ChildDied, Decoded
+from autotag.images.decode import COMMON_NEED
 from autotag.images.files import Download, Space
 from images.odd_files import adam7, quarters, saved, tiff_of
 
@@ -72,7 +72,7 @@ FILES: dict[str, Callable[[], bytes]] = {
 
 async def outcome(data: bytes, limit: int) -> bytes | None:
     """The picture that a child makes of a file which may allocate ``limit`` bytes; None: the child gives up or dies."""
-    child = Child(*await NURSERY.fork(limit), max_cost=ENOUGH)
+    child = Child(*await FORK_SERVER.fork(limit), max_need=ENOUGH)
     try:
         async with Download(Space(len(data)), len(data)) as download:
             await download.begin(len(data))
@@ -89,7 +89,7 @@ async def outcome(data: bytes, limit: int) -> bytes | None:
 @pytest.mark.parametrize("name", FILES)
 async def test_no_memory_is_no_damage(name: str) -> None:
     data = FILES[name]()
-    whole = await outcome(data, COMMON_COST + DATA_MARGIN)
+    whole = await outcome(data, COMMON_NEED + DATA_MARGIN)
     assert whole, "ordinary files need no more than a child has"
     for limit in LIMITS:
         try:
@@ -101,4 +101,4 @@ async def test_no_memory_is_no_damage(name: str) -> None:
 
 async def test_a_large_webp_reserves_no_canvas() -> None:
     large = saved("WEBP", Pillow.new("RGB", (6500, 6500), "red"), method=0, quality=10)
-    assert await outcome(large, COMMON_COST + DATA_MARGIN)
+    assert await outcome(large, COMMON_NEED + DATA_MARGIN)

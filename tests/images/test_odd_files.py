@@ -358,8 +358,8 @@ def test_odd_file(tmp_path: Path, kind: str, oddity: str, build: Callable[[], by
     if isinstance(result, dict):
         measured = measure(path, 512)
         assert measured.kind == kind
-        assert measured.cost < 300_000_000
-        assert not judge(prepare(path, 512, measured.cost).jpeg, result)
+        assert measured.need < 300_000_000
+        assert not judge(prepare(path, 512, measured.need).jpeg, result)
     else:
         with pytest.raises(TaggingError) as caught:
             prepare(path, 512, 300_000_000)

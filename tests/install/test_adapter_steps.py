@@ -9,7 +9,9 @@ import psycopg
 import pytest
 
 from autotag.install import migrations as install
+from autotag.install.adapter import TEMPLATE
 from autotag.install.host import Host
+from autotag.install.written import HOST_ADAPTER
 from lab.postgres import LocalPostgres
 
 VERSION = re.compile(r"autotag\.adapter_version\(\).*?select (\d+)", re.DOTALL)
@@ -27,18 +29,18 @@ as $$ select 1001 $$;
 def step(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a step that only a newer adapter has."""
     monkeypatch.setitem(install.ADAPTER_STEPS, 1001, STEP)
-    return f"{install.HOST_ADAPTER}_1001"
+    return f"{HOST_ADAPTER}_1001"
 
 
 def test_the_template_has_the_version_of_the_newest_step() -> None:
-    found = VERSION.search(install.TEMPLATE.read_text())
+    found = VERSION.search(TEMPLATE.read_text())
     assert found
     assert int(found[1]) == max(install.ADAPTER_STEPS, default=1), "a change of the template needs a step"
     assert sorted(install.ADAPTER_STEPS) == list(range(2, int(found[1]) + 1))
 
 
 def test_each_step_is_in_the_template_and_ends_with_its_version() -> None:
-    template = install.TEMPLATE.read_text()
+    template = TEMPLATE.read_text()
     for version, text in install.ADAPTER_STEPS.items():
         assert VERSION.findall(text) == [str(version)]
         for name in re.findall(r"create or replace function (autotag\.\w+)", text):

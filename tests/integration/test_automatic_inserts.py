@@ -182,6 +182,18 @@ class Session:
     connection: Connection
     open: list[dict[str, str | None]] = field(default_factory=lambda: [{}])
 
+    def insert(self, choice: random.Random, users: list[str], rows: list[str | None]) -> set[str]:
+        """Inserts images of these workspaces under some token; returns those that automatic mode does not collect."""
+        user, name = choice.choice(users), choice.choice(list(TOKENS))
+        make = TOKENS[name]
+        self.connection.execute("select set_config('request.jwt.claims', %s, true)", (make(user) if make else "",))
+        got = self.connection.execute(
+            "insert into public.assets (workspace_id, storage_path) select w, coalesce(w, gen_random_uuid()) || '/x'"
+            " from unnest(%s::uuid[]) w returning id::text, workspace_id::text as workspace", (rows,)).fetchall()  # fmt: skip
+        inserted = {row["id"]: user if name == "a user" else None for row in got if row["workspace"]}
+        self.open[-1] |= inserted
+        return set() if name in {"a user", *SERVER} else set(inserted)
+
     def merge(self) -> dict[str, str | None]:
         merged = {asset: user for level in self.open for asset, user in level.items()}
         self.open = [{}]
@@ -207,20 +219,8 @@ def test_every_image_that_is_committed_is_in_one_job_of_its_uploader(sealer: Lib
                 ["insert"] * 6 + ["savepoint", "back", "commit", "commit", "rollback", "seal", "delete"]
             ):
                 case "insert":
-                    user = choice.choice(users)
-                    name = choice.choice(list(TOKENS))
-                    make = TOKENS[name]
-                    connection.execute(
-                        "select set_config('request.jwt.claims', %s, true)", (make(user) if make else "",)
-                    )
                     rows = choice.choices([*spaces, *([gone] if gone else []), None], k=choice.choice([1, 1, 3, 20]))
-                    got = connection.execute(
-                        "insert into public.assets (workspace_id, storage_path) select w, coalesce(w, gen_random_uuid()) || '/x'"
-                        " from unnest(%s::uuid[]) w returning id::text, workspace_id::text as workspace", (rows,)).fetchall()  # fmt: skip
-                    inserted = {row["id"]: user if name == "a user" else None for row in got if row["workspace"]}
-                    if name not in {"a user", *SERVER}:
-                        uncollected |= set(inserted)
-                    session.open[-1] |= inserted
+                    uncollected |= session.insert(choice, users, rows)
                 case "savepoint":
                     connection.execute(f"savepoint s{len(session.open)}".encode())
                     session.open.append({})

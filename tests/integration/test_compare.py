@@ -6,9 +6,13 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import uuid
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -18,25 +22,73 @@ import pytest
 from typer.testing import CliRunner
 
 from autotag.cli.app import app
+from conftest import TEMPLATE, copied_database, quicken
 from forked import run_command
 from lab.openai_sim.faults import Fault
-from lab.stack import OPERATOR_ROLE, Stack
-from support import PATIENCE, Library, answered_pictures, audit, compress, until, worker
+from lab.pictures import Drawing
+from lab.postgres import LocalPostgres
+from lab.stack import OPERATOR_ROLE, Member, Stack, local_stack
+from support import (
+    PATIENCE,
+    Library,
+    answered_pictures,
+    audit,
+    close_connections,
+    compress,
+    connected,
+    until,
+    worker,
+)
 
 CURRENT, SECOND = "gpt-4.1-mini", "gpt-6-luna"
 
 
+@dataclass
+class Kept:
+    """A database in which twelve images are tagged, which each test gets a copy of, and their files."""
+
+    database: str
+    member: Member
+    drawings: dict[str, Drawing]
+    files: Path
+
+
+@pytest.fixture(scope="session")
+def kept(postgres: LocalPostgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
+    files = tmp_path_factory.mktemp("kept")
+    with copied_database(postgres, TEMPLATE) as database, ThreadPoolExecutor(1) as thread:
+        # a session fixture cannot use a test's event loop
+        yield thread.submit(asyncio.run, tag_twelve(postgres, database, files)).result()
+
+
+async def tag_twelve(postgres: LocalPostgres, database: str, files: Path) -> Kept:
+    async with local_stack(postgres, database) as stack:
+        quicken(stack)
+        library = Library(stack)
+        stack.configure(model=CURRENT, realtime_requests_per_minute=1000, realtime_tokens_per_minute=10_000_000)
+        library.sql("update autotag.provider_limits set question = autotag.describe_question()")
+        assets = await library.upload(12)
+        async with worker(stack):
+            await library.finished(library.enqueue(assets))
+        library.sql("select from autotag.lock_provider()")  # the next claim would apply the last reports
+        assert stack.files
+        shutil.copytree(stack.files, files, dirs_exist_ok=True)
+    close_connections()  # a database that is in use cannot be copied
+    return Kept(database, library.member, library.drawings, files)
+
+
 @pytest.fixture
-async def tagged(library: Library) -> Library:
+async def tagged(postgres: LocalPostgres, kept: Kept) -> AsyncIterator[Library]:
     """A workspace with twelve images that the model in use has tagged; its window holds many comparisons."""
-    library.stack.configure(model=CURRENT, realtime_requests_per_minute=1000, realtime_tokens_per_minute=10_000_000)
-    library.sql("update autotag.provider_limits set proven_at = now(), question = autotag.describe_question()")
-    assets = await library.upload(12)
-    async with worker(library.stack):
-        await library.finished(library.enqueue(assets))
-    library.sql("select from autotag.lock_provider()")  # the next claim would apply the last reports
-    library.stack.simulator.request_log.clear()
-    return library
+    with copied_database(postgres, kept.database) as database:
+        async with local_stack(postgres, database) as stack:
+            assert stack.files
+            shutil.copytree(kept.files, stack.files, dirs_exist_ok=True)
+            stack = replace(stack, connect=connected)
+            quicken(stack)
+            library = Library(stack, replace(kept.member, token=stack.token(kept.member.user)))
+            library.drawings = dict(kept.drawings)
+            yield library
 
 
 async def compare(
@@ -400,9 +452,16 @@ async def test_what_cannot_work_is_one_sentence(
     assert provider == {"account_error": None}, "the live lanes go on"
 
 
+async def interrupt(process: asyncio.subprocess.Process) -> None:
+    """Ctrl-C, until the command says what becomes of its calls."""
+    process.send_signal(signal.SIGINT)
+    assert process.stderr
+    assert await process.stderr.readline() == b"Ctrl-C: finishing the calls in flight. Ctrl-C again stops at once.\n"
+
+
 async def test_ctrl_c_ends_it_with_what_there_is(tagged: Library) -> None:
     stack = tagged.stack
-    stack.simulator.plan.latency = (1.0, 1.5)
+    stack.simulator.plan.hold_answers = True
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "autotag", "compare", "--workspace", tagged.member.workspace, "--model", SECOND, "--yes", "--json",
         env={"PATH": os.environ["PATH"], **stack.operator_environment()}, stdin=asyncio.subprocess.DEVNULL,
@@ -410,7 +469,8 @@ async def test_ctrl_c_ends_it_with_what_there_is(tagged: Library) -> None:
     )  # fmt: skip
     try:
         await until(lambda: stack.simulator.in_flight == 8, "eight calls in flight")
-        process.send_signal(signal.SIGINT)
+        await interrupt(process)
+        stack.simulator.plan.hold_answers = False
         out, error = await process.communicate()
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -425,7 +485,7 @@ async def test_ctrl_c_ends_it_with_what_there_is(tagged: Library) -> None:
 
 async def test_a_second_ctrl_c_ends_it_at_once(tagged: Library) -> None:
     stack = tagged.stack
-    stack.simulator.plan.latency = (30.0, 30.0)
+    stack.simulator.plan.hold_answers = True
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "autotag", "compare", "--workspace", tagged.member.workspace, "--model", SECOND, "--yes", "--json",
         env={"PATH": os.environ["PATH"], **stack.operator_environment()}, stdin=asyncio.subprocess.DEVNULL,
@@ -433,8 +493,7 @@ async def test_a_second_ctrl_c_ends_it_at_once(tagged: Library) -> None:
     )  # fmt: skip
     try:
         await until(lambda: stack.simulator.in_flight == 8, "eight calls in flight")
-        process.send_signal(signal.SIGINT)
-        await asyncio.sleep(0.5)  # so that the two do not become one
+        await interrupt(process)
         assert process.returncode is None, "the first lets the calls finish"
         process.send_signal(signal.SIGINT)
         async with asyncio.timeout(PATIENCE):

@@ -25,6 +25,7 @@ from autotag.db.connections import (
     Purpose,
 )
 from autotag.db.messages import Registered
+from autotag.db.readers import nothing
 from lab.proxy import Proxy
 from support import PATIENCE, Library, until
 
@@ -40,7 +41,7 @@ async def connections(library: Library) -> AsyncIterator[Connections]:
 
 
 async def backend(connections: Connections, purpose: Purpose) -> int:
-    return int((await connections.call_once(purpose, "select pg_backend_pid() as pid"))["pid"])
+    return await connections.call_once(purpose, int, "select pg_backend_pid()")
 
 
 async def test_a_cancelled_statement_ends_in_the_server_and_leaves_the_connection_usable(
@@ -49,30 +50,29 @@ async def test_a_cancelled_statement_ends_in_the_server_and_leaves_the_connectio
     before = await backend(connections, "describe")
     for _ in range(3):
         with pytest.raises(TooSlow):
-            await connections.call_once("describe", "select pg_sleep(%s)", PATIENCE, within=0.1)
+            await connections.call_once("describe", nothing, "select pg_sleep(%s)", PATIENCE, within=0.1)
         assert library.sql(SLEEPERS)[0]["n"] == 0, "the server goes on with it"
         assert await backend(connections, "describe") == before, "the connection was given up"
 
 
 async def test_errors_that_callers_handle_have_names(library: Library, connections: Connections) -> None:
-    await connections.call_once("claim", "select set_config('statement_timeout', '50ms', false)")
+    await connections.call_once("claim", nothing, "select set_config('statement_timeout', '50ms', false)")
     with pytest.raises(TooSlow):
-        await connections.call_once("claim", "select pg_sleep(%s)", PATIENCE)
-    await connections.call_once("claim", "select set_config('lock_timeout', '20ms', false)")
+        await connections.call_once("claim", nothing, "select pg_sleep(%s)", PATIENCE)
+    await connections.call_once("claim", nothing, "select set_config('lock_timeout', '20ms', false)")
     assets = library.insert(["a.jpg"])
     with psycopg.connect(library.stack.database_url()) as other:
         other.execute("select from public.assets where id = %s for update", (assets[0],))
         with pytest.raises(Busy):
-            await connections.call_once("claim", "select id from public.assets for update")
+            await connections.call_once("claim", nothing, "select id from public.assets for update")
 
 
 @pytest.mark.parametrize("purpose", FOREIGN_CODE)
 async def test_what_foreign_code_sets_for_a_session_is_undone(connections: Connections, purpose: Purpose) -> None:
     for _ in range(2 * SHARES[purpose]):
-        await connections.call_once(purpose, "select set_config('statement_timeout', '1ms', false)")
+        await connections.call_once(purpose, nothing, "select set_config('statement_timeout', '1ms', false)")
     for _ in range(2 * SHARES[purpose]):
-        row = await connections.call_once(purpose, "select current_setting('statement_timeout') as t")
-        assert row["t"] == "0"
+        assert await connections.call_once(purpose, str, "select current_setting('statement_timeout')") == "0"
 
 
 async def test_every_purpose_gets_a_connection_while_the_others_are_stuck(
@@ -80,10 +80,12 @@ async def test_every_purpose_gets_a_connection_while_the_others_are_stuck(
 ) -> None:
     """Whatever the host's rows hold up: heartbeats, claims and other workspaces' outcomes go on."""
     stuck = [
-        asyncio.create_task(connections.call_once(purpose, "select pg_sleep(%s)", PATIENCE))
+        asyncio.create_task(connections.call_once(purpose, nothing, "select pg_sleep(%s)", PATIENCE))
         for purpose in ("describe", *HOST_PURPOSES, "other")
         for _ in range(SHARES[purpose] + 2)  # type: ignore[index]
-    ] + [asyncio.create_task(connections.call_once("settle", "select pg_sleep(%s)", PATIENCE)) for _ in range(2)]
+    ] + [
+        asyncio.create_task(connections.call_once("settle", nothing, "select pg_sleep(%s)", PATIENCE)) for _ in range(2)
+    ]
     expected = SHARES["describe"] + HOST_SHARE + SHARES["other"] + 2
     await until(lambda: library.sql(SLEEPERS)[0]["n"] == expected, "the calls to be stuck")
     async with asyncio.timeout(PATIENCE / 2):
@@ -166,10 +168,9 @@ async def test_prepared_statements_of_foreign_code_do_no_harm(
     library.sql(REMOVE.format(code).replace("%", "%%"))
     before = await backend(connections, "describe")
     for number in range(30):  # from the sixth call on, psycopg prepares a statement
-        row = await connections.call_once("describe", "select %s::integer as n", number)
-        assert row["n"] == number
+        assert await connections.call_once("describe", int, "select %s::integer", number) == number
         if number in moments:
-            await connections.call_once("describe", "select public.deallocate()")
+            await connections.call_once("describe", nothing, "select public.deallocate()")
     assert await backend(connections, "describe") == before, "the connection was given up"
 
 
@@ -183,7 +184,7 @@ async def test_a_call_that_ends_its_session_each_time_is_given_up(library: Libra
               perform pg_sleep(60);
             end $$""")
         with pytest.raises(Lost):
-            await connections.call("settle", "select public.die()")
+            await connections.call("settle", nothing, "select public.die()")
         assert admin.execute("select last_value from public.ended").fetchone() == (MAX_LOSSES + 1,)
 
 
@@ -198,11 +199,11 @@ async def test_a_server_that_is_away_uses_up_no_tries(library: Library) -> None:
         for _ in range(10):
             proxy.reset(random.Random(1))
             await asyncio.sleep(0.05)
-        call = asyncio.create_task(connections.call("settle", "select 7 as n"))
+        call = asyncio.create_task(connections.call("settle", int, "select 7"))
         _, still = await asyncio.wait([call], timeout=3)
         assert still, "it does not wait for the server"
         async with proxy.serve(), asyncio.timeout(PATIENCE):
-            assert (await call)["n"] == 7
+            assert await call == 7
     finally:
         await connections.close()
 
@@ -212,7 +213,7 @@ async def test_what_foreign_code_raises_is_not_taken_for_autotags_own(connection
     """PT409 would stop the work on a batch, and PT426 the worker."""
     with pytest.raises(psycopg.DatabaseError, match="the host says no"):
         await connections.call_once(
-            "batch", f"do $$ begin raise exception 'the host says no' using errcode = '{state}'; end $$"
+            "batch", nothing, f"do $$ begin raise exception 'the host says no' using errcode = '{state}'; end $$"
         )
 
 
@@ -220,9 +221,9 @@ async def test_autotags_own_refusals_have_names(library: Library, connections: C
     library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", uuid.UUID(int=1))
     with pytest.raises(NotHeld):
         await connections.call_once(
-            "batch", "select autotag.batch_finish(%s, %s, 1)", uuid.UUID(int=1), uuid.UUID(int=2)
+            "batch", nothing, "select autotag.batch_finish(%s, %s, 1)", uuid.UUID(int=1), uuid.UUID(int=2)
         )
     with pytest.raises(VersionsDiffer):
         await connections.call_once(
-            "lease", "select autotag.register_worker(%s, 'test', '9.9.9', true)", uuid.UUID(int=1)
+            "lease", nothing, "select autotag.register_worker(%s, 'test', '9.9.9', true)", uuid.UUID(int=1)
         )

@@ -224,6 +224,21 @@ def polled(library: Library) -> Iterator[psycopg.Connection[Any]]:
         yield connection
 
 
+def test_a_batch_that_is_submitted_again_begins_to_count_again(polled: psycopg.Connection[Any]) -> None:
+    """Otherwise the new batch shows no progress until it has passed the old one, and counts as stuck."""
+    with polled.transaction(force_rollback=True):
+        [[batch, worker]] = polled.execute(
+            "update autotag.batches set state = 'creating', worker_id = (select id from autotag.workers), claim = 1, attempt = 1,"
+            "  openai_batch_id = null, openai_status = null, request_total = 50, request_done = 50, submitted_at = null"
+            " where ordinal = 1 returning id, worker_id"
+        ).fetchall()
+        polled.execute("select autotag.batch_submitted(%s, %s, 1, 'b-again', 'validating', 'f')", (worker, batch))
+        poll = json.dumps([{"id": "b-again", "status": "in_progress", "total": 40, "done": 1}])
+        polled.execute("select autotag.record_poll(%s, %s)", (worker, poll))
+        counts = polled.execute("select request_total, request_done from autotag.batches where id = %s", (batch,))
+        assert counts.fetchall() == [(40, 1)]
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     polls=st.lists(st.tuples(STATUSES, COUNTS, COUNTS), min_size=1, max_size=3),
@@ -231,6 +246,9 @@ def polled(library: Library) -> Iterator[psycopg.Connection[Any]]:
     chunk_delay=st.sampled_from(["0", "2 s", "178000000 years"]),
 )  # fmt: skip
 @example(polls=[("in_progress", 0, 5)], call_seconds=4, batch_seconds=2700, half_life=1, chunk_delay="2 s")
+@example(
+    polls=[("validating", 0, 2), ("in_progress", 1, 0)], call_seconds=1, batch_seconds=1, half_life=1, chunk_delay="0"
+)
 @example(polls=[("in_progress", 95, 20)], call_seconds=1e300, batch_seconds=1e300, half_life=1, chunk_delay="2 s")
 def test_no_poll_and_no_setting_makes_a_prediction_fail(
     polled: psycopg.Connection[Any],

@@ -7,13 +7,18 @@ import typing
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
+from autotag.db import errors as e
 from autotag.db import lanes as l
 from autotag.db import messages as m
 from autotag.db import operator_messages as o
+from autotag.db import profiles as p
 from autotag.db import rows as r
+from autotag.db import vocabulary as v
+from autotag.images.sent import ImageNotes
 from support import Library
 
 WORKER = "00000000-0000-4000-8000-000000000001"
@@ -25,6 +30,7 @@ READ: dict[type, list[tuple[str, str]]] = {
     m.TagResult: [("clean_result", "p_result"), ("canonical_results", "r.result"), ("read_answers", "e -> 'result'")],
     m.Report: [("read_answers", "e")],
     m.StageReport: [("report_stages", "e")],
+    m.BatchNote: [("note_images", "e")],
     # m.Sent is a part of it
     m.ObservedLimits: [
         ("apply_report", "p_report.observed"),
@@ -32,7 +38,7 @@ READ: dict[type, list[tuple[str, str]]] = {
         ("update_provider_limits", "v_seen"),
         ("place_unclear", "p_observed"),
     ],
-    m.PolledBatch: [("clean_poll", "s")],
+    m.PolledBatch: [("clean_poll", "e")],
     m.ProviderFacts: [("provider_checked", "p_facts")],
     o.ComparisonReport: [("settle_comparison", "p_report"), ("next_action", "p_report")],
 }
@@ -40,7 +46,7 @@ READ: dict[type, list[tuple[str, str]]] = {
 
 #: Each row that a function answers with, and that function.
 ROWS: dict[type, str] = {
-    r.ClaimRow: "claim", r.BatchClaimRow: "claim_batches", m.Beat: "heartbeat", l.Unstored: "list_unstored",
+    r.ClaimRow: "claim", r.BatchClaimRow: "claim_batches", r.BeatRow: "heartbeat", l.Unstored: "list_unstored",
     l.Sealed: "seal_uploads",
     o.UsageRow: "list_usage",
 }  # fmt: skip
@@ -98,7 +104,8 @@ def test_single_calls(library: Library) -> None:
     for image in images:
         check(m.Image, {**image, "claim": 1})  # the worker adds the claim's number
     [beat] = library.sql("select * from autotag.heartbeat(%s, '{1}', '{0}')", WORKER)
-    check(m.Beat, beat)
+    check(r.BeatRow, beat)
+    assert keys(r.BeatRow) == keys(m.Beat)
     check(m.Registered, beat["settings"])
     workspace = library.member.workspace
     reports = [{"task": image["task"], "attempt": image["attempt"], "called": False,
@@ -235,6 +242,70 @@ def test_comparisons(library: Library) -> None:
         check(o.ComparisonStep, step, every=False)
         said |= set(step)
     assert said == keys(o.ComparisonStep)
+
+
+NOTES: ImageNotes = {
+    "truncated": 0.97, "pieces": 2, "frame": 3, "page": 1, "pages": 2, "thumbnail": [160, 120], "kind": "PDF",
+}  # fmt: skip
+
+
+def test_notes_on_images_are_kept(library: Library) -> None:
+    assert set(NOTES) == keys(ImageNotes)
+    assert value(library, "autotag.clean_image_notes(%s)", NOTES) == NOTES
+
+
+def test_profiles_and_briefs(library: Library) -> None:
+    workspace = library.member.workspace
+    check(p.Profile, value(library, "autotag.show_profile(%s)", workspace))
+    field = {"name": "room", "kind": "enum", "values": ["kitchen"], "description": "Where it is"}
+    changes = {"instructions": "Name rooms.", "language": "en", "tag_count": 5, "min_confidence": 0.5,
+               "vocabulary_mode": "open", "add_parents": False, "fields": [field]}  # fmt: skip
+    assert set(changes) == keys(p.ProfileChanges)
+    saved = value(library, "autotag.set_profile(%s, %s)", workspace, changes)
+    check(p.Profile, saved)
+    assert {name: saved[name] for name in changes} == changes, "a change is lost"
+    check(m.Field, saved["fields"][0])
+    [version] = value(library, "autotag.profile_history(%s)", workspace)
+    check(p.Profile, {**version, "has_vocabulary": False})
+    library.insert(["a.jpg"])
+    library.sql("update public.assets set tags = '{red}', tagging_stage = 'completed'")
+    preview = value(library, "autotag.preview_comparison(%s, 'gpt-5-mini', null, 1)", workspace)
+    check(m.Brief, preview["brief"])
+    register(library)
+    library.enqueue(library.insert(["b.jpg"]))
+    [claim] = library.sql("select * from autotag.claim(%s, 1, 1)", WORKER)
+    [image] = value(library, "autotag.describe_tasks(%s, %s)", WORKER, Plain(claim["tasks"]))
+    check(m.Brief, value(library, "autotag.describe_brief(%s, %s)", WORKER, image["brief"]))
+
+
+def test_vocabularies(library: Library) -> None:
+    workspace = library.member.workspace
+    entry = {"tag": "cat", "aliases": ["kitty"], "description": "A pet", "parent": None, "uses": 1}
+    assert set(entry) == keys(v.Entry)
+    done = value(library, "autotag.edit_vocabulary(%s, %s, '{}', false)", workspace, [entry])
+    check(v.VocabularyChange, done)
+    assert value(library, "autotag.list_vocabulary(%s)", workspace) == [entry]
+    library.insert(["a.jpg"])
+    library.sql("update public.assets set tags = '{red}'")
+    check(v.TagsInUse, value(library, "autotag.tags_in_use(%s, null, 10)", workspace))
+    counted = value(library, "autotag.count_uses(%s, %s, 1)", workspace, {"red": 3})
+    check(v.UsesCounted, counted)
+    assert counted["new"] == [{"tag": "red", "uses": 3}]
+
+
+def test_refusals(library: Library) -> None:
+    said: set[str] = set()
+    library.stack.configure(live_images_max=1)
+    clash = [{"tag": "cat", "aliases": ["pet"]}, {"tag": "dog", "aliases": ["pet"]}]
+    for call, *arguments in (
+        ("autotag.edit_vocabulary(null, %s, '{}', false)", [{"tag": 1}]),
+        ("autotag.edit_vocabulary(null, %s, '{}', false)", clash),
+        ("autotag.check_live_capacity(%s, 2)", library.member.workspace),
+    ):
+        with pytest.raises(psycopg.DatabaseError) as refused:
+            value(library, call, *arguments)
+        said |= set(e.refusal(refused.value) or {})
+    assert keys(e.Refusal) <= said, "nothing says this when a call is refused"
 
 
 def register(library: Library) -> dict[str, Any]:

@@ -291,7 +291,7 @@ async def test_one_list_call_covers_every_batch_in_flight_and_pages_follow_where
 
 
 async def test_a_batch_that_404s_later_ends_and_its_images_go_by_another(few: Library) -> None:
-    """Lost, or made under another project's key: after some looks in vain its images are asked anew."""
+    """Lost, or made under another project's key: after some missing polls its images are asked anew."""
     few.stack.simulator.plan.batch_latency = (60, 60)
     assets = await few.upload(8)
     async with worker(few.stack):
@@ -317,7 +317,7 @@ async def test_a_single_look_in_vain_changes_nothing(few: Library) -> None:
         told = few.enqueue(assets)
         await until(lambda: few.sql("select 1 from autotag.batches where state = 'submitted'") != [], "the batch")
         few.stack.simulator.batches.hidden.add(batches(few)[0]["id"])
-        await until(lambda: few.sql("select 1 from autotag.batches where missing_polls > 0") != [], "a look in vain")
+        await until(lambda: few.sql("select 1 from autotag.batches where missing_polls > 0") != [], "a missing poll")
         few.stack.simulator.batches.hidden.clear()
         [job] = await few.finished(told)
     assert job["completed"] == 8

@@ -128,6 +128,7 @@ async def test_a_long_prompt_stays_within_the_limits(library: Library) -> None:
         chunk_max_images=100,
     )
     compress(stack, 20)
+    stack.configure(provider_margin="5 s")  # a message takes real time: a quarter of a second, as ever
     stack.simulator.limits = stack.simulator.limits.of(500, 60_000, None, 20)
     library.sql(
         "update autotag.provider_limits set tokens_per_minute = 60000, tokens_left = 60000, requests_per_day = null"

@@ -138,7 +138,7 @@ async def test_what_is_missing_fails_alone_and_the_operator_is_told_of_buckets_o
     assert {rows[asset]["tagging_error"] for asset in elsewhere} == {
         "The image's bucket “nonsense” does not exist in storage."
     }
-    assert [entry["bucket"] for entry in logs if entry["event"] == "bucket_missing"] == ["nonsense"]
+    assert [entry["bucket"] for entry in logs if entry["event"] == "bucket_not_found"] == ["nonsense"]
     library.check_tags(tagged)
 
 

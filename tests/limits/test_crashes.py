@@ -20,9 +20,9 @@ ANOTHER = uuid.UUID("99999999-0000-4000-8000-00000000000b")
 class Crashing(Engine):
     """Workers that come and die."""
 
-    at = 0.0
-    worker: uuid.UUID
-    batch_claims = 0
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        super().__init__(connection)
+        self.at, self.worker, self.batch_claims = 0.0, uuid.UUID(int=0), 0
 
     def start(self) -> None:
         self.worker, self.claims, self.batch_claims = uuid.uuid4(), 0, 0

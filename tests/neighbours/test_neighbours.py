@@ -63,6 +63,12 @@ def all_but(library: Library, *left: str) -> bool:
     return all(stage == "completed" for asset, stage in stages(library).items() if asset not in left)
 
 
+def named(library: Library) -> set[str]:
+    """The images that messages of the workspace's topic have named."""
+    rows = library.sql("select payload -> 'asset_ids' as assets from realtime.messages where event like 'job-%%'")
+    return {asset for row in rows for asset in row["assets"] or ()}
+
+
 @pytest.mark.parametrize("images", [8, 60], ids=["single calls", "batch"])
 async def test_an_open_transaction_on_one_image_holds_up_that_image_alone(
     library: Library, neighbour: Library, images: int
@@ -99,6 +105,26 @@ async def test_an_open_enqueue_holds_up_nothing_that_was_there_before(library: L
             await until(lambda: all_but(library), "the upload that was committed late")
     library.check_tags()
     check_asked_once(library.stack)
+
+
+async def test_a_submitted_batch_is_shown_once_nobody_holds_its_upload(library: Library) -> None:
+    """A page knows of a changed row by the message that names it, and OpenAI may take hours before the next one."""
+    stack = library.stack
+    stack.simulator.plan.batch_latency = (3600.0, 3600.0)
+    job = library.enqueue(await library.upload(60))
+    proxy = Proxy(stack.database_url())
+    proxy.hold_back("autotag.show_batch(")
+    async with proxy.serve(), working(library, DATABASE_URL=proxy.url(stack.worker_environment()["DATABASE_URL"])):
+        await until(lambda: proxy.held > 0, "the batch's stage on its way")
+        with holding(library, "select from autotag.jobs where id = %s for update", job["job_id"]) as owner:
+            proxy.let_through()
+            proxy.hold_back("autotag.show_batch(")
+            await until(lambda: proxy.held > 1, "a second call, so the first one has ended")
+            assert "submitted" not in stages(library).values()
+            owner.commit()
+        proxy.let_through()
+        await until(lambda: "queued" not in stages(library).values(), "the stage of each image")
+        await until(lambda: set(stages(library)) <= named(library), "messages that name each image")
 
 
 async def test_a_trigger_that_names_a_table_without_its_schema_works(library: Library) -> None:
@@ -181,15 +207,15 @@ async def test_an_image_whose_row_cannot_be_read_ends_alone(library: Library, ne
     assets, others = await library.upload(images), await neighbour.upload(8, seed=2)
     jobs = library.enqueue(assets), neighbour.enqueue(others)
     library.sql(f"""
-        alter function autotag.describe_assets(autotag.asset_id[]) rename to describe_assets_before;
-        create function autotag.describe_assets(p_asset_ids autotag.asset_id[])
+        alter function autotag.describe_assets(autotag.asset_id[], boolean) rename to describe_assets_before;
+        create function autotag.describe_assets(p_asset_ids autotag.asset_id[], p_marks boolean default true)
         returns {described(library)}
         language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
         begin
           if '{assets[2]}' = any (p_asset_ids) then
             raise exception 'invalid page in block 7' using errcode = 'XX001';
           end if;
-          return query select * from autotag.describe_assets_before(p_asset_ids);
+          return query select * from autotag.describe_assets_before(p_asset_ids, p_marks);
         end $$""")
     async with working(library):
         [done] = await library.finished(jobs[0])
@@ -238,6 +264,18 @@ def ended_sessions(library: Library) -> int:
     return int(row["n"])
 
 
+async def test_a_row_whose_stage_ends_the_session_ends_few(library: Library) -> None:
+    """The stage of its batch is left out then. The batch lasts long enough for many more tries."""
+    library.stack.simulator.plan.batch_latency = (8.0, 8.0)
+    assets = await library.upload(60)
+    end_sessions_of_updates(library, f"new.id = '{assets[30]}' and new.tagging_stage in ('submitted', 'processing')")
+    job = library.enqueue(assets)
+    async with working(library):
+        await library.finished(job)
+    library.check_tags()
+    assert 0 < ended_sessions(library) <= 2 * 5, "for each of the two stages, one loss, and three that prove the cause"
+
+
 @pytest.mark.parametrize("images", [8, 60], ids=["single calls", "batch"])
 async def test_an_image_whose_row_ends_the_session_fails_alone(
     library: Library, neighbour: Library, images: int
@@ -268,15 +306,15 @@ async def test_an_image_whose_row_ends_the_session_that_reads_it_fails_alone(
     end_sessions(library)
     jobs = library.enqueue(assets), neighbour.enqueue(others)
     library.sql(f"""
-        alter function autotag.describe_assets(autotag.asset_id[]) rename to describe_assets_before;
-        create function autotag.describe_assets(p_asset_ids autotag.asset_id[])
+        alter function autotag.describe_assets(autotag.asset_id[], boolean) rename to describe_assets_before;
+        create function autotag.describe_assets(p_asset_ids autotag.asset_id[], p_marks boolean default true)
         returns {described(library)}
         language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
         begin
           if '{assets[-1]}' = any (p_asset_ids) then
             perform public.end_session();
           end if;
-          return query select * from autotag.describe_assets_before(p_asset_ids);
+          return query select * from autotag.describe_assets_before(p_asset_ids, p_marks);
         end $$""")
     async with working(library):
         await neighbour.finished(jobs[1])

@@ -118,7 +118,9 @@ def log_findings(log: Path, most: int) -> list[str]:
     found = [f"log: {len(text):,} bytes"] if len(text) > most else []
     found += [f"log: {line[:300]!r}" for line in text.splitlines() if not _is_event(line)]
     return found + [
-        f"log: {line[:3000]!r}" for line in text.splitlines() if b"Traceback" in line or b"unexpected_error" in line
+        f"log: {line[:3000]!r}"
+        for line in text.splitlines()
+        if b"Traceback" in line or b"unexpected_error_raised" in line
     ]
 
 
@@ -203,7 +205,7 @@ async def test_an_uploader(scene: Scene, tmp_path: Path) -> None:
     attempts = uploads.attempts()
     assert len(attempts) >= LEAST
     environment = stack.worker_environment() | {
-        "AUTOTAG_IMAGE_MAX_BYTES": str(uploader.BYTES_MOST), "AUTOTAG_MEMORY": str(uploader.MEMORY),
+        "AUTOTAG_IMAGE_MAX_BYTES": str(uploader.MAX_BYTES), "AUTOTAG_MEMORY": str(uploader.MEMORY),
         "AUTOTAG_IMAGE_HOSTS": uploader.HOSTS,
     }  # fmt: skip
     enqueue_all(scene, [asset for asset, _ in uploads.assets.values()])

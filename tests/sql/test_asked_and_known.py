@@ -126,3 +126,18 @@ def test_an_unknown_workspace_is_said(
     for known in (WORKSPACE, OTHER):
         if command[0] != "enqueue" or known == OTHER:
             assert "Unknown workspace" not in CliRunner().invoke(app, [*command, "--workspace", known]).stderr
+
+
+def test_what_is_being_tagged_is_found_by_its_index(session: psycopg.Connection[Any]) -> None:
+    """A plan from when nothing was tagged read all tasks and compared each with each image: 14 s for 50,000, on that connection."""
+    found = "(select count(*) from autotag.live_tasks(array(select a.id from public.assets a)))"
+    session.execute("update public.assets set storage_path = workspace_id || '/' || id where storage_path is not null")
+    session.execute("analyze autotag.tasks")
+    for _ in range(7):  # a connection keeps its plans from the sixth call on
+        assert value(session, found) == 0
+    value(session, "autotag.enqueue(array(select a.id from public.assets a))")
+    scans = "(select seq_scan from pg_stat_xact_all_tables where relid = 'autotag.tasks'::regclass)"
+    before = value(session, scans)
+    assert value(session, found) == 5
+    value(session, "autotag.enqueue(array(select a.id from public.assets a))")
+    assert value(session, scans) == before

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from autotag.install.migrations import TEMPLATE
+from autotag.install.adapter import TEMPLATE
 from lab import schema
 
 #: Lines, from `create or replace function` to the end of the body.
-MOST = 60
+MAX_LINES = 60
 BEGINNING = re.compile(r"^create (?:or replace )?function (?P<name>[\w.]+)", re.MULTILINE | re.IGNORECASE)
 REST = re.compile(r".*?\bas (?P<quote>\$\w*\$).*?(?P=quote);", re.DOTALL | re.IGNORECASE)
 REASON = re.compile(r"-- Long: \S")
@@ -33,13 +33,13 @@ def functions(text: str) -> Iterator[tuple[str, int, bool]]:
 
 def too_long(text: str) -> dict[str, int]:
     """The functions of a script that are too long and do not say why, with their lines."""
-    return {name: lines for name, lines, reasoned in functions(text) if lines > MOST and not reasoned}
+    return {name: lines for name, lines, reasoned in functions(text) if lines > MAX_LINES and not reasoned}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(schema.ROOT)))
 def test_no_function_is_too_long(path: Path) -> None:
     assert too_long(path.read_text()) == {}, (
-        f"more than {MOST} lines: give its steps names, or say why that would be worse (-- Long: …)"
+        f"more than {MAX_LINES} lines: give its steps names, or say why that would be worse (-- Long: …)"
     )
 
 

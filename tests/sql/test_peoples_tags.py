@@ -18,9 +18,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from autotag.install.adapter import render
+from autotag.install.adapter import TEMPLATE, render
 from autotag.install.host import Host
-from autotag.install.migrations import TEMPLATE
 from conftest import TEMPLATE as DATABASE
 from conftest import copied_database
 from lab.postgres import LocalPostgres

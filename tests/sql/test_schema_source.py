@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,17 +23,18 @@ from lab.catalog import catalog
 from lab.postgres import LocalPostgres
 from support import PATIENCE, Library, answered_pictures, audit, until, worker, worker_settings
 
+#: The packages of the npm workspace: the client, and the examples that depend on it.
+NPM_PACKAGES = [str(path.relative_to(schema.ROOT)) for folder in json.loads((schema.ROOT / "package.json").read_text())["workspaces"]
+                for path in schema.ROOT.glob(f"{folder}/package.json")]  # fmt: skip
+
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the source and its migrations, which may be changed."""
     shutil.copytree(schema.SUPABASE, tmp_path / "supabase", ignore=shutil.ignore_patterns("node_modules", "seed"))
-    package = tmp_path / "worker" / "autotag"
-    package.mkdir(parents=True)
-    shutil.copy(schema.ROOT / "worker" / "autotag" / "__init__.py", package)
-    client = tmp_path / "clients" / "js"
-    client.mkdir(parents=True)
-    shutil.copy(schema.ROOT / "clients" / "js" / "package.json", client)
+    for name in ("worker/autotag/__init__.py", "package-lock.json", "examples/plain/app.js", *NPM_PACKAGES):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(schema.ROOT / name, tmp_path / name)
     supabase = tmp_path / "supabase"
     for name, value in {
         "ROOT": tmp_path, "SUPABASE": supabase, "SCHEMAS": supabase / "schemas", "MIGRATIONS": supabase / "migrations",
@@ -38,7 +42,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     }.items():  # fmt: skip
         monkeypatch.setattr(schema, name, value)
     schema.releases.cache_clear()
-    if schema.next_migration(schema.UNRELEASED):  # what is not released yet is, in the copy
+    if not schema.releases() or schema.next_migration(schema.UNRELEASED):  # what is not released yet is, in the copy
         release.release("8.0.0")
     yield supabase
     schema.releases.cache_clear()
@@ -119,13 +123,101 @@ def test_a_released_migration_never_changes(tree: Path) -> None:
     assert release.differences()[0].startswith(released.file)
 
 
+def test_a_tag_has_what_was_released(tree: Path) -> None:
+    """Also where somebody has edited the migration and its hash."""
+    root = tree.parent
+
+    def git(*arguments: str) -> None:
+        identity = ("-c", "user.name=t", "-c", "user.email=t@example.com")
+        subprocess.run(["git", *identity, *arguments], cwd=root, check=True, capture_output=True)
+
+    released = schema.releases()[-1]
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "release")
+    assert release.differences() == [], "nothing is tagged"
+    git("tag", f"v{released.version}")
+    assert release.differences() == []
+    path = tree / "migrations" / released.file
+    path.write_text(path.read_text() + " ")
+    record = tree / "releases" / f"{released.version}.json"
+    record.write_text(record.read_text().replace(released.sha256, schema.sha256(path.read_text())))
+    schema.releases.cache_clear()
+    names = [f"supabase/releases/{released.version}.json", f"supabase/migrations/{released.file}"]
+    assert release.differences() == [f"{name} is not what its tag has: restore it." for name in names]
+    with pytest.raises(schema.ReleaseError, match=f"have changed: {', '.join(names)}"), next_release(tree):
+        pass
+    record.unlink()  # as if nothing had ever been released
+    schema.releases.cache_clear()
+    assert release.differences()[:2] == [f"{name} is not what its tag has: restore it." for name in names]
+
+
+def test_before_the_first_release_all_of_the_schema_is_one_migration(tree: Path) -> None:
+    """There is no installation to upgrade, so no table needs a step in changes.sql."""
+    shutil.rmtree(tree / "releases")
+    schema.releases.cache_clear()
+    [path] = tree.glob("migrations/*_autotag_8_0_0.sql")
+    change(
+        tree / "schemas" / "tables" / "errors.sql",
+        "  meaning text not null,",
+        "  meaning text not null,\n  more integer,",
+    )
+    assert release.differences() == [f"supabase/migrations/{path.name} is out of date: run scripts/release."]
+    assert release.write() == [path]
+    assert release.differences() == []
+    assert release.release("8.0.0") == path
+    assert [each.version for each in schema.releases()] == ["8.0.0"]
+    with pytest.raises(schema.ReleaseError, match="later"):
+        release.release("8.0.0")
+
+
 @pytest.mark.parametrize(
     ("version", "said"),
-    [("0.0.1", "later"), ("1.0", "not a version"), ("0.1.0", "later"), ("1.0.0rc1", "not a version")],
+    [
+        ("0.0.1", "later"),
+        ("1.0", "not a version"),
+        ("0.1.0", "later"),
+        ("1.0.0rc1", "not a version"),
+        ("09.0.0", "not a version"),
+        ("٩.٠.٠", "not a version"),
+        ("9.0.0", "Nothing has changed"),
+    ],
 )
-def test_no_version_but_a_later_one(tree: Path, version: str, said: str) -> None:
+def test_a_release_that_is_refused_changes_nothing(tree: Path, version: str, said: str) -> None:
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tree.parent.rglob("*") if path.is_file()}
+
+    before = files()
     with pytest.raises(schema.ReleaseError, match=said):
         release.release(version)
+    assert files() == before
+
+
+def test_a_file_that_the_config_does_not_name_is_found_before_its_objects_are_dropped(tree: Path) -> None:
+    added = tree / "schemas" / "tables" / "added.sql"
+    added.write_text("create table autotag.added (id integer);\n")
+    with pytest.raises(schema.ReleaseError, match=r"schemas/tables/added\.sql: name each file"):
+        release.write()
+    added.unlink()
+    change(tree / "config.toml", '  "./schemas/views/metrics.sql",\n', "")
+    with pytest.raises(schema.ReleaseError, match=r"schemas/views/metrics\.sql: name each file"):
+        release.differences()
+
+
+def test_an_object_is_defined_once(tree: Path) -> None:
+    cron, status = tree / "schemas" / "cron.sql", tree / "schemas" / "views" / "status.sql"
+    status.write_text(status.read_text() + cron.read_text())
+    with pytest.raises(schema.ReleaseError, match=r"Defined more than once: .*autotag\.tick"):
+        release.write()
+
+
+def test_a_step_alone_is_a_migration(tree: Path) -> None:
+    """A repair of data changes no object."""
+    (tree / "schemas" / "changes.sql").write_text("update autotag.settings set lease = lease where id;\n")
+    [path] = release.write()
+    assert "set lease = lease" in path.read_text()
+    assert release.release("9.0.0")
+    assert release.differences() == []
 
 
 def test_a_changed_table_needs_a_step(tree: Path) -> None:
@@ -136,6 +228,43 @@ def test_a_changed_table_needs_a_step(tree: Path) -> None:
     )
     with pytest.raises(schema.ReleaseError, match=r"(?s)changes\.sql.*errors\.sql: create table autotag\.error_kinds"):
         release.write()
+
+
+STEPS = "alter table autotag.error_kinds add column if not exists more integer;  -- jobs\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "missing"),
+    [
+        ("tables/jobs.sql", r"(?m)^create index jobs_\w+ [^;]*;", "", "removed from tables/jobs.sql: create index jobs_"),
+        ("tables/jobs.sql", r"create table autotag.jobs \(", "create table autotag.jobs (more integer,",
+         "tables/jobs.sql: create table autotag.jobs"),
+        ("host/baseline.sql", r"create table public.assets \(", "create table public.assets (more integer,", "baseline"),
+    ],
+)  # fmt: skip
+def test_each_changed_object_needs_a_step_of_its_own(tree: Path, file: str, old: str, new: str, missing: str) -> None:
+    (tree / "schemas" / "changes.sql").write_text(STEPS)
+    change(
+        tree / "schemas" / "tables" / "errors.sql",
+        "  meaning text not null,",
+        "  meaning text not null,\n  more integer,",
+    )
+    release.write()
+    path = tree / "schemas" / file
+    text, changes = re.subn(old, new, path.read_text(), count=1)
+    assert changes
+    path.write_text(text)
+    with pytest.raises(schema.ReleaseError, match=missing):
+        release.write()
+
+
+def test_a_function_whose_parameter_has_another_name_is_dropped_first(tree: Path) -> None:
+    """Postgres refuses to replace it."""
+    change(tree / "schemas" / "basics" / "clock.sql", "function autotag.real_epoch(p_time timestamptz)",
+           "function autotag.real_epoch(p_when timestamptz)")  # fmt: skip
+    release.write()
+    [path] = tree.glob("migrations/*unreleased*")
+    assert "drop function autotag.real_epoch(timestamptz);" in path.read_text()
 
 
 def test_only_what_has_changed_is_in_a_migration(tree: Path) -> None:
@@ -198,6 +327,26 @@ def test_a_release_brings_an_installation_to_what_the_source_says(
     assert release.differences() == []
     assert not schema._has_statements((tree / "schemas" / "changes.sql").read_text()), "the steps are used up"
     assert '__version__ = "9.0.0"' in (tree.parent / "worker" / "autotag" / "__init__.py").read_text()
+
+
+def test_npm_finds_the_released_client_in_its_workspace(tree: Path) -> None:
+    """With another version in the lock or in a dependency, `npm install` would ask the registry for it."""
+    with next_release(tree, "9.1.0"):
+        root = tree.parent
+    locked = json.loads((root / "package-lock.json").read_text())["packages"]
+    ranges = []
+    for name in NPM_PACKAGES:
+        package = json.loads((root / name).read_text())
+        entry = locked[str(Path(name).parent)]
+        assert entry.get("version") == package.get("version")
+        for kind in ("dependencies", "devDependencies"):
+            assert entry.get(kind) == package.get(kind)
+            ranges += [
+                wanted for dependency, wanted in package.get(kind, {}).items() if dependency == "supabase-autotag"
+            ]
+    assert json.loads((root / "clients/js/package.json").read_text())["version"] == "9.1.0"
+    assert ranges == ["^9.1.0"] * 2
+    assert "npm/supabase-autotag@9.1.0/dist/index.js" in (root / "examples" / "plain" / "app.js").read_text()
 
 
 async def test_an_upgrade_from_the_last_release_with_work_in_flight(

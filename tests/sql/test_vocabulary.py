@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from autotag.tags import normalise
@@ -213,6 +213,8 @@ TEXT = st.text(
         st.sampled_from(list("ac#.%@'()- _!&Ü’*`−❤\u00ad\u034f\u200b\u200d\u200f\ufe0f\t\u0301")), max_size=10
     ).map("".join)
 )
+@example("a\ufe0f#")
+@example(".\ufe0fc")
 def test_the_workers_form_of_a_tag_has_its_key(shared: psycopg.Connection[Any], tag: str) -> None:
     """The model's tag, as the worker reports it, is found under the name that the owner wrote."""
     with shared.transaction(force_rollback=True):

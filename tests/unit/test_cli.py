@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import psycopg
 import psycopg_pool
@@ -18,7 +22,8 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from autotag.cli import errors, usage
+from autotag.cli import app as app_module
+from autotag.cli import errors, questions, usage
 from autotag.cli.app import COMMANDS, app
 from autotag.db import Refused, VersionsDiffer
 from autotag.install.facts import Facts, Table
@@ -43,6 +48,37 @@ def test_a_help_page_says_what_the_command_does_reads_and_returns(name: str) -> 
     assert (name == "worker") or "--json" in shown
 
 
+def test_a_command_starts_without_what_only_others_need() -> None:
+    """Clients that take longer to import than all the rest."""
+    code = "import sys, autotag.cli.app; print(*sorted({'openai', 'httpx', 'aiohttp', 'realtime', 'PIL'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "\n"
+
+
+def test_no_number_of_an_option_is_infinite_or_not_a_number() -> None:
+    """nan would be a spending limit that nothing exceeds."""
+    options = [
+        (command.__name__, "--" + name.replace("_", "-"))
+        for commands in COMMANDS.values()
+        for command, _ in commands
+        for name, hint in get_type_hints(command, include_extras=True).items()
+        if name != "return" and float in get_args(get_args(hint)[0])
+    ]
+    assert {option for _, option in options} == {"--spending-limit", "--min-confidence"}
+    more = {"profile": ["set", "--all"]}
+    for command, option in options:
+        for number in ("nan", "inf", "-inf", "-1"):
+            done = CliRunner().invoke(app, [command, *more.get(command, []), f"{option}={number}"])
+            assert (done.exit_code, "Invalid value" in done.stderr) == (2, True), (command, number, done.output)
+
+
+def test_a_spending_limit_is_asked_for_until_it_is_one() -> None:
+    ask = typer.Typer()
+    ask.command()(lambda: typer.echo(f"{questions.ask_spending_limit():g}"))
+    done = CliRunner().invoke(ask, input="nan\n-5\ninf\nten\n12.5\n")
+    assert done.stdout.rstrip().endswith("12.5")
+
+
 @pytest.mark.parametrize("url", ["postgresql://nobody@127.0.0.1:1/x?connect_timeout=1", "://"])
 @pytest.mark.parametrize("command", [name for name in NAMES if name != "worker"])
 def test_with_json_an_error_is_json_too(
@@ -65,6 +101,85 @@ def test_with_json_an_error_is_json_too(
     assert told.keys() == ({"worst", "findings"} if command == "doctor" and url != "://" else {"error"})
     if "error" in told:
         assert f"autotag: {told['error']}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("usage --workspace w --since 2026-13-01", "2026-13-01"),
+        ("usage", "--workspace"),
+        ("usage --workspace w --nothing", "--nothing"),
+        ("nothing", "nothing"),
+        ("--nothing", "--nothing"),
+        ("usage --workspace w --csv", "--csv and --json"),
+        ("usage --workspace w --since 2026-12-02 --until 2026-12-01", "--since is after --until"),
+        *[(f"profile set --all --min-confidence {number}", "--min-confidence") for number in ("nan", "inf", "-inf")],
+        *[
+            (f"{command} --spending-limit {number}", "--spending-limit")
+            for command in ("init", "migrate")
+            for number in ("nan", "inf")
+        ],
+        ("usage --workspace w", "autotag_operator"),
+        ("compare --workspace w --model m", "autotag_operator"),
+        ("status", "autotag_worker"),
+    ],
+)
+def test_wrong_usage_is_said_to_people_and_to_programs(
+    given: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no .env of the developer's
+    names = ("AUTOTAG_DATABASE_URL", "SUPABASE_DB_URL", "DATABASE_URL")
+    done = CliRunner().invoke(app, [*given.split(), "--json"], env=dict.fromkeys(names) | {"TERMINAL_WIDTH": "200"})
+    assert done.exit_code == 2
+    said = json.loads(done.stdout)["error"]
+    assert told in said
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize("command", ["status", "doctor", "worker"])
+def test_a_dotenv_in_another_encoding_is_one_sentence(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("OPENAI_API_KEY=k", "utf-16")
+    done = CliRunner().invoke(app, [command, *(["--json"] if command != "worker" else [])])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "save it again with the encoding UTF-8" in (done.stderr if command == "worker" else done.stdout)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_that_lacks_characters_gets_others(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding))
+    monkeypatch.setattr(app_module, "tame_libraries", lambda: print("✓ done"))
+    with pytest.raises(SystemExit) as ended:
+        app(["--version"])
+    assert ended.value.code == 0
+    assert b"? done" in shown.getvalue()
+
+
+@pytest.mark.parametrize("given", ["--version", "--help", "usage --help", "usage --nothing --json"])
+@pytest.mark.parametrize("full", [True, False])
+def test_output_that_cannot_be_written_is_said(
+    given: str, full: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A full disk in one sentence, and a pipe that nobody reads any more (``autotag … | head``) in none."""
+    reader, writer = (None, "/dev/full") if full else os.pipe()
+    if reader is not None:
+        os.close(reader)
+    file = open(writer, "w", encoding="utf-8")  # noqa: SIM115  closing it can fail
+    monkeypatch.setattr(sys, "stdout", file)
+    with pytest.raises(SystemExit) as ended:
+        app(given.split())
+    sys.stdout.flush()  # as Python does at exit
+    with nullcontext() if full else suppress(BrokenPipeError):
+        file.close()
+    assert ended.value.code == 1
+    said = capsys.readouterr().err.splitlines()
+    wrong = ["--nothing"] if "--nothing" in given else []
+    last = ["cannot be written (No space"] if full else []
+    assert len(said) == len(wrong + last)
+    assert all(part in line for part, line in zip(wrong + last, said, strict=True))
 
 
 def test_every_module_of_a_command_is_one() -> None:
@@ -289,3 +404,17 @@ def test_a_narrow_terminal_gets_fewer_columns_and_whole_ones(
     assert [name for name in gone if name in heads] == []
     assert ("For want of room without" in text) == bool(gone)
     assert {"user", "day", "images", "cost"} <= set(heads)
+
+
+def test_a_full_disk_behind_stderr_takes_nothing_from_stdout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w", encoding="utf-8", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        with pytest.raises(SystemExit) as ended:
+            app(["usage", "--json"])
+        monkeypatch.undo()
+        with suppress(OSError):
+            full.close()
+    assert ended.value.code == 2
+    assert "--workspace" in json.loads(capsys.readouterr().out)["error"]

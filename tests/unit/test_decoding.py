@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from autotag.errors import TaggingError
 from autotag.images import children, decode
-from autotag.images.children import NURSERY, ChildDied, Costly, Decoded, read_answer
+from autotag.images.children import FORK_SERVER, ChildDied, Decoded, TooLarge, read_answer
 from autotag.images.decode import Budget, Decoder
 from autotag.images.files import Download, ImageFile, Space
 from autotag.images.sent import data_url
@@ -36,12 +36,12 @@ async def file_of(data: bytes) -> AsyncIterator[ImageFile]:
         yield download.finish()
 
 
-async def common(decoder: Decoder, data: bytes, tenant: str = "a") -> Decoded | Costly | None:
+async def common(decoder: Decoder, data: bytes, tenant: str = "a") -> Decoded | TooLarge | None:
     async with file_of(data) as file:
         return await decoder.decode(file, 512, tenant)
 
 
-async def alone(decoder: Decoder, data: bytes, tenant: str, first: Costly | None = None) -> Decoded:
+async def alone(decoder: Decoder, data: bytes, tenant: str, first: TooLarge | None = None) -> Decoded:
     async with decoder.heavy_place(tenant), file_of(data) as file:
         return await decoder.decode_alone(file, 512, tenant, first)
 
@@ -52,7 +52,7 @@ async def decoder() -> AsyncIterator[Decoder]:
         yield decoder
 
 
-def is_photo(decoded: Decoded | Costly | None) -> bool:
+def is_photo(decoded: Decoded | TooLarge | None) -> bool:
     return isinstance(decoded, Decoded) and recognise(data_url(decoded.jpeg)).tags[:5] == UPRIGHT
 
 
@@ -91,7 +91,7 @@ async def test_a_file_whose_child_is_killed_is_tried_again(decoder: Decoder) -> 
 
 
 def child_pids() -> list[int]:
-    text = process_of(NURSERY.pid or 0, f"task/{NURSERY.pid}/children")
+    text = process_of(FORK_SERVER.pid or 0, f"task/{FORK_SERVER.pid}/children")
     return [int(pid) for pid in text.split()]
 
 
@@ -100,8 +100,8 @@ async def test_a_child_has_no_secret_no_right_and_no_file_of_the_worker(
 ) -> None:
     await common(decoder, PHOTO)
     [pid] = child_pids()
-    assert NURSERY.pid
-    for process in (NURSERY.pid, pid):
+    assert FORK_SERVER.pid
+    for process in (FORK_SERVER.pid, pid):
         assert dict(pair.split("=") for pair in process_of(process, "environ").split("\0")[:-1]) == children.ENVIRONMENT
         status = dict(line.split(":\t", 1) for line in process_of(process, "status").splitlines() if ":\t" in line)
         assert status["NoNewPrivs"] == "1"
@@ -109,7 +109,7 @@ async def test_a_child_has_no_secret_no_right_and_no_file_of_the_worker(
         for name in ("Max file size", "Max core file size"):
             [line] = [line for line in limits.splitlines() if line.startswith(name)]
             assert line.split()[-3:-1] == ["0", "0"], line
-    assert len(os.listdir(f"/proc/{NURSERY.pid}/task")) == 1, "a fork of a process with threads may hang"
+    assert len(os.listdir(f"/proc/{FORK_SERVER.pid}/task")) == 1, "a fork of a process with threads may hang"
     opened = [os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd")]
     assert [name for name in opened if name != "/dev/null" and not name.startswith("socket:")] == []
     assert len([name for name in opened if name.startswith("socket:")]) == 1, "its line to the worker"
@@ -117,23 +117,23 @@ async def test_a_child_has_no_secret_no_right_and_no_file_of_the_worker(
 
 async def test_the_children_go_on_without_their_nursery_being_there(decoder: Decoder) -> None:
     await common(decoder, PHOTO)
-    assert NURSERY.pid
-    os.kill(NURSERY.pid, signal.SIGKILL)
+    assert FORK_SERVER.pid
+    os.kill(FORK_SERVER.pid, signal.SIGKILL)
     with contextlib.suppress(TaggingError):
         while await common(decoder, PHOTO) is not None:  # noqa: ASYNC110 (the children end with it)
             await asyncio.sleep(0.01)
-    assert is_photo(await common(decoder, PHOTO)), "another nursery, and another child"
+    assert is_photo(await common(decoder, PHOTO)), "another fork server, and another child"
 
 
 async def test_a_large_image_is_decoded_alone_and_what_never_fits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "COMMON_COST", 44_000_000)
+    monkeypatch.setattr(decode, "COMMON_NEED", 44_000_000)
     budget = Budget(10**9, 1_000_000)
     async with Decoder(budget) as decoder:
         large = flat_png(5000, 3000)
         await asyncio.gather(*(common(decoder, PHOTO, tenant) for tenant in "ab"))  # each place has a child
         first = await common(decoder, large)
-        assert isinstance(first, Costly)
-        assert first.cost > budget.common
+        assert isinstance(first, TooLarge)
+        assert first.need > budget.common
         decoder.check(first)
         running = asyncio.create_task(alone(decoder, large, "a", first))
         other = asyncio.create_task(alone(decoder, large, "b", first))
@@ -145,7 +145,7 @@ async def test_a_large_image_is_decoded_alone_and_what_never_fits_is_refused(mon
         assert most <= decode.CHILDREN
         assert (await running).width == (await other).width == 5000
         with pytest.raises(TaggingError, match="AUTOTAG_MEMORY") as caught:
-            decoder.check(Costly(50_000, 50_000, budget.heavy + 1))
+            decoder.check(TooLarge(50_000, 50_000, budget.heavy + 1))
         assert caught.value.code == "image_too_large"
 
 
@@ -157,15 +157,15 @@ async def test_a_file_that_never_fits_says_what_to_do(monkeypatch: pytest.Monkey
     frame = small.index(b"\xff\xc2") + 5  # its height and width
     progressive = small[:frame] + (10_000).to_bytes(2) + (12_000).to_bytes(2) + small[frame + 4 :]
     async with Decoder(budget) as decoder:
-        costly = await common(decoder, progressive)
-        assert isinstance(costly, Costly)
+        too_large = await common(decoder, progressive)
+        assert isinstance(too_large, TooLarge)
         with pytest.raises(TaggingError) as caught:
-            decoder.check(costly)
+            decoder.check(too_large)
     said = caught.value.message
     assert "12000 × 10000 pixels" in said
     assert "Save it as a JPEG that is not progressive, or raise AUTOTAG_MEMORY by " in said
     more = int(re.findall(r"by ([\d,]+) MB", said)[0].replace(",", "")) * 1_000_000
-    Decoder(Budget(512_000_000 + more + 2_000_000, 25_000_000)).check(costly)  # that is enough
+    Decoder(Budget(512_000_000 + more + 2_000_000, 25_000_000)).check(too_large)  # that is enough
 
 
 async def test_a_child_that_uses_more_memory_than_its_image_costs_is_killed(
@@ -173,10 +173,10 @@ async def test_a_child_that_uses_more_memory_than_its_image_costs_is_killed(
 ) -> None:
     """Its headers lie, or a decoder has a bug: the system refuses it the memory, or the worker sees it."""
     monkeypatch.setattr(children, "DATA_MARGIN", 0)
-    monkeypatch.setattr(decode, "COMMON_COST", 0)
+    monkeypatch.setattr(decode, "COMMON_NEED", 0)
     with capture_logs() as logs:
         child = await children.Child.start(1_000_000)
-        child.max_cost = 10**9  # what the worker asks for is more than the process may use
+        child.max_need = 10**9  # what the worker asks for is more than the process may use
         async with file_of(flat_png(6000, 4000)) as file:
             with pytest.raises(ChildDied):
                 await child.decode(file, 512, 10**9, cpu=10, wall=60)
@@ -184,7 +184,7 @@ async def test_a_child_that_uses_more_memory_than_its_image_costs_is_killed(
     assert logs == []
 
 
-ABOUT: dict[str, Any] = {"width": 3, "height": 2, "cost": 1}
+ABOUT: dict[str, Any] = {"width": 3, "height": 2, "need": 1}
 
 
 @pytest.mark.parametrize(

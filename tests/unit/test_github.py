@@ -64,9 +64,10 @@ def test_ci_runs_what_the_readme_says() -> None:
     ci = PARSED["ci.yml"]["jobs"]
     assert [step["run"] for step in ci["lint"]["steps"] if "run" in step] == ["./scripts/lint"]
     assert [step["run"] for step in ci["test"]["steps"] if "run" in step] == ["./scripts/test"]
+    assert next(step["run"] for step in ci["demo"]["steps"] if "run" in step) == "./scripts/demo --json"
     readme = (ROOT / "README.md").read_text()
-    assert "./scripts/lint" in readme
-    assert "./scripts/test" in readme
+    for command in ("./scripts/demo", "./scripts/lint", "./scripts/test", "pip install ."):
+        assert command in readme
 
 
 def test_ci_runs_the_demo_and_the_contract_on_the_real_services() -> None:

@@ -1,5 +1,5 @@
-"""The one rule: the database decides. SQL lives in the migrations and in db/, nowhere else in the product. And the rules
-that keep the Python readable: who may import whom, and how long a function and a module may be."""
+"""The one rule: the database decides. SQL lives in the migrations, in db/ and in install/, nowhere else in the product.
+And the rules that keep the Python readable: who may import whom, and how long a function and a module may be."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "worker" / "autotag"
-# install/ works before there is any function to call: it looks at the project and applies the migrations.
+# install/ reads and writes the project's catalog where autotag's functions are not there yet, or not any more. Only these of
+# its modules have SQL.
 ALLOWED = {
     f"install/{name}.py"
     for name in (
@@ -42,7 +43,7 @@ MODULES = {
     for top, package in ((ROOT / "worker", "autotag"), (ROOT, "lab"), (ROOT, "benchmarks"))
     for path in sorted((top / package).rglob("*.py"))
 }
-FUNCTION_MOST, MODULE_MOST = 50, 400  # lines
+MAX_FUNCTION, MAX_MODULE, MAX_TEST = 50, 400, 60  # lines
 
 
 def sources() -> list[Path]:
@@ -108,6 +109,28 @@ def test_db_calls_functions_only() -> None:
     for statement in statements:
         assert re.search(r"\b(autotag\.\w+|pg_notify)\(", statement), statement
         assert not re.search(r"\bfrom (?!autotag\.\w+\()", statement), statement
+
+
+#: JSON without a type, and a result without one.
+UNTYPED = re.compile(r"\b(?:dict|(?:Mutable)?Mapping)\[[\w\s|]+,\s*Any\]|->\s*(?:Any|Coroutine\[Any, Any, Any\])\s*:")
+
+
+@pytest.mark.parametrize("folder", ["db", "worker"])
+def test_messages_between_worker_and_database_have_types(folder: str) -> None:
+    untyped = [
+        f"{path.name}: {found}"
+        for path in sorted((PACKAGE / folder).glob("*.py"))
+        for found in UNTYPED.findall(path.read_text())
+    ]
+    assert untyped == [], "use a TypedDict or a dataclass, and a reader of db/readers.py"
+
+
+@pytest.mark.parametrize(
+    "code", ["def f(notes: list[dict[str, Any]]): ...", "x = cast('Mapping[str, Any]', y)", "def f() -> Any:"]
+)
+def test_untyped_messages_are_found(code: str) -> None:
+    assert UNTYPED.search(code)
+    assert not UNTYPED.search(code.replace("Any", "object"))
 
 
 def imports(module: str) -> Iterator[tuple[str, bool]]:
@@ -201,19 +224,33 @@ def reason(lines: list[str], number: int) -> bool:
     return above >= 0 and re.match(r"\s*# Long: \w", lines[above]) is not None
 
 
+def long_functions(lines: list[str], most: int, *, decorators: bool) -> Iterator[str]:
+    """Functions of more than ``most`` lines without a reason. A docstring does not count. decorators: they count."""
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            length = node.end_lineno - (first if decorators else node.lineno) + 1
+            if ast.get_docstring(node, clean=False) is not None:
+                length -= (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
+            if length > most and not reason(lines, first):
+                yield f"{node.name}: {length} lines"
+
+
 def test_nothing_is_longer_than_one_can_take_in() -> None:
-    """A docstring does not count. A comment "# Long: why" directly above (of a module: its first line) excuses."""
+    """A comment "# Long: why" directly above (of a module: its first line) excuses."""
     too_long = []
     for module, path in MODULES.items():
         lines = path.read_text().splitlines()
-        if len(lines) > MODULE_MOST and not lines[0].startswith("# Long: "):
+        if len(lines) > MAX_MODULE and not lines[0].startswith("# Long: "):
             too_long.append(f"{module}: {len(lines)} lines")
-        for node in ast.walk(ast.parse("\n".join(lines))):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
-                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-                length = node.end_lineno - first + 1
-                if ast.get_docstring(node, clean=False) is not None:
-                    length -= (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
-                if length > FUNCTION_MOST and not reason(lines, first):
-                    too_long.append(f"{module}.{node.name}: {length} lines")
+        too_long += [f"{module}.{found}" for found in long_functions(lines, MAX_FUNCTION, decorators=True)]
     assert too_long == []
+
+
+def test_no_test_is_longer_than_one_can_take_in() -> None:
+    """The cases of a test, in its decorators, may be many; so may the lines of a module of tests."""
+    assert [
+        f"{path.name}: {found}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for found in long_functions(path.read_text().splitlines(), MAX_TEST, decorators=False)
+    ] == []  # fmt: skip

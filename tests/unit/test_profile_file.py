@@ -60,3 +60,15 @@ def test_a_wrong_call_is_one_sentence(arguments: list[str], advice: str) -> None
     done: Any = CliRunner().invoke(app, ["profile", *arguments])
     assert done.exit_code == 2
     assert advice in done.output
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["min_confidence = inf", "min_confidence = [-inf]", "[[fields]]\nmin = nan", "min_confidence = 2026-01-01"],
+)
+def test_a_file_with_what_json_lacks_changes_nothing(content: str, tmp_path: Path) -> None:
+    (tmp_path / "p.toml").write_text(content)
+    done = CliRunner().invoke(app, ["profile", "set", "--all", "--file", str(tmp_path / "p.toml")])
+    assert done.exit_code == 2
+    assert "cannot be read as a profile" in done.output
+    assert isinstance(done.exception, SystemExit)

@@ -14,12 +14,13 @@ import psycopg
 import pytest
 import structlog
 from openai.types import Batch
+from pydantic import SecretStr, ValidationError
 from typer.testing import CliRunner
 
 from autotag import redact
 from autotag.cli import app as cli
 from autotag.cli.console import fail
-from autotag.config import DoctorSettings, SettingsError, load_settings, read_connection
+from autotag.config import DoctorSettings, Settings, SettingsError, load_settings, read_connection
 from autotag.db import connections
 from autotag.images.storage import read_reply
 from autotag.openai.classify import classify_status
@@ -191,3 +192,23 @@ def test_a_file_holds_the_connection_string(monkeypatch: pytest.MonkeyPatch, tmp
         assert "names a file that cannot be read (No such file or directory)" in done.output
     with pytest.raises(SettingsError, match="DATABASE_URL is wrong: names a file"):
         load_settings(DoctorSettings)
+
+
+class MoreSettings(Settings):
+    """With secrets that only a later version has."""
+
+    next_key: SecretStr | None = None
+    other_key: SecretStr = SecretStr("")
+
+
+def test_every_secret_of_the_settings_is_removed_and_may_be_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text(f"{KEY}-in-a-file\n")
+    MoreSettings(
+        database_url="postgresql://127.0.0.1/postgres", openai_api_key="sk-1", supabase_secret_key=f"{KEY}-known",
+        next_key=f"@{file}", other_key=f" {KEY}-pasted ",
+    )  # type: ignore[arg-type]  # fmt: skip
+    for secret in (f"{KEY}-in-a-file", f"{KEY}-pasted", f"{KEY}-known"):
+        assert redact.redact(f"<{secret}>") == f"<{HIDDEN}>"
+    with pytest.raises(ValidationError, match="paste it again"):
+        MoreSettings(database_url="postgresql://127.0.0.1/postgres", openai_api_key="sk-1", next_key="a b")  # type: ignore[arg-type]

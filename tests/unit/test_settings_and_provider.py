@@ -12,14 +12,14 @@ import aiohttp
 import httpx2
 import pytest
 
-from autotag.config import SettingsError, load_settings
+from autotag.config import DoctorSettings, SettingsError, load_settings
 from autotag.errors import TaggingError
 from autotag.openai import http
 from autotag.openai.classify import classify_status
 from autotag.openai.errors import classified_errors
 from autotag.openai.headers import read_limits
 from autotag.redact import redact
-from autotag.waits import retry_after
+from autotag.waits import backoff, retry_after
 from support import PATIENCE
 
 WEBHOOK_SECRET = "whsec_c2l4dGVlbiBieXRlcyBvciBtb3Jl"
@@ -60,6 +60,25 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ({"AUTOTAG_MEMORY": "100"}, "AUTOTAG_MEMORY is wrong: Input should be greater than or equal to 300"),
         ({"AUTOTAG_IMAGE_MAX_BYTES": "400000000"}, "AUTOTAG_MEMORY (512 MB) is too small for files of"),
         ({"AUTOTAG_IMAGE_MAX_PIXELS": "1"}, "AUTOTAG_IMAGE_MAX_PIXELS is gone: what is limited is not"),
+        *[
+            ({f"AUTOTAG_{name}": number}, f"AUTOTAG_{name} is wrong")
+            for name in ("CALL_TIMEOUT", "STOP_DEADLINE", "POLL_INTERVAL")
+            for number in ("nan", "inf")
+        ],
+        *[
+            ({"AUTOTAG_IMAGE_HOSTS": f"a.example.com,{host}"}, "AUTOTAG_IMAGE_HOSTS is wrong: ")
+            for host in (
+                "http://x y",
+                "https://x.example",
+                "x.example/a",
+                "x:443",
+                "*.example.com",
+                "a..b",
+                "me@x",
+                "::::",
+                "dead:443:",
+            )
+        ],
         ({"AUTOTAG_HTTP": "8080"}, "AUTOTAG_HTTP is wrong: must be HOST:PORT"),
         ({"AUTOTAG_HTTP": "0.0.0.0:65536"}, "AUTOTAG_HTTP is wrong: must be HOST:PORT"),
         ({"AUTOTAG_WEBHOOK": ":"}, "AUTOTAG_WEBHOOK is wrong: must be HOST:PORT"),
@@ -272,3 +291,16 @@ def test_the_form_of_a_connection_string_is_legible_in_the_log(monkeypatch: pyte
     with pytest.raises(SettingsError) as caught:
         load_settings()
     assert "***" not in redact(str(caught.value))
+
+
+def test_hosts_of_every_language_and_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = ("images.example.com", "X_1.example.", "भारत.example", "bücher.de", "localhost", "10.0.0.1", "2001:db8::1")
+    monkeypatch.setenv("AUTOTAG_IMAGE_HOSTS", ", ".join([*hosts, "[::1]"]))
+    assert load_settings(DoctorSettings, database_url="postgresql://x@y/z").image_hosts == {
+        *(host.lower() for host in hosts), "::1",
+    }  # fmt: skip
+
+
+def test_waits_double_up_to_a_limit_however_often_something_fails() -> None:
+    """A table that is locked for three hours is tried a thousand times, and 2.0 ** 1024 is no number."""
+    assert [backoff(0.5, 10.0, failures) for failures in (1, 2, 3, 6, 5000)] == [0.5, 1.0, 2.0, 10.0, 10.0]

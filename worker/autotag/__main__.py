@@ -9,8 +9,8 @@ import typer
 
 
 def load() -> typer.Typer:
-    """Imports the command's application. Garbage collection is off during the imports, because it took a third of the
-    start-up time."""
+    """Imports the command's application. Garbage collection is off during the imports, because it would take a third of
+    the start-up time."""
     gc.disable()
     from autotag.cli.app import app
 
@@ -20,7 +20,7 @@ def load() -> typer.Typer:
 
 
 def main() -> None:
-    """Runs the command. Ctrl-C during the imports ends it as at any other time."""
+    """Runs the command. Ctrl-C works during the imports, too."""
     try:
         command = load()
     except KeyboardInterrupt:

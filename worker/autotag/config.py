@@ -11,19 +11,32 @@ import binascii
 import os
 import re
 import string
-from typing import Annotated, Any, Literal, Self, TypeVar
+from ipaddress import IPv6Address
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
-from pydantic import AliasChoices, Field, PostgresDsn, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    Field,
+    PostgresDsn,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from autotag import connection_string
 from autotag.redact import remember, remember_connection
+from autotag.texts import printable
 
-#: Characters that are often pasted along with a key or URL: white space, quotes, and invisible characters.
+#: Characters that people often paste together with a key or URL: white space, quotes, and invisible characters.
 PASTED = string.whitespace + "\u00a0\u200b\ufeff" + "\"'`“”‘’"
 MIN_WEBHOOK_KEY = 16  # bytes; OpenAI's keys are longer
 MIN_MEMORY = 250  # MB beside the largest file
+#: In no host name, whatever its language.
+NO_HOST = re.compile(r"""[\s/@:*?#"'`\\\[\]]|^\.|\.\.""")
 #: Variables of earlier versions, and what to do instead.
 GONE = {
     "AUTOTAG_IMAGE_MAX_PIXELS": "what is limited is not an image's pixels any more, but what decoding them takes; it "
@@ -62,7 +75,11 @@ def read_connection(value: str) -> str:
 class Settings(BaseSettings):
     """Settings of one worker process. Fields without an alias are read from ``AUTOTAG_<NAME>``."""
 
-    model_config = SettingsConfigDict(env_prefix="AUTOTAG_", env_file=".env", extra="ignore", populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_prefix="AUTOTAG_", env_file=".env", env_file_encoding="utf-8-sig", extra="ignore", populate_by_name=True,
+        allow_inf_nan=False,
+    )  # fmt: skip
+    role: ClassVar[str] = "autotag_worker"  # granted to the database's login
 
     database_url: PostgresDsn = Field(
         validation_alias=AliasChoices("AUTOTAG_DATABASE_URL", "SUPABASE_DB_URL", "DATABASE_URL"),
@@ -126,29 +143,29 @@ class Settings(BaseSettings):
     def _strip_pasted(cls, value: object) -> object:
         return value.strip(PASTED) if isinstance(value, str) else value
 
-    @field_validator("database_url", "openai_api_key", "supabase_secret_key", "openai_webhook_secret", mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _read_secrets(cls, value: object) -> object:
-        return read_secret(value) if isinstance(value, str) else value
+    def _read_secrets(cls, value: object, info: ValidationInfo) -> object:
+        secret = info.field_name == "database_url" or _is_secret(cls, info)
+        return read_secret(value) if secret and isinstance(value, str) else value
 
     @field_validator("database_url", mode="before")
     @classmethod
     def _of_postgres(cls, value: object) -> object:
-        """Before pydantic, whose messages name drivers that this program does not have."""
+        """Runs before pydantic's own validation, whose messages name drivers that this program does not have."""
         if isinstance(value, str):
             value = read_connection(value)
         return value
 
     def model_post_init(self, context: Any, /) -> None:
         """Registers the secrets, so that `redact` removes them from all messages."""
-        secrets = (self.openai_api_key, self.supabase_secret_key, self.openai_webhook_secret)
-        remember(*(secret.get_secret_value() for secret in secrets if secret))
+        remember(*(value.get_secret_value() for _, value in self if isinstance(value, SecretStr)))
         remember_connection(str(self.database_url))
 
-    @field_validator("openai_api_key", "supabase_secret_key", "openai_webhook_secret")
+    @field_validator("*")
     @classmethod
-    def _check_secrets(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not re.fullmatch(r"[!-~]*", value.get_secret_value()):
+    def _check_secrets(cls, value: object) -> object:
+        if isinstance(value, SecretStr) and not re.fullmatch(r"[!-~]*", value.get_secret_value()):
             raise ValueError(
                 "contains a blank, a line break or another character that keys do not have; paste it again"
             )
@@ -160,6 +177,16 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return frozenset(host.strip().lower() for host in value.split(",") if host.strip())
         return value
+
+    @field_validator("image_hosts")
+    @classmethod
+    def _check_hosts(cls, value: frozenset[str]) -> frozenset[str]:
+        wrong = next((host for host in sorted(value) if NO_HOST.search(host) and not _is_ipv6(host)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{printable(wrong, 100)} is not a host name; write it like images.example.com, without https://"
+            )
+        return frozenset(host.strip("[]") for host in value)  # a URL has an IPv6 address in brackets
 
     @field_validator("openai_base_url", "supabase_url")
     @classmethod
@@ -225,6 +252,26 @@ class DoctorSettings(Settings):
         return self
 
 
+def _is_ipv6(host: str) -> bool:
+    try:
+        IPv6Address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
+
+
+class OperatorSettings(DoctorSettings):
+    """`DoctorSettings` for the commands that a worker's login may not run."""
+
+    role = "autotag_operator"
+
+
+class CompareSettings(Settings):
+    """`Settings` for ``autotag compare``, which a worker's login may not run either."""
+
+    role = "autotag_operator"
+
+
 def webhook_problem(settings: Settings) -> str | None:
     """One sentence, without a full stop, about webhook settings that are insecure or incomplete; None if they are fine.
 
@@ -254,6 +301,11 @@ def _is_webhook_secret(text: str) -> bool:
         return False
 
 
+def _is_secret(kind: type[Settings], info: ValidationInfo) -> bool:
+    annotation = kind.model_fields[info.field_name or ""].annotation
+    return SecretStr in (annotation, *get_args(annotation))
+
+
 class SettingsError(Exception):
     """A setting is missing or wrong. The message is one sentence for the operator."""
 
@@ -276,9 +328,17 @@ def load_settings(kind: type[S] = Settings, **changes: Any) -> S:  # type: ignor
             raise SettingsError(f"{name} is gone: {instead}.")
     try:
         return kind(**changes)
+    except UnicodeDecodeError:
+        raise SettingsError(
+            "The file .env is not UTF-8 (PowerShell often writes UTF-16); save it again with the encoding UTF-8."
+        ) from None
+    except OSError as error:
+        raise SettingsError(
+            f"The file .env cannot be read ({error.strerror}); make it readable, or move it away."
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
-        if not first["loc"]:  # an error of several settings together: its message is complete
+        if not first["loc"]:  # the error is about several settings, and its message is complete
             raise SettingsError(f"{first['msg'].removeprefix('Value error, ')}.") from None
         location = str(first["loc"][0])
         for key, field in Settings.model_fields.items():
@@ -286,7 +346,7 @@ def load_settings(kind: type[S] = Settings, **changes: Any) -> S:  # type: ignor
             if location in (key, *names):
                 # Name the variable that is set, or else the usual one, which is last.
                 name = next((n for n in names if n in os.environ), names[-1])
-                meaning = f" ({field.description})"
+                meaning = f" ({field.description})".replace(Settings.role, kind.role)
                 break
         else:
             name, meaning = location, ""

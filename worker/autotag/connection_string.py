@@ -1,4 +1,4 @@
-"""Connection strings as people paste them: of ORMs, of other drivers, with a password that nobody has encoded."""
+"""Reads connection strings as people paste them: those of ORMs and other drivers, and with unencoded passwords."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import Conninfo
 
-#: What Prisma, SQLAlchemy, JDBC, node-postgres, asyncpg, Npgsql and Supabase's own clients add, and libpq refuses.
-#: None of it matters here: the worker finds out itself whether a pooler is in between.
+#: Parameters of Prisma, SQLAlchemy, JDBC, node-postgres, asyncpg, Npgsql and Supabase's own clients that libpq refuses.
+#: They can be dropped: the worker itself finds out whether it connects through a pooler.
 OF_OTHER_CLIENTS = frozenset({
     "pgbouncer", "connection_limit", "pool_timeout", "socket_timeout", "schema", "schemas", "sslaccept",
     "sslidentity", "statement_cache_size", "pool_size", "max_pool_size", "min_pool_size", "max_overflow",
@@ -21,10 +21,10 @@ OF_OTHER_CLIENTS = frozenset({
     "default_pool_size", "statement_timeout", "lock_timeout", "query_timeout", "idle_in_transaction_session_timeout",
     "rewritebatchedinserts", "defaultrowfetchsize", "loadbalancehosts",
 })  # fmt: skip
-#: Also Elixir's and Django's names of Postgres.
+#: Schemes of URLs, including Elixir's and Django's names for Postgres.
 _NAME = r"(?:jdbc:)?(?:postgres(?:ql)?(?:\+\w+)?|ecto|postgis):"
 _SCHEME = re.compile(rf"{_NAME}//", re.IGNORECASE)
-#: What is pasted along with it: psql, an option, the name of a variable; and what ends it.
+#: Text that is pasted together with the string: psql, an option or the name of a variable before it, a quote after it.
 _IN_FRONT = re.compile(
     rf"^(?:(?:export|set)\s+|\$env:)?(?:(?!jdbc:)\w+[\"']?\s*[=:]\s*|(?:psql\s+)?(?:--?[a-z-]+[=\s]\s*)?)[\"'`]?(?={_NAME})",
     re.IGNORECASE,
@@ -36,7 +36,7 @@ _AFTER_USER = re.compile(rf"(?P<hosts>{_HOST}(?:,{_HOST})*)(?:/(?P<database>[^/?
 _PLACEHOLDER = re.compile(
     r"[\[<{(]+\s*(?:your|my|the|db|database|project)?[\s_-]*(?:password|pass|ref|project[\s_-]?ref|region|host|user)[^\]>})]*[\]>})]+"
     r"|your[_-]?(?:db[_-]?)?password|\$\{?\w*password\w*\}?", re.IGNORECASE)  # fmt: skip
-#: The names of .NET (Npgsql), which Supabase's dashboard shows, too -> libpq's.
+#: Keywords of .NET (Npgsql), which Supabase's dashboard also shows -> keywords of libpq.
 _OF_NPGSQL = {
     "host": "host", "server": "host", "port": "port", "database": "dbname", "db": "dbname", "username": "user",
     "userid": "user", "user": "user", "uid": "user", "password": "password", "pwd": "password", "sslmode": "sslmode",
@@ -47,17 +47,18 @@ _DIRECT_HOST = re.compile(r"\bdb\.([a-z0-9]{8,40})\.supabase\.(?:co|in|red|com)\
 _NO_ROUTE = ("network is unreachable", "no route to host", "name or service not known", "no address associated",
              "resolve host", "nodename nor servname", "cannot assign requested address", "name resolution")  # fmt: skip
 URL_FORM = (
-    # Not written as one URL, because the log replaces passwords in URLs by ***.
+    # This is not written as one URL, because the log replaces passwords in URLs by ***.
     "cannot be read as a connection string: postgresql:// and then user:password @ host:port/database without blanks"
 )
 
 
 def read(value: str) -> str:
-    """A connection string as a URL that libpq reads as it was meant.
+    """Converts a connection string to a URL that libpq understands.
 
     Args:
-        value: a URL with any of the usual schemes, or libpq's ``host=… user=…``. The password may be encoded or not: it
-            is taken as it is if it contains a character that would have been encoded, or a ``%`` that encodes nothing.
+        value: a URL with any of the usual schemes, or libpq's ``host=… user=…``. The password may be encoded or not. It
+            counts as unencoded if it contains a character that encoding would have replaced, or a ``%`` that encodes
+            nothing.
 
     Raises:
         ValueError: says what to change. The message continues a sentence and contains no part of a password.
@@ -74,7 +75,7 @@ def read(value: str) -> str:
     database, _, more = (after["database"] or "").partition("&")  # x&pgbouncer=true: no `?` in front
     query = "&".join(filter(None, (more, after["query"])))
     if not scheme[0].lower().startswith("jdbc:"):
-        query = query.replace("+", "%2B")  # a blank in Java alone
+        query = query.replace("+", "%2B")  # only Java reads a plus as a blank
     parts = dict(_parameters(query))
     user = user if user is not None else parts.pop("user", None)
     password = password if password is not None else parts.pop("password", None)
@@ -87,14 +88,14 @@ def read(value: str) -> str:
 
 
 def _refuse_placeholders(password: str | None, *others: str | None) -> None:
-    """Raises ValueError if a part is not filled in yet. A password may contain what looks like a placeholder."""
+    """Raises ValueError if a part is still a placeholder. A password may contain text that only looks like one."""
     found = [_PLACEHOLDER.fullmatch(password or ""), *(_PLACEHOLDER.search(part or "") for part in others)]
     for placeholder in filter(None, found):
         raise ValueError(f"still has the placeholder {placeholder[0]}; put the real value in its place")
 
 
 def how_to_reach(reason: str) -> str:
-    """What to do about a database that cannot be reached; ``reason``: libpq's message. It continues a sentence.
+    """Advice for a database that cannot be reached; it continues a sentence. ``reason``: libpq's message.
 
     A project's direct host has only an IPv6 address, unless its owner has bought an IPv4 one (Supabase's docs, "Connect
     to your database"), and many networks have no IPv6.
@@ -110,7 +111,8 @@ def how_to_reach(reason: str) -> str:
 
 
 def _split(rest: str) -> tuple[str | None, str | None, dict[str, str | None]]:
-    """User, password, and the parts of what follows them. The password ends at the last @ that a host can follow."""
+    """User, password, and the parts of the rest. The password ends at the last @ that is followed by a possible
+    host."""
     at = len(rest)
     while (at := rest.rfind("@", 0, at)) >= 0:
         if after := _AFTER_USER.fullmatch(rest[at + 1 :]):
@@ -124,14 +126,14 @@ def _split(rest: str) -> tuple[str | None, str | None, dict[str, str | None]]:
 
 
 def _decode(text: str) -> str:
-    """A user or password without its encoding, if it has one."""
+    """A user or password, decoded if it is encoded."""
     if re.search(r"[@/?#\[\]{}|\\^<>\"`]", text) or not _WHOLE_ESCAPES.fullmatch(text):
         return text
     return unquote(text)
 
 
 def _parameters(query: str) -> list[tuple[str, str]]:
-    """The parameters that libpq has."""
+    """The parameters that libpq supports."""
     keywords = [option.keyword.decode() for option in Conninfo.get_defaults()]
     known = {keyword.replace("_", ""): keyword for keyword in keywords}  # also applicationName, as Java writes it
     kept: dict[str, str] = {}
@@ -153,7 +155,8 @@ def _parameters(query: str) -> list[tuple[str, str]]:
 
 
 def _of_npgsql(value: str) -> str:
-    """The form of .NET (``Host=…;Username=…;Password=…``) in that of libpq. What only its driver knows is left out."""
+    """Converts .NET's form (``Host=…;Username=…;Password=…``) to libpq's. Keywords that only .NET's driver has are
+    dropped."""
     parts: dict[str, str] = {}
     for name, text in re.findall(r"\s*([^=;]+?)\s*=\s*(\"(?:[^\"]|\"\")*\"|'(?:[^']|'')*'|[^;]*)", value):
         keyword = _OF_NPGSQL.get(name.lower().replace(" ", ""))
@@ -167,7 +170,7 @@ def _of_npgsql(value: str) -> str:
 
 
 def _of_keywords(value: str) -> str:
-    """The URL of libpq's other form: ``host=… port=… dbname=… user=… password=…``."""
+    """Converts libpq's other form (``host=… port=… dbname=… user=… password=…``) to a URL."""
     if "://" in value or "=" not in value:
         raise ValueError("must start with postgresql:// (in Supabase's dashboard: Connect, then Session pooler)")
     if _NPGSQL.match(value):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:  # a decoding process imports this module, and must not import the database's client
+if TYPE_CHECKING:  # decoding processes import this module, and must not import the database's client
     from autotag.db.messages import ErrorReport, Kind, Limits, Origin
 
 
@@ -17,7 +17,7 @@ class Consequence(NamedTuple):
 
     Attributes:
         counts: the error counts as a failure of its image.
-        delays: the image is delayed before its next try.
+        delays: the image waits before its next try.
         pauses: tagging is paused until one image succeeds.
         ends: the image fails, unless ``retry`` is set.
         suspects: codes that may be caused by the image itself, so they also count as failures of the image.
@@ -48,15 +48,15 @@ class TaggingError(Exception):
             it), ``account`` (key, credit, model, address or unsupported request: tagging is paused until an image
             succeeds), ``image`` (only this image is affected).
         code: stable name of the error, for programs.
-        message: a sentence for the user who uploaded the image; for kind ``account``, for the operator.
+        message: a sentence for the user who uploaded the image; for the kind ``account``, a sentence for the operator.
         retry: for kind ``image``: another answer may be usable.
         retry_after: seconds to wait, if the provider sent them.
         limits: the provider's rate limits from the answer's headers (`headers.read_limits`).
         origin: where the error comes from.
         parameter: the part of the request that the provider does not support: ``token_cap``, ``reasoning_effort``,
             ``response_format``, ``detail``, ``service_tier`` or ``expires_after``.
-        about_request: the provider refuses what this request asks (its length, its schema, a parameter), which another
-            request need not share. False: key, credit, model, address.
+        about_request: the provider refuses something about this request (its length, its schema, a parameter), so it
+            may accept other requests. False: the error is about key, credit, model or address.
         status: HTTP status of the answer; None without an answer.
     """
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from decimal import ROUND_HALF_EVEN, Decimal
 
 DECIMALS = 8  # a token costs at least 0.00000001 dollars
-MAX_NAMED_MODELS = 3  # models without a price that are named in one line
+MAX_NAMED_MODELS = 3  # models without a price that one line names
 
 Amount = Decimal | float | int
 

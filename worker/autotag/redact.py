@@ -24,7 +24,7 @@ MIN_SECRET_LENGTH = 8  # characters; shorter ones ("none", "test") also occur as
 PUBLIC = frozenset({"postgres"})  # password of every local Supabase stack, and a common word in messages
 MAX_LOGGED = 2000  # characters of one text in a log line
 MAX_TRACEBACK = 20_000  # characters of a traceback in a log line
-MAX_READ = 100_000  # characters that are searched; callers keep far less
+MAX_READ = 100_000  # characters that are searched for secrets; callers keep far fewer
 
 #: Texts that look like secrets. Repetitions are bounded, so that matching takes linear time.
 _PATTERNS = (

@@ -10,13 +10,13 @@ from typing import Any
 
 MAX_SHOWN = 500  # characters of an untrusted text that are shown
 JOINERS = "\u200c\u200d"  # zero-width joiners: Persian and many emojis need them; harmless in a terminal
-#: Scripts in which a joiner between two letters changes what a reader sees, and emojis (``autotag.joined``).
+#: Emojis, and scripts in which a joiner between two letters changes what a reader sees (``autotag.joined``).
 JOINED = (
     r"[\u0600-\u0dff\u0f00-\u10ff\u1200-\u1cff\u2190-\u2bff\ua800-\ua95f\ua980-\uabff\ufb50-\ufdff\ufe0f\ufe70-\ufefc"
     r"\U00010800-\U0001ffff]"
 )
 _IDLE_JOINER = re.compile(rf"(?<!{JOINED})[{JOINERS}]|[{JOINERS}](?!{JOINED})")
-#: Letters and marks that nobody sees: fillers and the like.
+#: Letters and marks that are invisible, such as fillers.
 _FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0"
 #: Characters that start a formula in spreadsheets, also in their full-width forms.
 FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
@@ -26,7 +26,7 @@ def read_json(text: str | bytes) -> Any:
     """Parses JSON from outside.
 
     Raises:
-        ValueError: it is none, or nested so deeply that nobody means it.
+        ValueError: the text is not JSON, or it is nested absurdly deeply.
     """
     try:
         return json.loads(text)
@@ -45,8 +45,8 @@ def clean_text(text: str) -> str:
 
 
 def visible_text(text: str) -> str:
-    """The same for words that people have written: compatible characters stay as they are (½, ﬁ). The database does
-    the same (``autotag.visible_text``)."""
+    """Like `clean_text`, for words that people have written: compatibility characters (½, ﬁ) stay as they are. The
+    database has the same function (``autotag.visible_text``)."""
     visible = "".join(
         " " if c.isspace() else c
         for c in _IDLE_JOINER.sub("", text)
@@ -66,7 +66,7 @@ def printable(text: object, length: int = MAX_SHOWN) -> str:
         length: max characters of the result; a text that was cut off ends in “…”.
     """
     whole = str(text)
-    # Only the beginning is processed, so megabytes of text cost no more than a short text.
+    # Only the beginning is processed, so megabytes of text take no longer than a short text.
     begin = one_line(" ".join(whole[: 4 * length].split()))
     if len(begin) > length or len(whole) > 4 * length:
         return begin[: length - 1] + "…"
@@ -108,6 +108,6 @@ def _escape(character: str) -> str:
 
 
 def name_some(names: Sequence[str], most: int = 20) -> str:
-    """Names for a sentence: at most ``most``, and how many more there are."""
+    """Lists at most ``most`` names for a sentence, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

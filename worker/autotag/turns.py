@@ -1,4 +1,4 @@
-"""A semaphore that many tenants share."""
+"""A fair semaphore for many tenants."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-MAX_REMEMBERED = 1000  # tenants; more are remembered only while they have tasks
+MAX_REMEMBERED = 1000  # tenants that are remembered without having tasks
 
 
 class Turns:
-    """A semaphore whose places go to the tenants in turn, however many of a tenant's tasks wait.
+    """A fair semaphore: tenants get its places in turn, however many tasks of a tenant wait.
 
-    With a plain semaphore one image of a small upload would wait behind all images of a large one. The next place goes
-    to the tenant that has been served least: start-time fair queueing, as in ``autotag.claim``.
+    With a plain semaphore, one image of a small upload would wait behind all images of a large one. Here the next place
+    goes to the tenant that has been served least. This is start-time fair queueing, as in ``autotag.claim``.
     """
 
     def __init__(self, places: int, *, by_time: bool = False, share: bool = False) -> None:
         """
         Args:
-            places: how many tasks may have a place at the same time.
-            by_time: tenants share the time for which they have places, not the number of places. Then a tenant whose
-                tasks are slow delays the others' by one task, not by one task for each of theirs.
-            share: a tenant has at most three quarters of the places, so that its slow tasks never have all of them.
+            places: how many tasks may hold a place at the same time.
+            by_time: tenants share the time during which they hold places, not the number of places. Then a tenant with
+                slow tasks delays other tenants by one of these tasks in all, not by one for each of their own tasks.
+            share: a tenant holds at most three quarters of the places, so that slow tasks of one tenant never hold all
+                of them.
         """
         self._free = places
-        self._most = places - places // 4 if share else places  # places of one tenant
+        self._max = places - places // 4 if share else places  # places of one tenant
         self._taken: dict[str, int] = {}  # places, by tenant
         self._by_time = by_time
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
-        #: What each tenant was served: turns or seconds. One that begins anew begins at the clock.
+        #: How many turns (or seconds) each tenant has been served. A tenant that returns starts at the clock.
         self._served: dict[str, float] = {}
         self._running: dict[str, list[float]] = {}  # times at which a tenant's tasks began
         self._clock = 0.0
@@ -43,7 +44,7 @@ class Turns:
 
     @asynccontextmanager
     async def place(self, tenant: str) -> AsyncIterator[None]:
-        """Waits for a place, and has it for the body."""
+        """Waits for a place, and holds it for the body."""
         await self._take(tenant)
         began = time.monotonic()
         self._running.setdefault(tenant, []).append(began)
@@ -61,18 +62,18 @@ class Turns:
             self._served[tenant] += time.monotonic() - began
 
     async def _take(self, tenant: str) -> None:
-        # who comes back was served meanwhile what the others were
+        # A tenant that returns starts at the clock: it must not catch up on the time in which it had no tasks.
         self._served[tenant] = max(self._served.get(tenant, 0.0), self._clock)
-        if self.free and self._taken.get(tenant, 0) < self._most:
+        if self.free and self._taken.get(tenant, 0) < self._max:
             self._start(tenant)
             return
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(tenant, deque()).append(turn)
-        self._give()  # if all who waited were cancelled
+        self._give()  # needed if all other waiting tasks were cancelled
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # it got the place at the same moment
+            if turn.done() and not turn.cancelled():  # it got a place just before it was cancelled
                 self._leave(tenant)
             raise
 
@@ -94,19 +95,19 @@ class Turns:
             self._served = {t: served for t, served in self._served.items() if served > self._clock or t in active}
 
     def _share(self, tenant: str) -> float:
-        """What the tenant was served, with its running tasks."""
+        """How much the tenant has been served, including its running tasks."""
         running = self._running.get(tenant, ()) if self._by_time else ()
         now = time.monotonic() if running else 0.0
         return self._served[tenant] + sum(now - began for began in running)
 
     def _give(self) -> None:
-        """Gives free places to those who wait: to the tenant that was served least; of equals, to the one that has
-        waited longest."""
-        while self._free and (able := [t for t in self._waiting if self._taken.get(t, 0) < self._most]):
+        """Gives free places to waiting tasks: first to the tenant that was served least, among equals to the one that
+        has waited longest."""
+        while self._free and (able := [t for t in self._waiting if self._taken.get(t, 0) < self._max]):
             tenant = min(able, key=self._share)
             turns = self._waiting.pop(tenant)
             turn = turns.popleft()
-            if not turn.done():  # else its task was cancelled
+            if not turn.done():  # otherwise its task was cancelled
                 self._start(tenant)
                 turn.set_result(None)
             if turns:

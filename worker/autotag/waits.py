@@ -1,4 +1,4 @@
-"""How long a server asks to wait."""
+"""How long to wait: as a server asks, or between tries."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from time import time
 
+MAX_DOUBLINGS = 50  # 2.0 ** 1024 overflows; every limit is reached long before
 MAX_RETRY_AFTER = 3600.0  # seconds; the same limit as autotag.clean_error
 
 
@@ -25,3 +26,8 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         if 0 < seconds < math.inf:
             return min(seconds, MAX_RETRY_AFTER)
     return None
+
+
+def backoff(first: float, longest: float, failures: int) -> float:
+    """Seconds until the next try: ``first`` after one failure, doubled with each further one, at most ``longest``."""
+    return min(longest, first * 2.0 ** min(failures - 1, MAX_DOUBLINGS))

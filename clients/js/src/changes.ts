@@ -2,10 +2,10 @@ import { AutotagError } from './errors.js'
 import { REQUEST_LIMIT, within } from './limit.js'
 
 /**
- * Makes of `fetch` a function to call at every change. It runs one fetch at a time: on a slow line, fetches that overtake or cancel each
- * other never end. What changes during a fetch goes into the next one, as does what a fetch that failed was for; null stands for everything.
- * A fetch that has not ended within `limit` ms has failed; its signal says so. The promise ends with the last fetch, or the first that fails;
- * after one that took too long, the next one begins at once if something has changed meanwhile.
+ * Wraps `fetch` in a function that you call at every change. It runs one fetch at a time, because on a slow connection, fetches that
+ * overtake or cancel each other would never end. Ids that change during a fetch, and the ids of a failed fetch, are in the next one; null
+ * means everything. A fetch that takes longer than `limit` ms fails, and its signal aborts. The promise ends with the last fetch, or with
+ * the first that fails. After a fetch that took too long, the next one begins at once if something has changed meanwhile.
  */
 export function oneAtATime<Id>(
   fetch: (assetIds: Id[] | null, signal: AbortSignal) => Promise<unknown>, limit = REQUEST_LIMIT,

@@ -21,7 +21,7 @@ export class AutotagError extends Error {
 
 export interface RestError { message: string, code?: string | null, hint?: string | null, details?: string | null }
 
-/** The error of PostgREST with autotag's code, which stands in the JSON of `details`. */
+/** PostgREST's error with autotag's code, which is in the JSON of `details`. */
 export function fromRest(error: RestError, status?: number): AutotagError {
   let details: Record<string, unknown> = {}
   try {

@@ -19,8 +19,8 @@ export type {
 export interface AutotagOptions<C extends AnyClient> {
   workspaceId: WorkspaceIdOf<C>
   /**
-   * The token of the user who looks, where supabase-js does not know it: you call `supabase.realtime.setAuth(token)` yourself.
-   * The option `accessToken` of `createClient` and the sessions of `supabase.auth` need nothing here.
+   * The token of the current user. Needed only if supabase-js does not know it, because you call `supabase.realtime.setAuth(token)`
+   * yourself. Leave it out with the option `accessToken` of `createClient` and with sessions of `supabase.auth`.
    */
   accessToken?: (() => Promise<string | null>) | undefined
 }
@@ -34,20 +34,20 @@ export interface Autotag<C extends AnyClient = AnyClient> {
   enqueue(assetIds: readonly AssetIdOf<C>[]): Promise<Enqueued>
   /** Stops an upload. Images that are done stay done. */
   cancel(jobId: string): Promise<Cancelled>
-  /** Makes an upload of the images of another one that have failed. */
+  /** Makes a new upload of the failed images of an upload. */
   retry(jobId: string): Promise<Enqueued>
   /** The workspace's uploads, newest first. */
   jobs(options?: JobsOptions): Promise<Job[]>
   job(jobId: string): Promise<Job>
-  /** How an upload of so many images would be processed. */
+  /** How an upload of this many images would be processed. */
   strategy(imageCount: number): Promise<StrategyPlan>
   /** Usage by user, day, model and tier. Dates are inclusive: '2026-11-01'. */
   usage(period?: { since?: string, until?: string }): Promise<Usage[]>
-  /** Whether so many images could go now. It uses up nothing. */
+  /** Whether the limits allow this many images now. Uses up nothing. */
   peekRateLimit(requestType: RequestType, imageCount: number): Promise<RateLimit>
-  /** Hears of changes until the returned function is called. All parts of a page share one channel. */
+  /** Calls the listener at changes, until the returned function is called. All parts of a page share one channel. */
   subscribe(listener: Listener<AssetIdOf<C>>): () => void
-  /** Joins anew at once: after the app was in the background (React Native), or when a token provider has a new user. */
+  /** Joins again at once: after the app was in the background (React Native), or when a token provider has a new user. */
   reconnect(): Promise<void>
 }
 
@@ -72,7 +72,7 @@ export function createAutotag<C extends AnyClient>(supabase: C, options: Autotag
 
   async function call<T>(name: string, args: Record<string, unknown>): Promise<T> { return await result(supabase.rpc(name, args)) }
 
-  /** A call that changes nothing: it fails when it takes too long. */
+  /** Runs a call that changes nothing. It fails if it takes too long. */
   async function read<T>(name: string, args: Record<string, unknown>): Promise<T> { return await result(answerTo(supabase.rpc(name, args))) }
 
   async function result<T>(answer: PromiseLike<{ data: unknown, error: RestError | null, status: number }>): Promise<T> {
@@ -100,7 +100,7 @@ export function createAutotag<C extends AnyClient>(supabase: C, options: Autotag
     },
     async cancel(jobId) {
       const done = await call<Cancelled>('cancel_tagging', { job_id: jobId })
-      if (live.status !== 'live') live.changed(null, jobId) // otherwise a message tells it
+      if (live.status !== 'live') live.changed(null, jobId) // otherwise a message reports it
       return done
     },
     async retry(jobId) {

@@ -1,9 +1,11 @@
 import { AutotagError } from './errors.js'
 
-/** ms after which a request that only reads has failed. Without a limit, one that never ends would hold up all that wait for it. */
+/** ms after which a read-only request fails. Without a limit, a request that never ends would block all that wait for it. */
 export const REQUEST_LIMIT = 30_000
 
-/** What `run` returns; after `limit` ms an error with the code `timeout`. The signal ends then, and with it a request that has it. */
+/**
+ * The result of `run`, or after `limit` ms an error with the code `timeout`. The signal aborts then, and so does a request that uses it.
+ */
 export async function within<T>(limit: number, who: string, run: (signal: AbortSignal) => PromiseLike<T>): Promise<T> {
   const control = new AbortController()
   let timer: ReturnType<typeof setTimeout> | undefined
@@ -20,7 +22,7 @@ export async function within<T>(limit: number, who: string, run: (signal: AbortS
   }
 }
 
-/** The answer to a query of supabase-js, within the limit. A signal that it has already stays. */
+/** The answer to a query of supabase-js, within the limit. A signal that the query already has is kept. */
 export async function answerTo<T>(query: PromiseLike<T>): Promise<T> {
   const builder = query as { signal?: AbortSignal, abortSignal?: (signal: AbortSignal) => unknown }
   return await within(REQUEST_LIMIT, 'The server', (signal) => {

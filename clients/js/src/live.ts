@@ -3,22 +3,22 @@ import { AutotagError } from './errors.js'
 import { within } from './limit.js'
 import type { AnyClient, BatchComplete, JobComplete, JobProgress, Listener, LiveStatus } from './types.js'
 
-const LINGER = 1_000 // ms between the last listener's end and that of the channel: StrictMode and routes come back
+const LINGER = 1_000 // ms from the end of the last listener to the end of the channel, because StrictMode and routes come back
 const FIRST_DELAY = 1_000 // ms before the channel is joined again; doubled with each failure
 const LONGEST_DELAY = 30_000
 const STEADY = 10_000 // ms after which a subscription counts as a success
-const TOKEN_LIMIT = 10_000 // ms for a token; after that it is asked for once more
+const TOKEN_LIMIT = 10_000 // ms for a token; after that, it is requested again
 const PROVIDER = 'The provider of the access token'
-const MOST_JOBS = 1_000 // whose count is remembered
+const MAX_JOBS = 1_000 // uploads whose count is remembered
 const LONG_HIDDEN = 30_000 // ms in the background after which messages may have been missed
 
-/** The channels of this package: all others of the same topics belong to other parts of a page. */
+/** The channels of this package. All other channels on the same topics belong to other parts of the page. */
 const own = new WeakSet<RealtimeChannel>()
 
 type AccessToken = () => Promise<string | null>
 type Message = { event: string, payload: unknown }
 
-/** Who a token speaks for; null: nobody. A key of the server, which is no user, stands for itself. */
+/** The user of a token; null: nobody. A server key has no user, so it counts as its own. */
 export function userOf(token: string | null | undefined): string | null {
   if (!token || token.startsWith('sb_publishable_')) return null
   try {
@@ -30,7 +30,7 @@ export function userOf(token: string | null | undefined): string | null {
   }
 }
 
-/** Whether it can be the key of a row. A number that JSON has rounded is another row's by now. */
+/** Whether it can be the key of a row. A number that JSON has rounded may be the key of another row. */
 const isId = (id: unknown): boolean => typeof id === 'string' || Number.isSafeInteger(id)
 
 /**
@@ -40,20 +40,20 @@ const isId = (id: unknown): boolean => typeof id === 'string' || Number.isSafeIn
 export class Live<Id = string | number> {
   status: LiveStatus = 'connecting'
   error: AutotagError | null = null
-  /** When the last subscription was complete. Rows that were fetched after it have missed nothing. */
+  /** When the last subscription was complete. Rows that were fetched later have missed no change. */
   liveSince = Infinity
   readonly #listeners = new Set<Listener<Id>>()
   readonly #supabase: AnyClient
   readonly #topic: string
-  /** The newest that was given: one that a component makes knows only the token of its time. */
+  /** The newest function that was given: one from an earlier render knows only an old token. */
   accessToken: AccessToken | undefined
-  /** What caches keep without showing it: forgotten with its user, too. */
+  /** Forgets what caches keep without showing it, when its user signs out. */
   readonly kept = new Map<object, () => void>()
   #channel: RealtimeChannel | null = null
   #left: Promise<unknown> = Promise.resolve()
-  #turn = 0 // of joining; what an earlier turn still reports is not heard
+  #turn = 0 // number of the current join; reports of earlier ones are ignored
   #failures = 0
-  #user: string | null | undefined // undefined: not known yet
+  #user: string | null | undefined // undefined: unknown yet
   #refused: string | null = null // the user whose refusal has been reported
   #timer: ReturnType<typeof setTimeout> | undefined
   #lastListener: ReturnType<typeof setTimeout> | undefined
@@ -61,7 +61,7 @@ export class Live<Id = string | number> {
   #hasAuth = false
   #hiddenAt = 0
   #listsIds = false // the server lists the ids of changed rows
-  readonly #counted = new Map<string, number>() // images of an upload that have ended, as the last message told it
+  readonly #counted = new Map<string, number>() // ended images of each upload, from its last message
   #checked: Promise<unknown> = Promise.resolve()
 
   constructor(supabase: AnyClient, workspaceId: string | number, accessToken?: AccessToken) {
@@ -81,7 +81,7 @@ export class Live<Id = string | number> {
       void this.connect()
     }
     added.onStatus?.(this.status, this.error)
-    if (this.status === 'live') added.onSync?.() // what it shows may be from before it listened
+    if (this.status === 'live') added.onSync?.() // its rows may be older than its subscription
     return () => {
       if (!this.#listeners.delete(added) || this.#listeners.size) return
       clearTimeout(this.#lastListener)
@@ -89,7 +89,7 @@ export class Live<Id = string | number> {
     }
   }
 
-  /** Joins anew with the newest token. */
+  /** Joins again with the newest token. */
   async connect(): Promise<void> {
     this.#leave()
     if (!this.#listeners.size) return
@@ -108,13 +108,14 @@ export class Live<Id = string | number> {
     this.#meet(user)
     if (user === null) {
       this.#say('signed-out')
-      this.#again(this.#hasAuth ? LONGEST_DELAY : this.#delay()) // an event says it; a token provider may not have loaded yet
+      // supabase.auth reports a sign-in with an event; a token provider may just not have loaded yet
+      this.#again(this.#hasAuth ? LONGEST_DELAY : this.#delay())
       return
     }
     if (this.status === 'signed-out') this.#say('connecting')
     const others = this.#supabase.getChannels().filter((channel) => !own.has(channel))
     const channel = this.#supabase.channel(this.#topic, { config: { private: true } })
-    if (others.includes(channel) || channel.state !== 'closed') { // it would be shared, and one part's end be that of both
+    if (others.includes(channel) || channel.state !== 'closed') { // the channel would be shared, and one part would end it for both
       this.#fail(`Another part of this page uses the topic ${this.#topic}.`, 'topic_in_use', 'Let it use subscribe() of supabase-autotag, too.')
       return
     }
@@ -147,7 +148,7 @@ export class Live<Id = string | number> {
 
   #receive(message: Message): void {
     if (this.#hasAuth) return this.#deliver(message)
-    // A token provider sends no event when its user changes, so each message waits for its answer.
+    // A token provider sends no event when its user changes, so ask it before each message.
     const turn = this.#turn
     this.#checked = this.#checked.then(() => this.#token()).then((token) => {
       if (turn !== this.#turn) return
@@ -158,27 +159,27 @@ export class Live<Id = string | number> {
 
   #deliver({ event, payload }: Message): void {
     if (!payload || typeof payload !== 'object') return
-    let told = payload as JobProgress<Id> & BatchComplete
-    const ids: unknown = told.asset_ids
+    let message = payload as JobProgress<Id> & BatchComplete
+    const ids: unknown = message.asset_ids
     this.#listsIds ||= ids !== undefined
-    if (ids != null && !(Array.isArray(ids) && ids.every(isId))) told = { ...told, asset_ids: null, many: true }
-    const counts = event.startsWith('job-') && typeof told.job_id === 'string' && this.#isNewest(event, told)
+    if (ids != null && !(Array.isArray(ids) && ids.every(isId))) message = { ...message, asset_ids: null, many: true }
+    const counts = event.startsWith('job-') && typeof message.job_id === 'string' && this.#isNewest(event, message)
     this.#tell((listener) => {
-      if (event === 'job-progress' && counts) listener.onProgress?.(told)
-      else if (event === 'job-complete' && counts) listener.onJobComplete?.(told as JobComplete<Id>)
-      else if (event === 'batch-complete') listener.onBatchComplete?.(told)
+      if (event === 'job-progress' && counts) listener.onProgress?.(message)
+      else if (event === 'job-complete' && counts) listener.onJobComplete?.(message as JobComplete<Id>)
+      else if (event === 'batch-complete') listener.onBatchComplete?.(message)
     })
-    // The rows of a batch are told by its job's messages, where the server lists ids.
-    if (told.asset_ids === undefined && this.#listsIds && event === 'batch-complete') return
-    if (told.asset_ids?.length !== 0) this.changed(told.asset_ids ?? null, told.job_id ?? null)
+    // If the server lists ids, the messages of the batch's job name its rows.
+    if (message.asset_ids === undefined && this.#listsIds && event === 'batch-complete') return
+    if (message.asset_ids?.length !== 0) this.changed(message.asset_ids ?? null, message.job_id ?? null)
   }
 
-  /** Messages overtake each other: whether none has told more of this upload. Its end is the last one. */
+  /** Whether a message is newer than all earlier ones of its upload, because messages may arrive out of order. The end is the newest. */
   #isNewest(event: string, { job_id, completed, failed }: JobProgress<Id>): boolean {
     const count = event === 'job-complete' ? Infinity : completed + failed
     if (count < this.#counted.get(job_id)!) return false
     this.#counted.set(job_id, count)
-    if (this.#counted.size > MOST_JOBS) this.#counted.delete(this.#counted.keys().next().value!)
+    if (this.#counted.size > MAX_JOBS) this.#counted.delete(this.#counted.keys().next().value!)
     return true
   }
 
@@ -186,7 +187,7 @@ export class Live<Id = string | number> {
     for (const listener of [...this.#listeners]) {
       try {
         say(listener)
-      } catch (error) { // one part of the page must not silence the others
+      } catch (error) { // an error in one part of the page must not stop the others
         setTimeout(() => { throw error })
       }
     }
@@ -223,7 +224,7 @@ export class Live<Id = string | number> {
     })
   }
 
-  /** Takes note of who is signed in. */
+  /** Notes who is signed in. */
   #meet(user: string | null): void {
     const former = this.#user
     this.#user = user
@@ -241,8 +242,8 @@ export class Live<Id = string | number> {
     this.liveSince = Infinity
     const channel = this.#channel
     this.#channel = null
-    this.#checked = Promise.resolve() // a token provider that never answers stops no later channel
-    // A channel that is not quite gone would be handed out again for the same topic.
+    this.#checked = Promise.resolve() // a token provider that never answers must not block later channels
+    // supabase-js would return a channel that is still closing for the same topic.
     if (channel) this.#left = Promise.resolve(this.#supabase.removeChannel(channel)).catch(() => undefined)
   }
 
@@ -259,7 +260,7 @@ export class Live<Id = string | number> {
     else this.#fail(String(error))
   }
 
-  /** Until the next try. */
+  /** ms until the next try. */
   #delay(): number { return Math.min(FIRST_DELAY * 2 ** this.#failures++, LONGEST_DELAY) * (0.75 + Math.random() / 2) }
 
   #refuse(user: string, message: string): void {
@@ -279,7 +280,7 @@ export class Live<Id = string | number> {
     this.#leave()
     this.#stopWatching?.()
     this.#stopWatching = null
-    if (!this.#hasAuth) { // from now on, nobody would tell that the user has changed
+    if (!this.#hasAuth) { // from now on, a change of user would go unnoticed
       this.#user = undefined
       for (const forget of this.kept.values()) forget()
     }
@@ -289,7 +290,7 @@ export class Live<Id = string | number> {
     this.error = null
   }
 
-  // -- what happens around the page
+  // -- events of the page
 
   #offline(): boolean { return globalThis.navigator?.onLine === false }
 
@@ -315,15 +316,15 @@ export class Live<Id = string | number> {
     }
   }
 
-  /** Hears of the user, also when nobody listens to the channel: caches keep rows. */
+  /** Follows changes of the user, even without listeners, because caches keep rows. */
   #watchAuth(): void {
     if (this.#hasAuth || this.accessToken) return
     try {
       this.#supabase.auth.onAuthStateChange((event, session) => {
         if (event === 'INITIAL_SESSION') return // joining reads it
         const user = session?.user.id ?? null
-        const changed = user !== this.#user // also while the first join reads the token: nobody knows whose
-        if (changed) { // at once: what arrives from now on is for nobody
+        const changed = user !== this.#user // also while the first join reads the token, because its user is still unknown
+        if (changed) { // at once, so that nothing is delivered to the former user
           this.#leave()
           this.#meet(user)
           this.#say(user ? 'connecting' : 'signed-out')

@@ -1,6 +1,6 @@
 import type { Stage } from './types.js'
 
-/** The columns of a row that say how far it is. */
+/** The columns of a row that show its tagging state. */
 export interface StageColumns {
   tagging_stage?: string | null
   tagging_progress?: number | null
@@ -8,7 +8,7 @@ export interface StageColumns {
   tagging_error?: string | null
 }
 
-/** Every text of `describeStage`, to translate. */
+/** Every text of `describeStage`, for translations. */
 export interface StageTexts {
   none: string
   queued: string
@@ -43,7 +43,7 @@ export const ENGLISH: StageTexts = {
 }
 
 export interface DescribeOptions {
-  /** Texts in another language; those that are missing are English. */
+  /** Texts in another language. Missing texts are English. */
   texts?: Partial<StageTexts>
   /** The current time. Default: Date.now(). */
   now?: number | Date
@@ -52,9 +52,9 @@ export interface DescribeOptions {
 export interface StageDescription {
   stage: Stage | null
   text: string
-  /** 0 to 1 while the image is being tagged, 1 when it is; null: show no bar. */
+  /** 0 to 1 while the image is being tagged, 1 when it is tagged; null: show no bar. */
   progress: number | null
-  /** The time left, as text; null where there is none to show. */
+  /** The time left as text; null if there is none to show. */
   eta: string | null
   /** The image is being tagged. */
   live: boolean
@@ -72,7 +72,7 @@ export function describeEta(eta: string | null | undefined, options: DescribeOpt
   return minutes < 90 ? texts.minutes(minutes) : texts.hours(Math.round(minutes / 60))
 }
 
-/** What to show for a row: text, progress and time left of every stage, and of none. */
+/** What to show for a row: text, progress and time left, for every stage and for rows without a stage. */
 export function describeStage(row: StageColumns, options: DescribeOptions = {}): StageDescription {
   const texts = { ...ENGLISH, ...options.texts }
   const stage = (row.tagging_stage ?? null) as Stage | null

@@ -20,13 +20,13 @@ export type AssetIdOf<C> = Arguments<DatabaseOf<C>, 'enqueue_tagging'> extends {
 export type WorkspaceIdOf<C> = Arguments<DatabaseOf<C>, 'peek_rate_limit'> extends { workspace_id: infer I }
   ? [I] extends [never] ? string | number : I : string | number
 
-/** What `enqueue` and `retry` return. */
+/** The result of `enqueue` and `retry`. */
 export interface Enqueued {
-  /** The upload. If every image was skipped: the one that they are in; null if they are in several, or in none. */
+  /** The upload. If every image was skipped: the upload that they are in; null if they are in several, or in none. */
   job_id: string | null
   strategy: Strategy | null
   image_count: number
-  /** Images that are being tagged already, or were a moment ago. */
+  /** Images that were skipped, because they are already being tagged, or have just been tagged. */
   skipped: number
   batches: number
   eta: string | null
@@ -59,26 +59,26 @@ export interface Job {
   eta_p90: string | null
   /** The most frequent error, as a sentence. */
   error: string | null
-  /** Why images are processed in another way than their number implies. */
+  /** Why images are not processed in the way that their number implies. */
   fallback: string | null
   batches: Batch[]
   created_at: string
   finished_at: string | null
   cancelled: boolean
-  /** `cancelling`: cancelled, but not over. Older servers do not say it. */
+  /** `cancelling`: cancelled, but not ended yet. Older servers do not have it. */
   status?: JobStatus
 }
 
 export interface JobsOptions {
-  /** Only uploads that are not over. Default: false. */
+  /** Only unfinished uploads. Default: false. */
   onlyLive?: boolean
   /** Uploads that were made before this one's `created_at`, for the next page. */
   before?: string | Date
-  /** At most so many, newest first. */
+  /** At most this many, newest first. */
   limit?: number
 }
 
-/** How an upload of some size would be processed. */
+/** How an upload of a certain size would be processed. */
 export interface StrategyPlan {
   type: Strategy
   chunks: number
@@ -114,16 +114,16 @@ export interface Usage {
 
 interface Told<Id> {
   job_id: string
-  /** Older servers do not say it. */
+  /** Missing on older servers. */
   status?: JobStatus
   completed: number
   failed: number
   image_count: number
   /** The images whose rows have changed; null: too many to list. Missing: an older server. */
   asset_ids?: Id[] | null
-  /** There are too many to list. */
+  /** Whether there are too many to list. */
   many?: boolean
-  /** Added by Realtime: of the message, and of nothing else. */
+  /** The id of the message, added by Realtime. */
   id?: string
 }
 
@@ -133,10 +133,10 @@ export interface JobProgress<Id = string | number> extends Told<Id> {
   eta: string | null
 }
 
-/** Payload of `job-complete`: the upload is over. */
+/** Payload of `job-complete`: the upload has ended. */
 export type JobComplete<Id = string | number> = Told<Id>
 
-/** Payload of `batch-complete`: an OpenAI Batch is over, and its rows are stored. */
+/** Payload of `batch-complete`: an OpenAI Batch has ended, and its rows are stored. */
 export interface BatchComplete {
   batch_id: string | null
   job_id: string
@@ -147,17 +147,17 @@ export interface BatchComplete {
 }
 
 /**
- * Whether messages arrive. `connecting`: not yet, or not any more; it is tried again. `refused`: the user is no member.
+ * Whether messages arrive. `connecting`: not yet, or no longer; the package tries again. `refused`: the user is not a member.
  * `signed-out`: there is no user.
  */
 export type LiveStatus = 'connecting' | 'live' | 'offline' | 'refused' | 'signed-out'
 
-/** What a part of the page wants to hear. */
+/** The callbacks of a part of the page. */
 export interface Listener<Id = string | number> {
   onProgress?(job: JobProgress<Id>): void
   onBatchComplete?(batch: BatchComplete): void
   onJobComplete?(job: JobComplete<Id>): void
-  /** Rows have changed: these, or (null) too many to list. `jobId`: the upload, where one is known. */
+  /** Rows have changed: these, or (null) too many to list. `jobId`: the upload, if it is known. */
   onChange?(assetIds: Id[] | null, jobId: string | null): unknown
   /** Messages may have been missed: fetch what you show. Also called when the first subscription is complete. */
   onSync?(): unknown

@@ -14,7 +14,8 @@ begin
   return session_user <> 'authenticator' and current_setting('role') not in ('anon', 'authenticated');
 end $$;
 
--- Refuses a token that names no user: its claim is not of the type of the users' ids, as where another service signs people in.
+-- Refuses a token that names no user: its claim does not have the type of the users' ids. That happens where another service signs
+-- people in.
 create or replace function autotag.check_caller() returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -40,7 +41,7 @@ begin
   end if;
 end $$;
 
--- The same for a change of what a workspace's images are asked and how they are tagged: its profile and its vocabulary.
+-- The same for a change of a workspace's profile or vocabulary.
 create or replace function autotag.check_editor(p_workspace_id autotag.workspace_id) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -87,5 +88,5 @@ create or replace function autotag.is_own_worker(p_worker uuid) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return exists (select from autotag.workers w where w.id = p_worker and w.login = session_user);
+  return exists (select from autotag.workers wk where wk.id = p_worker and wk.login = session_user);
 end $$;

@@ -13,8 +13,8 @@ begin
     detail = (jsonb_build_object('code', p_code) || p_detail)::text;
 end $$;
 
--- Matches what no printable text has: control, bidirectional and invisible characters, and white space but U+0020. U+200C and U+200D
--- (joiners) count as letters. Planning replaces the call by its value.
+-- Matches characters that a printable text does not have: control, bidirectional and invisible ones, and white space except U+0020.
+-- U+200C and U+200D (joiners) count as letters. Planning replaces the call by its value.
 create or replace function autotag.unprintable() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -67,8 +67,8 @@ begin
   return v_text;
 end $$;
 
--- What is removed from words: the unprintable characters, and what is invisible in other ways (fillers and the like). Planning
--- replaces the call by its value, as that of the next two.
+-- Matches characters that are removed from words: unprintable ones, and fillers and others that nobody sees. Planning replaces the
+-- call by its value, here and in the next two functions.
 create or replace function autotag.invisible() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$ select autotag.unprintable() || '|[\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0]' $$;

@@ -1,13 +1,13 @@
 -- autotag's clock. Tests can change it; all other code reads the time here.
 
 -- How much faster autotag's clock runs than real time: 1, except in tests and benchmarks that compress time
--- (`alter database … set autotag.speed = 10`). Like every function that is called often it is in plpgsql, which keeps its
--- plans; an SQL function that cannot be inlined is planned with every call.
+-- (`alter database … set autotag.speed = 10`). Functions that are called often are in plpgsql, because it keeps their plans.
+-- An SQL function that cannot be inlined is planned again in every call.
 create or replace function autotag.speed() returns double precision
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  -- most often nothing is set, and then settings need not be read: 2 µs instead of 10
+  -- Usually nothing is set. Then it does not read settings, and takes 2 µs instead of 10.
   if coalesce(current_setting('autotag.speed', true), '') = '' or not (select s.test_clock from autotag.settings s) then
     return 1;
   end if;

@@ -5,17 +5,18 @@
 create or replace function autotag.batches_left(p_workspace_id autotag.workspace_id, out batches integer, out window_images integer)
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
-  select (l.max_requests - coalesce(sum(w.requests[i]) filter (where w.admitted_at[i] > autotag.now() - l.length), 0))::integer
+  select (l.max_requests - coalesce(sum(wn.requests[i]) filter (where wn.admitted_at[i] > autotag.now() - l.length), 0))::integer
            - (select count(*)::integer from autotag.batches b where b.workspace_id = p_workspace_id and b.state = 'planned'),
          l.max_units
   from autotag.window_limits(p_workspace_id, 'batch') l
-  left join autotag.windows w on w.workspace_id = p_workspace_id and w.request_type = 'batch'
-  left join lateral generate_subscripts(w.admitted_at, 1) i on true
+  left join autotag.windows wn on wn.workspace_id = p_workspace_id and wn.request_type = 'batch'
+  left join lateral generate_subscripts(wn.admitted_at, 1) i on true
   group by l.max_requests, l.max_units
 $$;
 
--- claim_batches: assigns at most p_slots whole batches to a worker, and the poll of the provider if it is due. p_claim: the number of
--- the claim, as in claim(); called again with the same number it returns the same batches. p_question: the version of the question that the worker has; null: none.
+-- claim_batches: assigns at most p_slots whole batches to a worker, and the poll of the provider if it is due. p_claim: the number
+-- of the claim, as in claim(); a second call with the same number returns the same batches. p_question: the version of the question
+-- that the worker has; null: none.
 --   batches: [{batch, attempt, state, image_count, since, cancelled, openai_batch_id, input_file_id, output_file_id,
 --     error_file_id, keep_files, brief}], in the order to work on them: batches that OpenAI has finished, batches in progress (they hold
 --     queued tokens), the first batch of each upload, the others. If the provider's queue is too short for all of them, the
@@ -26,7 +27,8 @@ $$;
 --   poll: [{id, since}] of all batches in flight if a poll is due, else null.
 --   cancel: ids of those to cancel at OpenAI now (take_cancellations).
 --   files: ids of files to delete at OpenAI (reported with files_deleted).
---   unrecorded: [{id, since}] of batches that are over and may have input files at OpenAI under their names (files_deleted, too).
+--   unrecorded: [{id, since}] of batches that are over and may have input files at OpenAI whose ids nobody recorded. The worker
+--     finds those by the batch's name, deletes them, and reports the batches with files_deleted, too.
 --   question: as in claim().
 --   look_up: name of the model to check at the provider now (provider_checked), else null.
 --   wait: seconds until the next call; null: wait for a notification.
@@ -57,13 +59,13 @@ begin
     wait := 1;  -- its next heartbeat returns false, and it registers again
     return;
   end if;
-  if (select w.batch_claim >= p_claim from autotag.workers w where w.id = p_worker) then
+  if (select wk.batch_claim >= p_claim from autotag.workers wk where wk.id = p_worker) then
     batches := autotag.describe_batches(array(
       select b.id from autotag.batches b where b.worker_id = p_worker and b.claim = p_claim order by b.created_at, b.ordinal));
     wait := 0;
     return;
   end if;
-  update autotag.workers w set batch_claim = p_claim where w.id = p_worker;
+  update autotag.workers wk set batch_claim = p_claim where wk.id = p_worker;
   if autotag.asks_another_provider(p_worker, v_provider) then
     wait := autotag.real_seconds(v_settings.account_probe_interval);
     return;
@@ -93,8 +95,8 @@ begin
     else autotag.real_seconds(autotag.next_batch_claim(v_provider, files <> '[]', v_now) - v_now) end;
 end $$;
 
--- Assigns the poll of the provider to a worker if it is due (claim_batches: poll, cancel, files, unrecorded, look_up). next_poll_at: of the
--- provider's row from now on. Called by claim_batches(), which holds that row and the worker's.
+-- Assigns the poll of the provider to a worker if it is due (claim_batches: poll, cancel, files, unrecorded, look_up). next_poll_at:
+-- the new value in the provider's row. Called by claim_batches(), which holds that row and the worker's.
 create or replace function autotag.assign_poll(
   p_worker uuid, p_provider autotag.provider_limits, p_settings autotag.settings, p_now timestamptz,
   out poll jsonb, out cancel jsonb, out files jsonb, out unrecorded jsonb, out look_up text, out next_poll_at timestamptz
@@ -124,9 +126,9 @@ begin
   if poll is not null or files <> '[]' or unrecorded is not null or look_up is not null or cancel is not null then
     -- Allows the worker's reports about the provider (record_poll, report_poll_failure, provider_checked). A poll that does not find
     -- a batch counts by this time, so a cancellation does not change it.
-    update autotag.workers w
-    set poll_assigned_at = case when poll is null and w.poll_assigned_at is not null then w.poll_assigned_at else p_now end
-    where w.id = p_worker;
+    update autotag.workers wk
+    set poll_assigned_at = case when poll is null and wk.poll_assigned_at is not null then wk.poll_assigned_at else p_now end
+    where wk.id = p_worker;
   end if;
 end $$;
 
@@ -145,9 +147,10 @@ begin
     from unnest(p_ids) with ordinality t (id, i) join autotag.batches b on b.id = t.id);
 end $$;
 
--- Ids of batches to cancel at OpenAI, at most 100 at a time, of all workspaces alike: each once as soon as its upload is cancelled, and
--- with each poll (p_due) those that OpenAI is not cancelling yet. In random order, so that one that the provider refuses stops no
--- other for long. Called by claim_batches(), which holds the provider row. Locks: batches by id (skip locked).
+-- Ids of batches to cancel at OpenAI, at most 100 at a time, of all workspaces alike. A batch is returned once as soon as its upload
+-- is cancelled, and again with each poll (p_due) until OpenAI is cancelling it. The order is random, so that a batch that the provider
+-- refuses to cancel does not hold back others for long. Called by claim_batches(), which holds the provider row. Locks: batches by id
+-- (skip locked).
 create or replace function autotag.take_cancellations(p_due boolean, p_now timestamptz) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -168,8 +171,8 @@ begin
   return v_ids;
 end $$;
 
--- The batches to poll, and the files to delete at OpenAI (claim_batches: poll, files, unrecorded). p_over: the unrecorded files of a
--- batch that was over then have arrived.
+-- The batches to poll, and the files to delete at OpenAI (claim_batches: poll, files, unrecorded). p_over: a batch that ended before
+-- this time has all its unrecorded files at OpenAI by now.
 create or replace function autotag.list_polls(p_over timestamptz, out poll jsonb, out files jsonb, out unrecorded jsonb)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -213,8 +216,8 @@ begin
 end $$;
 
 -- Locks a batch and its job, and returns the batch. Refuses a worker that does not hold it (any more) with this attempt, and
--- workers of another login. Refuses as `busy` if another transaction holds one of the rows (cancel_tagging in a transaction of the
--- tenant's); the worker calls again later. The caller does not hold the provider row. Locks: job, batch.
+-- workers of another login. Refuses as `busy` if another transaction holds one of the rows (for example a tenant's, which called
+-- cancel_tagging); the worker calls again later. The caller does not hold the provider row. Locks: job, batch.
 create or replace function autotag.lock_held_batch(p_worker uuid, p_batch uuid, p_attempt integer) returns autotag.batches
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '200ms'
 as $$

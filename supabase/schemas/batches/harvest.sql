@@ -1,8 +1,8 @@
--- Harvesting a batch that has ended: its answers are stored, and its images without an answer are retried.
+-- Harvests a batch that has ended: stores its answers, and retries its images without an answer.
 
--- Ends a batch with any outcome, and broadcasts batch-complete if OpenAI had it and no outcome waits for the host (announce_stored()
--- does it after the last one). Images without an answer are left to requeue_batch(). p_error: null keeps the row's. The caller
--- holds the batch and its job.
+-- Ends a batch, however it went. Broadcasts batch-complete if OpenAI had the batch and no outcome waits for the host; otherwise
+-- announce_stored() broadcasts it after the last outcome. requeue_batch() deals with images without an answer. p_error: null keeps
+-- the row's error. The caller holds the batch and its job.
 create or replace function autotag.end_batch(p_batch autotag.batches, p_error text) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -27,9 +27,9 @@ begin
   end if;
 end $$;
 
--- Puts tasks of a job, in this order, into new planned batches of the job. p_not_before: when they may start. p_from: the batch that
--- they come from, if OpenAI never had it: the first new one takes over its admission to the workspace's window. The caller holds job
--- and tasks. Locks: window (skip locked).
+-- Puts tasks of a job, in this order, into new planned batches of the job. p_not_before: when the batches may start. p_from: the
+-- batch that the tasks come from, if OpenAI never had it; the first new batch takes over its admission to the workspace's window.
+-- The caller holds job and tasks. Locks: window (skip locked).
 create or replace function autotag.place_in_batches(
   p_job autotag.jobs, p_tasks bigint[], p_not_before timestamptz default '-infinity', p_from autotag.batches default null
 ) returns void
@@ -47,7 +47,7 @@ begin
   select * into v_left from autotag.batches_left(p_job.workspace_id);
   v_batches := autotag.plan_batches(v_count, v_left.batches, v_left.window_images);
   with placed as materialized (
-    -- batches of equal size (or one less); a join by ranges would compare each task with each batch
+    -- The sizes of the batches differ by one at most. A join by ranges would compare each task with each batch.
     select u.id, v_last + (u.i * v_batches + v_count - 1) / v_count as ordinal from unnest(p_tasks) with ordinality u (id, i)
   ), made as (
     insert into autotag.batches (job_id, workspace_id, ordinal, image_count, extra_tokens, created_at, not_before, admitted_at)
@@ -57,8 +57,8 @@ begin
     from placed x join autotag.tasks t on t.id = x.id cross join autotag.provider_limits p group by x.ordinal
     returning id, ordinal
   )
-  update autotag.tasks t set lane = 'batch', batch_id = b.id, error_code = null, error = null
-  from placed x join made b on b.ordinal = x.ordinal where t.id = x.id;
+  update autotag.tasks t set lane = 'batch', batch_id = m.id, error_code = null, error = null
+  from placed x join made m on m.ordinal = x.ordinal where t.id = x.id;
   perform autotag.give_back_images(p_from, p_from.image_count - p_from.express_count - v_count / v_batches);
   perform autotag.refresh_eta(p_job.id);
   perform pg_notify('autotag', 'batch');
@@ -133,7 +133,7 @@ begin
     from (
       select distinct on (h.id) h.*, case when v_brief is null then r.result else autotag.fit_result(r.result, r.fields, v_brief) end
           || case when h.image_notes is null then '{}' else autotag.image_part(h.image_notes) end as result, r.error, r.usage, r.valid_usage, r.mark
-      -- where an error is recorded already, only a result is accepted: another error must not count twice
+      -- a task with a recorded error accepts only a result, so that no error counts twice
       from reported r join held h on h.id = r.task and (not h.failed or r.result is not null)
       where h.batch_id = p_batch.id and h.finished_at is null
       order by h.id, r.place) x);

@@ -1,10 +1,10 @@
--- A worker reports a poll of the batches at OpenAI: they progress, end, get lost or get stuck.
+-- What a worker's poll of the batches at OpenAI changes: they progress, end, get lost or get stuck.
 
 -- Records a poll: [{id, status, output_file_id, error_file_id, total, done, error_code, error, error_kind}]. Status `gone`:
 -- OpenAI does not know the batch (any more, or with this key); `unread`: the worker cannot read its state. What happens to a batch:
 --   it has ended                       it waits to be harvested
---   it failed: OpenAI's queue is full  it is planned again, which is no failure; if it is too large for the queue, in halves, and at
---                                      last as single calls (refuse_tokens)
+--   it failed: OpenAI's queue is full  it is planned again, which is no failure. One that is too large for the queue is halved, and
+--                                      in the end its images are sent as single calls (refuse_tokens)
 --   gone in several polls in a row     it ends, and its images are retried
 --   no progress for too long           it is cancelled, if the limits admit its images as single calls
 --   in flight for two days, or unread  it ends as if it were gone: OpenAI's window is 24 h
@@ -35,19 +35,19 @@ begin
   v_free := array(
     select j.id from autotag.jobs j where j.id in (
       select b.job_id from autotag.batches b
-      join unnest(v_polls) s on s.id = b.openai_batch_id where b.state = 'submitted')
+      join unnest(v_polls) seen on seen.id = b.openai_batch_id where b.state = 'submitted')
     order by j.id for no key update skip locked);
   v_free := array(
     select b.id from autotag.batches b
-    where b.openai_batch_id in (select s.id from unnest(v_polls) s) and b.job_id = any (v_free)
+    where b.openai_batch_id in (select seen.id from unnest(v_polls) seen) and b.job_id = any (v_free)
     order by b.id for no key update skip locked);
   v_polls := autotag.blame_briefs(v_polls);
   v_error := (
-    select s.error from unnest(v_polls) s join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
-    where b.id = any (v_free) and s.status = 'failed' and s.error_kind = 'account' limit 1);
+    select seen.error from unnest(v_polls) seen join autotag.batches b on b.openai_batch_id = seen.id and b.state = 'submitted'
+    where b.id = any (v_free) and seen.status = 'failed' and seen.error_kind = 'account' limit 1);
   v_limit := (
-    select min(autotag.stated_limit(s.error)) from unnest(v_polls) s join autotag.batches b on b.openai_batch_id = s.id
-    where b.id = any (v_free) and b.state = 'submitted' and s.status = 'failed' and s.error_code = 'token_limit_exceeded');
+    select min(autotag.stated_limit(seen.error)) from unnest(v_polls) seen join autotag.batches b on b.openai_batch_id = seen.id
+    where b.id = any (v_free) and b.state = 'submitted' and seen.status = 'failed' and seen.error_code = 'token_limit_exceeded');
   v_changed := autotag.apply_poll(v_polls, v_free, v_look, v_proven, v_now);
   -- Once per upload, even if several of its batches have changed.
   for v_job in select distinct b.job_id from autotag.batches b where b.id = any (v_changed) order by 1 loop
@@ -64,25 +64,25 @@ as $$
 begin
   -- total and done count lines, and a file has at most 50,000.
   return array(
-    select row(i.id, i.status, autotag.clean_id(s ->> 'output_file_id'), autotag.clean_id(s ->> 'error_file_id'),
-      coalesce(autotag.clean_number(s, 'total', 0, 50000), 0)::integer,
-      coalesce(autotag.clean_number(s, 'done', 0, 50000), 0)::integer,
-      autotag.printable(s ->> 'error_code', 100), autotag.printable(s ->> 'error', 1000),
-      autotag.printable(s ->> 'error_kind', 20))::autotag.batch_poll
-    from jsonb_array_elements(p_polled) s
-    cross join lateral (select autotag.clean_id(s ->> 'id') as id, autotag.clean_status(s ->> 'status') as status) i
+    select row(i.id, i.status, autotag.clean_id(e ->> 'output_file_id'), autotag.clean_id(e ->> 'error_file_id'),
+      coalesce(autotag.clean_number(e, 'total', 0, 50000), 0)::integer,
+      coalesce(autotag.clean_number(e, 'done', 0, 50000), 0)::integer,
+      autotag.printable(e ->> 'error_code', 100), autotag.printable(e ->> 'error', 1000),
+      autotag.printable(e ->> 'error_kind', 20))::autotag.batch_poll
+    from jsonb_array_elements(p_polled) e
+    cross join lateral (select autotag.clean_id(e ->> 'id') as id, autotag.clean_status(e ->> 'status') as status) i
     where i.id is not null and i.status is not null);
 end $$;
 
--- A batch that was refused for what its brief may ask (is_about_request) says nothing of the account: it becomes an error of its images,
--- which are sent as single calls, whose errors say more (blame_brief).
+-- If a batch was refused for something that its brief may have caused (is_about_request), the error says nothing about the account.
+-- It becomes an error of the batch's images. They are sent as single calls, whose errors say more (blame_brief).
 create or replace function autotag.blame_briefs(p_polls autotag.batch_poll[]) returns autotag.batch_poll[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 declare
   v_refused text[] := array(
-    select s.id from unnest(p_polls) s where s.status = 'failed' and s.error_kind = 'account'
-      and autotag.is_about_request(jsonb_build_object('kind', s.error_kind, 'code', s.error_code)));
+    select seen.id from unnest(p_polls) seen where seen.status = 'failed' and seen.error_kind = 'account'
+      and autotag.is_about_request(jsonb_build_object('kind', seen.error_kind, 'code', seen.error_code)));
 begin
   if v_refused = '{}' then
     return p_polls;
@@ -91,25 +91,28 @@ begin
     select b.openai_batch_id from autotag.batches b join autotag.jobs j on j.id = b.job_id
     where b.openai_batch_id = any (v_refused) and j.brief_id is not null);
   return array(
-    select row(s.id, s.status, s.output_file_id, s.error_file_id, s.total, s.done, s.error_code, s.error,
-      case when s.id = any (v_refused) then 'image' else s.error_kind end)::autotag.batch_poll
-    from unnest(p_polls) with ordinality s order by s.ordinality);
+    select row(seen.id, seen.status, seen.output_file_id, seen.error_file_id, seen.total, seen.done, seen.error_code, seen.error,
+      case when seen.id = any (v_refused) then 'image' else seen.error_kind end)::autotag.batch_poll
+    from unnest(p_polls) with ordinality seen order by seen.ordinality);
 end $$;
 
--- Bounds a poll's counts by the batch: it has at most as many lines as images, and at most all of them are done. A total of 0 is
--- unknown.
+-- Bounds a poll's counts by the batch: it has at most as many lines as images, at least as many as earlier polls reported, and at most
+-- all of them are done. A total of 0 is unknown.
 create or replace function autotag.bound_counts(p_poll autotag.batch_poll, p_batch autotag.batches) returns autotag.batch_poll
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
   p_poll.total := greatest(p_batch.request_total, least(p_poll.total, p_batch.image_count - p_batch.express_count));
+  if p_poll.total > 0 then
+    p_poll.total := greatest(p_poll.total, p_batch.request_done);
+  end if;
   p_poll.done := least(p_poll.done, coalesce(nullif(p_poll.total, 0), p_batch.image_count - p_batch.express_count));
   return p_poll;
 end $$;
 
 -- Applies a poll to the account: a poll that works ends the pause that a failed poll began, and a batch that failed with an
--- account error (p_error: no credit) pauses tagging, as a single call would. p_limit: of the provider's queue, if it stated it.
--- Locks: provider, in these cases.
+-- account error (p_error: no credit) pauses tagging, as a single call would. p_limit: the limit of the provider's queue, if a
+-- refusal stated it. Locks: provider, in these cases.
 create or replace function autotag.judge_poll(p_error text, p_limit bigint) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -148,8 +151,8 @@ declare
 begin
   select * into v_settings from autotag.settings;
   for v_poll in
-    select s.* from unnest(p_polled) s
-    join autotag.batches b on b.openai_batch_id = s.id and b.state = 'submitted'
+    select seen.* from unnest(p_polled) seen
+    join autotag.batches b on b.openai_batch_id = seen.id and b.state = 'submitted'
     where b.id = any (p_batches) order by b.id
   loop
     select * into v_batch from autotag.batches b where b.openai_batch_id = v_poll.id and b.state = 'submitted';

@@ -1,11 +1,11 @@
--- Workers report other news of the provider: the model's shutdown date, its Batch API, deleted files, webhooks.
+-- Other reports about the provider: the model's shutdown date, the Batch API, deleted files, webhooks.
 
 -- When a worker (of the caller's login) was last assigned a poll of the provider; null: never.
 create or replace function autotag.is_poll_assigned(p_worker uuid) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return (select w.poll_assigned_at from autotag.workers w where w.id = p_worker and w.login = session_user);
+  return (select wk.poll_assigned_at from autotag.workers wk where wk.id = p_worker and wk.login = session_user);
 end $$;
 
 -- Records the daily check of the model and the provider (claim_batches: look_up). p_facts: {model, shutdown_date, batches}, each
@@ -31,8 +31,8 @@ begin
     end;
   end if;
   if v_date is not null and v_model is not null then
-    -- Before the provider row is locked, so that no transaction waits for a model's row while it holds that one. The model gets
-    -- its own row, a copy of its family's: the shutdown date of one snapshot does not hold for the others.
+    -- This comes before the lock of the provider row, so that no transaction that holds it waits for a model's row. The model
+    -- gets its own row, a copy of its family's, because the shutdown date of one snapshot does not hold for the others.
     m.name := v_model;
     m.shutdown_date := v_date;
     m.cap_parameter := coalesce(m.cap_parameter, 'max_completion_tokens');
@@ -44,8 +44,8 @@ begin
     m.batch_discount := coalesce(m.batch_discount, 0.5);
     m.flex_discount := coalesce(m.flex_discount, 0.5);
     m.priority_factor := coalesce(m.priority_factor, 2);
-    insert into autotag.models as x values (m.*)
-    on conflict (name) do update set shutdown_date = v_date where x.shutdown_date is distinct from v_date;
+    insert into autotag.models as mo values (m.*)
+    on conflict (name) do update set shutdown_date = v_date where mo.shutdown_date is distinct from v_date;
   end if;
   update autotag.provider_limits p
   set checked_at = autotag.now(),
@@ -58,8 +58,8 @@ begin
 end $$;
 
 -- Removes the ids of files that were deleted at OpenAI, so that they are not deleted again. p_unrecorded: batches whose unrecorded
--- files were deleted. Only for batches that have ended: after a false report OpenAI keeps the files until they expire, and nothing
--- else happens. Locks: batches by id.
+-- files were deleted. Ignores batches that have not ended. A false report only means that OpenAI keeps the files until they expire.
+-- Locks: batches by id.
 create or replace function autotag.files_deleted(p_worker uuid, p_files text[], p_unrecorded uuid[] default '{}') returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -75,11 +75,11 @@ begin
       error_file_id = case when b.error_file_id = any (p_files) then null else b.error_file_id end,
       unrecorded_files = case when b.id = any (p_unrecorded) then 0 else b.unrecorded_files end
   where b.id in (
-    select d.id from autotag.batches d
-    where d.state in ('done', 'cancelled')
-      and (d.input_file_id = any (p_files) or d.output_file_id = any (p_files) or d.error_file_id = any (p_files)
-        or d.id = any (p_unrecorded))
-    order by d.id for update);
+    select ended.id from autotag.batches ended
+    where ended.state in ('done', 'cancelled')
+      and (ended.input_file_id = any (p_files) or ended.output_file_id = any (p_files) or ended.error_file_id = any (p_files)
+        or ended.id = any (p_unrecorded))
+    order by ended.id for update);
 end $$;
 
 -- Handles a verified webhook delivery. Returns `accepted` (the next poll is due at once), `replayed` (this delivery was received
@@ -100,7 +100,7 @@ begin
       'Pass the header webhook-id and the event''s data.id.');
   end if;
   v_provider := autotag.lock_provider();
-  if (select count(*) from autotag.webhooks w where w.received_at > v_provider.refilled_at - interval '1 min') >= 600 then
+  if (select count(*) from autotag.webhooks wh where wh.received_at > v_provider.refilled_at - interval '1 min') >= 600 then
     return 'ignored';   -- no account ends that many batches; the next poll sees what is left out here
   end if;
   insert into autotag.webhooks (id, openai_batch_id, received_at)

@@ -1,12 +1,12 @@
 -- Batches that cannot go on: they are retried, planned again, or replaced by single calls.
 
--- A worker could not go on with a batch. p_error: {kind, code, message, retry_after, origin, parameter}.
+-- Records that a worker could not go on with a batch. p_error: {kind, code, message, retry_after, origin, parameter}.
 --   account         Both lanes pause.
 --   transient       Any worker retries later; in `creating` not before batch_create_grace has passed, because a request that
 --                   seemed to fail may still arrive.
---   image           The provider refuses this batch and says why: its images are sent as single calls, whose errors say more. They also
---                   do after max_bad_answers times `request_refused`, and after 3 × max_failures failures of any kind while
---                   single calls work.
+--   image           The provider refuses this batch and says why. Its images are sent as single calls, whose errors say more. The
+--                   same happens after max_bad_answers times `request_refused`, and after 3 × max_failures failures of any kind
+--                   while single calls work.
 --   no_batch_api    The routes for files or batches do not exist while single calls work: the provider has no Batch API, and
 --                   claim() turns the planned batches into single calls.
 --   expires_after   The provider refuses this expiry of files: the next one is tried (7 days, 14 days, none).
@@ -25,7 +25,7 @@ begin
   if p_error ->> 'kind' = 'image'
     or p_error ->> 'code' = 'request_refused' and v_batch.failures + 1 >= v_settings.max_bad_answers
     or v_proven and v_batch.failures + 1 >= 3 * v_settings.max_failures and (v_batch.state <> 'harvesting'
-      -- its answers are paid for, so they are tried for as long as the batch might have taken
+      -- the answers are paid for, so workers try to read them for as long as the batch might have taken
       or v_batch.ended_at <= autotag.now() - v_settings.batch_give_up_after) then
     perform autotag.requeue_batch(v_batch, false, 0, p_error ->> 'code', p_error ->> 'message');
     perform autotag.end_batch(v_batch, p_error ->> 'message');
@@ -48,15 +48,15 @@ begin
     return p_error || '{"kind": "rate_limit"}';
   elsif p_error ->> 'kind' = 'account' and autotag.is_about_request(p_error) and exists (
       select from autotag.jobs j where j.id = p_batch.job_id and j.brief_id is not null) then
-    return p_error || '{"kind": "image"}';   -- its single calls say whether it is the brief's (blame_brief)
+    return p_error || '{"kind": "image"}';   -- single calls will show whether the brief is the cause (blame_brief)
   elsif not p_proven and p_error ->> 'kind' = 'transient' and p_error ->> 'origin' = 'provider' then
     return p_error || '{"kind": "account"}';
   end if;
   return p_error;
 end $$;
 
--- What the error of a batch says about the provider and the account. p_error: as judge_batch_error() returns it. Comes last in its
--- transaction. Locks: provider.
+-- Records what the error of a batch says about the provider and the account. p_error: as judge_batch_error() returns it. The caller
+-- calls this last. Locks: provider.
 create or replace function autotag.apply_batch_error(p_worker uuid, p_batch autotag.batches, p_error jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -81,7 +81,7 @@ create or replace function autotag.delay_batch(p_batch autotag.batches, p_error 
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  -- If OpenAI does not find the input file after three failures, the file is lost and is built again.
+  -- After three failures because OpenAI did not find the input file, the file is lost and is built again.
   update autotag.batches b
   set worker_id = null, error = p_error ->> 'message',
       failures = b.failures + (select k.counts::integer from autotag.error_kinds k where k.kind = p_error ->> 'kind'),
@@ -126,7 +126,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp s
 as $$
 begin
   return exists (
-    select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity')
+    select from autotag.workspaces ws where ws.queued > 0 and (ws.ready or ws.ready_at < 'infinity')
     union all select from autotag.tasks t where t.retry_at < 'infinity'
     union all select from autotag.queues q where q.reached > 0 and (
       select t.id from autotag.tasks t where t.job_id = q.job_id and t.id <= q.reached and t.worker_id is not null limit 1) is not null);
@@ -161,8 +161,8 @@ begin
   return true;
 end $$;
 
--- The provider has no Batch API: turns the unsubmitted batches of one job into single calls. False: there is no such job that no
--- other transaction holds. One job per call. Called by claim(), which holds the provider row.
+-- Turns the unsubmitted batches of one job into single calls, because the provider has no Batch API. False: there is no such job, or
+-- other transactions hold all of them. One job per call. Called by claim(), which holds the provider row.
 -- Locks: job, batches, tasks (all skip locked).
 create or replace function autotag.batches_to_single_calls(p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -194,16 +194,17 @@ begin
   update autotag.jobs j
   set strategy = 'realtime-chunked', fallback = 'The AI provider has no Batch API, so these images are sent as single calls.'
   where j.id = v_job.id;
-  perform autotag.keep(autotag.requeue(jsonb_agg(jsonb_build_object('task', t, 'failures', 0))), false)
-  from unnest(v_tasks) t having count(*) > 0;
+  perform autotag.keep(autotag.requeue(jsonb_agg(jsonb_build_object('task', id, 'failures', 0))), false)
+  from unnest(v_tasks) id having count(*) > 0;
   perform autotag.refresh_eta(v_job.id);
   return true;
 end $$;
 
--- OpenAI refused a batch because its queue of tokens is full: it is planned again, with its file. Other programs or batches may fill
--- the queue; but if it was refused max_bad_answers times while none of ours was in it (or after batch_patience, whatever was), it goes
--- on in halves, and those in halves after one more refusal. With at most chunk_max_images images it goes on as single calls, but not
--- before batch_patience, because they cost twice as much. The caller holds job and batch. Locks: tasks, window (skip locked).
+-- Plans a batch again, with its file, because OpenAI refused it: its queue of tokens is full. Other programs or batches may fill the
+-- queue. But a batch that was refused max_bad_answers times while no other batch of ours was in the queue (or after batch_patience, in
+-- any case) is halved; the halves are halved after one more refusal. A batch with at most chunk_max_images images goes on as single
+-- calls, but not before batch_patience, because they cost twice as much. The caller holds job and batch. Locks: tasks, window (skip
+-- locked).
 create or replace function autotag.refuse_tokens(
   p_batch autotag.batches, p_error text, p_settings autotag.settings, p_now timestamptz
 ) returns void
@@ -230,9 +231,9 @@ begin
   end if;
 end $$;
 
--- Puts the images of a planned batch into p_parts new ones, and cancels it; its file is deleted at OpenAI. The parts take over its
--- admission to the workspace's window where they can: the first one has it, and the images of the others are given back. The caller
--- holds job and batch. Locks: tasks, window (skip locked).
+-- Moves the images of a planned batch into p_parts new ones, and cancels it; its file is deleted at OpenAI. The first new batch takes
+-- over its admission to the workspace's window, and the images of the others are given back. The caller holds job and batch. Locks:
+-- tasks, window (skip locked).
 create or replace function autotag.split_batch(p_batch autotag.batches, p_parts integer, p_reason text) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -260,23 +261,23 @@ begin
   perform pg_notify('autotag', 'batch');
 end $$;
 
--- Gives images of a batch back to its workspace's window, which admitted it with them, if it still counts them and no other transaction
+-- Gives images of a batch back to the workspace's window that admitted them, if the window still counts them and no other transaction
 -- holds it. Locks: window (skip locked).
 create or replace function autotag.give_back_images(p_batch autotag.batches, p_images integer) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_batch.admitted_at is not null and p_images > 0 then
-    perform from autotag.windows w
-    where w.workspace_id = p_batch.workspace_id and w.request_type = 'batch' for no key update skip locked;
+    perform from autotag.windows wn
+    where wn.workspace_id = p_batch.workspace_id and wn.request_type = 'batch' for no key update skip locked;
     if found then
       perform autotag.correct_window(p_batch.workspace_id, 'batch', p_batch.admitted_at, 0, -p_images);
     end if;
   end if;
 end $$;
 
--- Splits planned batches that no limit admits any more, because it was lowered after they were planned: the images or requests of one
--- batch, the workspace's images in an hour, or the provider's queue (a fifth more than it is tried, because what an image takes is
+-- Splits planned batches that a limit no longer admits because it was lowered since: the images or requests of one batch, the
+-- workspace's images in an hour, or the provider's queue (batches of up to a fifth more are tried, because the tokens of an image are
 -- an estimate). At most 20 per call. Called by tick(). Locks: job, batch (both skip locked), tasks, window (skip locked).
 create or replace function autotag.split_oversized() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -295,7 +296,7 @@ begin
       case when x.images::bigint * p.tokens_per_image + b.extra_tokens > 1.2 * p.queued_batch_tokens
         then p.queued_batch_tokens * x.images / (x.images::bigint * p.tokens_per_image + b.extra_tokens) end)) as images) m
     where b.state = 'planned' and b.worker_id is null and x.images > 1 and x.images > m.images
-    limit 20   -- in no order: one by id would read all batches that ever were
+    limit 20   -- without an order, because one by id would read every batch that ever existed
   loop
     perform from autotag.jobs j where j.id = v_found.job_id for no key update skip locked;
     continue when not found;
@@ -310,7 +311,7 @@ end $$;
 -- Retries a batch's images without an answer, in the cheapest way allowed: in new batches if p_by_batch and there are more than
 -- chunk_max_images, else as single calls. p_failures are added to the images without a recorded error (batch_answers() counted
 -- the others). Images that reach max_failures fail with their recorded error, or else with p_code and p_message. The others wait
--- like a single call with as many failures, and at least as long as an error of the batch's images asked (leave_to_finish).
+-- like a single call with as many failures, and at least as long as the errors of the batch's images asked for (leave_to_finish).
 -- The caller holds job and batch. Locks: tasks by id, window (skip locked).
 create or replace function autotag.requeue_batch(
   p_batch autotag.batches, p_by_batch boolean, p_failures integer, p_code text, p_message text
@@ -323,7 +324,7 @@ declare
   v_tasks bigint[] := autotag.lock_batch_tasks(p_batch.id);
   v_job autotag.jobs;
   v_again bigint[] := array[]::bigint[];
-  v_failures integer;          -- the most of one of them
+  v_failures integer;          -- the largest number of one image
   v_wait double precision := case when p_batch.worker_id is not null and p_batch.not_before > v_now
     then extract(epoch from p_batch.not_before - v_now) else 0 end;
 begin
@@ -352,9 +353,9 @@ begin
 end $$;
 
 -- Puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait and that is expected to be faster.
--- p_wait: what the single calls would wait; null: nobody knows, and a batch has to start within realtime_max_wait. p_reason: a
--- sentence for the user. The upload of the workspace with the fewest batches that wait goes first. False: there is no such upload that
--- no other transaction holds. One upload per call. Called by claim(), which holds the provider row. Locks: job, tasks by id (both
+-- p_wait: how long the single calls would wait; null: nobody knows, and a batch has to start within realtime_max_wait. p_reason: a
+-- sentence for the user. The upload of the workspace with the fewest waiting batches goes first. False: there is no such upload, or
+-- other transactions hold all of them. One upload per call. Called by claim(), which holds the provider row. Locks: job, tasks by id (both
 -- skip locked).
 create or replace function autotag.single_calls_to_batch(p_now timestamptz, p_wait interval, p_reason text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -368,7 +369,8 @@ begin
   select j.* into v_job
   from autotag.queues q join autotag.jobs j on j.id = q.job_id
   where q.queued > 0 and j.cancelled_at is null and j.created_at <= p_now - v_max_wait
-    -- The rest of one that goes by batch already comes back in pieces; it goes together, because an hour has few batches.
+    -- Images of an upload that was moved to batches before come back one by one. They wait until most are back, because a
+    -- workspace may start few batches an hour.
     and (j.fallback is null or q.queued > (
       select count(*) from autotag.tasks t where t.job_id = j.id and t.lane = 'realtime' and t.worker_id is not null))
   order by (select count(*) from autotag.batches b
@@ -385,8 +387,8 @@ begin
     select t.id from autotag.tasks t
     where t.job_id = v_job.id and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null
       and t.finished_at is null order by t.id for update skip locked);
-  update autotag.workspaces w set queued = greatest(0, w.queued - q.queued)
-  from autotag.queues q where q.job_id = v_job.id and q.joined and w.workspace_id = v_job.workspace_id;
+  update autotag.workspaces ws set queued = greatest(0, ws.queued - q.queued)
+  from autotag.queues q where q.job_id = v_job.id and q.joined and ws.workspace_id = v_job.workspace_id;
   update autotag.queues q set queued = 0 where q.job_id = v_job.id;
   perform autotag.place_in_batches(v_job, v_tasks);
   update autotag.jobs j set fallback = p_reason where j.id = v_job.id;

@@ -16,7 +16,7 @@ begin
   return v_queue;
 end $$;
 
--- Whether no batch may start: the question is not proven, and there is an image that can try it as a single call.
+-- Whether batches must wait: the question is not proven, and an image can try it as a single call.
 create or replace function autotag.must_prove_first(p_provider autotag.provider_limits) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -25,8 +25,8 @@ begin
     select from autotag.batches b where b.state = 'planned' and b.image_count - b.express_count > 1));
 end $$;
 
--- The next batches to work on, at most p_slots, in the order that claim_batches() describes. Planned ones of one workspace take all but
--- one of the worker's slots: a large upload keeps a worker busy for minutes, and others would wait for it.
+-- The next batches to work on, at most p_slots, in the order that claim_batches() describes. The planned batches of one workspace
+-- leave one of the worker's slots free. A large upload keeps a worker busy for minutes, and other workspaces would wait for it.
 create or replace function autotag.rank_batches(
   p_worker uuid, p_slots integer, p_provider autotag.provider_limits, p_queue autotag.batch_queue, p_now timestamptz
 ) returns uuid[]
@@ -53,7 +53,7 @@ begin
     ), ranked as (
       select r.id, r.workspace_id, r.state, row_number() over (
         order by r.state in ('ended', 'harvesting') desc, r.state = 'planned', r.later,
-          -- tokens that its workspace has in the queue, plus those of its batches ahead of this one
+          -- the workspace's tokens in the queue, plus those of its batches ahead of this one
           case when p_queue.short and r.state = 'planned' then coalesce(q.tokens, 0) - r.tokens + r.tokens_until end,
           r.since, r.created_at, r.ordinal) as place
       from (
@@ -75,7 +75,7 @@ begin
 end $$;
 
 -- Assigns the candidates that can go now to a worker, in their order: a batch in progress continues, and a planned one starts if
--- its workspace's window and the provider's queue have room. again: the window of one had no room, so the worker should claim
+-- its workspace's window and the provider's queue have room. again: a batch found no room in its window, so the worker should claim
 -- again at once to get those behind it. A batch whose row or window another transaction holds is left out for a second. Called by
 -- claim_batches(), which holds the provider row. Locks: windows by workspace, batches by id (both skip locked).
 create or replace function autotag.take_batches(
@@ -89,7 +89,7 @@ declare
   v_batch autotag.batches;
   v_images integer;
   v_tokens bigint;
-  v_held boolean := false;     -- the provider's queue is kept free for a batch that no other may overtake any more
+  v_held boolean := false;     -- the rest of the provider's queue is kept for a batch that others may no longer overtake
 begin
   ids := array[]::uuid[];
   again := false;
@@ -127,8 +127,8 @@ begin
   end loop;
 end $$;
 
--- Locks these batches and the windows of those that have yet to be admitted, and returns the batches that can be assigned now. One whose
--- window is held is left out for a second. Locks: as in take_batches(); the right to insert a window (advisory).
+-- Locks these batches, and the windows of those that are not admitted yet. Returns the batches that can be assigned now. A batch whose
+-- window another transaction holds is left out for a second. Locks: as in take_batches(); the right to insert a window (advisory).
 create or replace function autotag.lock_candidates(p_candidates uuid[], p_now timestamptz) returns uuid[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -142,13 +142,13 @@ begin
     select distinct b.workspace_id from autotag.batches b
     where b.id = any (v_batches) and b.state = 'planned' and b.admitted_at is null);
   v_free := array(
-    select l.workspace_id from autotag.windows l
-    where l.request_type = 'batch' and l.workspace_id = any (v_workspaces)
-    order by l.workspace_id for no key update skip locked);
+    select wn.workspace_id from autotag.windows wn
+    where wn.request_type = 'batch' and wn.workspace_id = any (v_workspaces)
+    order by wn.workspace_id for no key update skip locked);
   v_free := v_free || array(
     select w from unnest(v_workspaces) w
     where w <> all (v_free)
-      and not exists (select from autotag.windows l where l.workspace_id = w and l.request_type = 'batch')
+      and not exists (select from autotag.windows wn where wn.workspace_id = w and wn.request_type = 'batch')
       and pg_try_advisory_xact_lock(autotag.window_key(w, 'batch')));
   with held as (
     update autotag.batches b set not_before = p_now + interval '1 s'
@@ -159,10 +159,10 @@ begin
   return v_batches;
 end $$;
 
--- If the window of a planned batch's workspace has no room for it: puts it off until it has (infinity: never with the present limits;
--- split_oversized() splits it), so that other workspaces do not wait. With it go all batches of the workspace that cannot have room
--- either, because they are later or larger: one by one, 3,000 batches took 751 claims. False: there is room. The caller holds the
--- provider row and the batch. Locks: batches (skip locked).
+-- Puts a planned batch off until its workspace's window has room for it, so that other workspaces do not wait. False: there is room.
+-- not_before `infinity`: the window never has room with the present limits, and split_oversized() splits the batch. All batches of the
+-- workspace that cannot have room either, because they are later or larger, are put off, too. (One by one, 3,000 batches took 751
+-- claims.) The caller holds the provider row and the batch. Locks: batches (skip locked).
 create or replace function autotag.put_off(p_batch autotag.batches, p_now timestamptz) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -178,7 +178,7 @@ begin
   select count(*) into v_ahead from autotag.batches b
   where b.workspace_id = p_batch.workspace_id and b.state = 'planned' and b.admitted_at is null
     and b.created_at < p_batch.created_at;
-  -- at most a whole window: more would never fit, and this batch would wait without a time
+  -- Ask for a whole window at most. More would never fit, and this batch would wait for ever.
   select coalesce(a.retry_at, 'infinity') into v_later_at
   from autotag.admit(p_batch.workspace_id, 'batch', least(v_ahead + 1, v_max_requests), 0, false, p_take => false) a where a.admitted = 0;
   select coalesce(a.retry_at, 'infinity') into v_larger_at
@@ -190,11 +190,11 @@ begin
   set waits_for_window = true, not_before = greatest(case when b.created_at >= p_batch.created_at then v_later_at end,
     case when b.image_count - b.express_count >= v_images then v_larger_at end)
   where b.id in (
-    select o.id from autotag.batches o
-    where o.workspace_id = p_batch.workspace_id and o.state = 'planned' and o.worker_id is null and o.admitted_at is null
-      and o.not_before <= p_now
-      and (v_later_at is not null and o.created_at >= p_batch.created_at
-        or v_larger_at is not null and o.image_count - o.express_count >= v_images)
+    select behind.id from autotag.batches behind
+    where behind.workspace_id = p_batch.workspace_id and behind.state = 'planned' and behind.worker_id is null
+      and behind.admitted_at is null and behind.not_before <= p_now
+      and (v_later_at is not null and behind.created_at >= p_batch.created_at
+        or v_larger_at is not null and behind.image_count - behind.express_count >= v_images)
     for no key update skip locked);
   return true;
 end $$;
@@ -212,7 +212,7 @@ declare
   v_stale boolean := p_batch.state = 'planned' and coalesce(p_batch.asked_at < p_provider.question_since, false);
 begin
   update autotag.batches b
-  set worker_id = p_worker, claim = (select w.batch_claim from autotag.workers w where w.id = p_worker), attempt = b.attempt + 1,
+  set worker_id = p_worker, claim = (select wk.batch_claim from autotag.workers wk where wk.id = p_worker), attempt = b.attempt + 1,
       admitted_at = p_batch.admitted_at, reserved_tokens = p_batch.reserved_tokens,
       output_tokens = case when b.input_file_id is null or v_stale then coalesce(v_brief.output_tokens, p_provider.output_tokens) else b.output_tokens end,
       asked_at = case when b.input_file_id is null or v_stale then p_now else b.asked_at end,

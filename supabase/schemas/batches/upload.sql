@@ -1,4 +1,4 @@
--- From a planned batch to a batch at OpenAI.
+-- The steps from a planned batch to a batch at OpenAI.
 
 -- One page of a batch's images that still need an answer: the next p_limit (at most 1,000) after task p_after, as
 -- [{task, asset_id, bucket, path, url, refused, mark, cap}]. Empty if the worker does not hold the batch.
@@ -14,17 +14,17 @@ as $$
       and b.worker_id = p_worker and b.attempt = p_attempt and autotag.is_own_worker(p_worker)
     order by t.id limit greatest(least(p_limit, 1000), 0)
   )
-  select coalesce(jsonb_agg(jsonb_build_object('task', p.id, 'asset_id', p.asset_id::text,
-    'bucket', d.bucket, 'path', d.path, 'url', d.url, 'refused', d.refused, 'mark', d.mark, 'cap', p.cap) order by p.id), '[]')
-  from page p
+  select coalesce(jsonb_agg(jsonb_build_object('task', i.id, 'asset_id', i.asset_id::text,
+    'bucket', d.bucket, 'path', d.path, 'url', d.url, 'refused', d.refused, 'mark', d.mark, 'cap', i.cap) order by i.id), '[]')
+  from page i
   left join autotag.locate(array(select asset_id from page order by id),
     array(select workspace_id from page order by id), array(select visible_mark from page order by id),
     array(select user_id from page order by id)) d
-    on d.asset_id = p.asset_id
+    on d.asset_id = i.asset_id
 $$;
 
--- The input file is full: moves the images after p_last_task to a new planned batch. Does nothing if the old or the new batch
--- would have no image, or if the file is not being built. Locks: job, batches, tasks.
+-- Moves the images after p_last_task to a new planned batch, because the input file is full. Does nothing if the old or the new
+-- batch would have no image, or if the file is not being built. Locks: job, batches, tasks.
 create or replace function autotag.batch_split(p_worker uuid, p_batch uuid, p_attempt integer, p_last_task bigint) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -33,7 +33,7 @@ declare
   v_rest bigint[];
   v_new uuid;
 begin
-  v_rest := array(select t from unnest(autotag.lock_batch_tasks(p_batch)) t where t > p_last_task);
+  v_rest := array(select id from unnest(autotag.lock_batch_tasks(p_batch)) id where id > p_last_task);
   if v_rest = '{}' or v_batch.state <> 'preparing' or cardinality(v_rest) >= v_batch.image_count - v_batch.express_count then
     return;
   end if;
@@ -93,8 +93,8 @@ begin
   end if;
 end $$;
 
--- Notes what the worker did to images of the file that it builds: [{task, image}], image as in clean_image_notes(). Whoever harvests
--- the batch stores it with the answer. Locks: job, batch, tasks.
+-- Records what the worker did to images of the file that it builds: [{task, image}], image as in clean_image_notes(). The notes are
+-- stored with the answers. Locks: job, batch, tasks.
 create or replace function autotag.note_images(p_worker uuid, p_batch uuid, p_attempt integer, p_notes jsonb) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -112,7 +112,8 @@ begin
   update autotag.tasks t set image_notes = n.notes from noted n join locked l on l.id = n.task where t.id = l.id;
 end $$;
 
--- OpenAI has created the batch. The worker releases it, and the next poll covers it. Then the worker calls show_batch().
+-- Records that OpenAI has created the batch. The worker no longer holds it, and the next poll covers it. Then the worker calls
+-- show_batch().
 -- Locks: job, batch, provider.
 create or replace function autotag.batch_submitted(
   p_worker uuid, p_batch uuid, p_attempt integer, p_openai_batch_id text, p_status text, p_input_file_id text
@@ -135,26 +136,27 @@ begin
   set state = 'submitted', worker_id = null, openai_batch_id = p_openai_batch_id,
       openai_status = coalesce(autotag.clean_status(p_status), 'validating'),
       input_file_id = coalesce(autotag.clean_id(p_input_file_id), b.input_file_id), submitted_at = v_now, progress_at = v_now,
-      not_before = v_now, missing_polls = 0, running_at = null,
+      not_before = v_now, missing_polls = 0, running_at = null, request_total = default, request_done = default,
       predicted_seconds = (autotag.predict_batch(b.image_count - b.express_count, v_now, v_now, null, 0, b.id)).p50
   where b.id = p_batch;
   perform autotag.broadcast_progress(v_batch.job_id, autotag.refresh_eta(v_batch.job_id));
   perform autotag.lock_provider();
-  -- Ends a pause that a batch began, but does not prove the question: only an answer does.
+  -- This ends a pause that a batch began. It does not prove the question, because only an answer does.
   perform autotag.resume_tagging('batch');
   update autotag.provider_limits p
   set next_poll_at = case
     -- its webhook arrived before its id was stored
-    when exists (select from autotag.webhooks w where w.openai_batch_id = p_openai_batch_id) then '-infinity'
+    when exists (select from autotag.webhooks wh where wh.openai_batch_id = p_openai_batch_id) then '-infinity'
     when p.next_poll_at < v_now then v_now + s.batch_poll_interval
     else least(p.next_poll_at, v_now + s.batch_poll_interval) end
   from autotag.settings s where p.id;
   perform pg_notify('autotag', 'batch');
 end $$;
 
--- Shows on the host's rows of a batch's images that OpenAI has it (submitted) or works on it (processing), and when they are expected
--- to be done: at most p_limit images after task p_after. Returns the last task shown; null: there are no more, or the batch is in
--- another state. A row that is held or that raises is left out. Locks: job (skip locked), assets (show).
+-- Writes stage and ETA to the host's rows of a batch's images: OpenAI has the batch (submitted) or works on it (processing). At most
+-- p_limit images after task p_after. Returns the last task shown; null: there are no more, or the batch is in another state. Refuses as
+-- `busy` if another transaction holds the upload's row, so that no row changes without a message that names it; the worker calls again
+-- later. An image's row that another transaction holds, or that raises, is left out. Locks: job (skip locked), assets (show).
 create or replace function autotag.show_batch(p_worker uuid, p_batch uuid, p_after bigint, p_limit integer) returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -165,21 +167,27 @@ declare
   v_stage text;
 begin
   perform set_config('request.jwt.claims', '', true);   -- triggers on the host's tables trust these claims
+  -- First, so that the batch stays in this state until its rows are written.
+  perform from autotag.jobs j
+  where j.id = (select b.job_id from autotag.batches b where b.id = p_batch and b.state = 'submitted') for no key update skip locked;
+  v_has_job := found;
   select * into v_batch from autotag.batches b where b.id = p_batch and b.state = 'submitted';
   if not found or not autotag.is_own_worker(p_worker) then
     return null;
   end if;
-  select array_agg(t.asset_id) as assets, max(t.id) as last into v_page
+  select array_agg(page.asset_id) as assets, max(page.id) as last into v_page
   from (
-    select x.id, x.asset_id from autotag.tasks x where x.batch_id = p_batch and x.id > p_after and x.finished_at is null
-    order by x.id limit greatest(least(p_limit, 10000), 0)) t;
-  perform from autotag.jobs j where j.id = v_batch.job_id for no key update skip locked;
-  v_has_job := found;
+    select t.id, t.asset_id from autotag.tasks t where t.batch_id = p_batch and t.id > p_after and t.finished_at is null
+    order by t.id limit greatest(least(p_limit, 10000), 0)) page;
+  if v_page.last is null then
+    return null;
+  elsif not v_has_job then
+    perform autotag.refuse(503, 'busy', 'Another transaction holds this upload.', 'Call again in a moment.',
+      jsonb_build_object('batch', p_batch, 'retry_after', 1));
+  end if;
   v_stage := case when v_batch.running_at is null then 'submitted' else 'processing' end;
   perform autotag.show(v_batch.workspace_id, v_page.assets, v_stage, autotag.stage_progress(v_stage),
     (autotag.batch_eta(v_batch, autotag.now())).p50);
-  if v_has_job then   -- otherwise a session of the tenant holds it, and a later message tells of these images
-    perform autotag.broadcast_progress(v_batch.job_id, null, coalesce(v_page.assets, '{}'));
-  end if;
+  perform autotag.broadcast_progress(v_batch.job_id, null, v_page.assets);
   return v_page.last;
 end $$;

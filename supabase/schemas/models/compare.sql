@@ -18,8 +18,9 @@ begin
 end $$;
 
 -- Previews asking p_model about p_sample tagged images of a workspace: {images (at most p_sample), cost (dollars; null:
--- unknown), reserved (tokens of one image), question, brief (what the workspace's profile asks beside it; null: nothing), shutdown_date, current_model, current_effort, current_cost_per_1000
--- (dollars, as single calls of the model in use; null: unknown), current_answers (number of answers behind that figure)}.
+-- unknown), reserved (tokens of one image), question, brief (what the workspace's profile asks beside it; null: nothing),
+-- shutdown_date, current_model, current_effort, current_cost_per_1000 (dollars, as single calls of the model in use; null: unknown),
+-- current_answers (number of answers behind that figure)}.
 -- p_effort null: the one in the model's row. Refuses an invalid model or effort, a workspace without tagged images, and more
 -- than a quota allows.
 create or replace function autotag.preview_comparison(p_workspace_id autotag.workspace_id, p_model text, p_effort text, p_sample integer)
@@ -120,7 +121,7 @@ begin
   -- A workspace whose next image never fits its window (ready_at is infinite) does not hold others back. Queues that no claim has
   -- counted yet (not joined) wait, too.
   elsif v_provider.account_error is null
-    and (exists (select from autotag.workspaces w where w.queued > 0 and (w.ready or w.ready_at < 'infinity'))
+    and (exists (select from autotag.workspaces ws where ws.queued > 0 and (ws.ready or ws.ready_at < 'infinity'))
       or exists (select from autotag.queues q where not q.joined and q.queued > 0)) then
     return autotag.retry_later('live', v_now, v_now + autotag.clock_interval(1));
   end if;
@@ -210,7 +211,7 @@ begin
   end if;
   case v_error ->> 'kind'
     when 'rate_limit' then
-      -- admit_comparison() returns when, except for a host of images
+      -- admit_comparison() returns the time, except for a host of images
       return jsonb_build_object('next', 'again',
         'wait', case when v_error ->> 'origin' = 'host' then (v_error ->> 'retry_after')::double precision end);
     when 'account' then
@@ -274,7 +275,7 @@ begin
   if p_observed is not null then
     perform autotag.update_provider_limits(p_observed);
   end if;
-  if v_used > 0 and (v_brief.id is null) = (v_brief.profile_id is null) then   -- a brief of no upload has no number to learn by
+  if v_used > 0 and (v_brief.id is null) = (v_brief.profile_id is null) then   -- nothing is learned for a brief that no upload has used
     -- A cut-off answer needs an unknown number of tokens: at least the cap of the next try.
     perform autotag.learn(array[v_used], array[case when v_answer.error ->> 'code' = 'answer_too_long'
       then coalesce(autotag.next_cap(v_answer), 1) else greatest((v_answer.usage -> 'output')::integer, 1) end],

@@ -26,11 +26,11 @@ language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (
-    select min(s.size) from (
+    select min(x.size) from (
       select w.key::integer as size, sum(w.value::double precision) over (order by w.key::integer) as upto,
         sum(w.value::double precision) over () as total
-      from jsonb_each_text(p_weights) w) s
-    where s.upto >= p_share * s.total - 0.000001);
+      from jsonb_each_text(p_weights) w) x
+    where x.upto >= p_share * x.total - 0.000001);
 end $$;
 
 create or replace function autotag.mean_size(p_weights jsonb) returns integer
@@ -198,7 +198,7 @@ begin
   select * into v_provider from autotag.provider_limits;
   v_question := coalesce(p_question, v_provider.question);
   if p_brief is not null then
-    select * into v_brief from autotag.briefs b where b.id = p_brief;
+    select * into v_brief from autotag.briefs br where br.id = p_brief;
     if not found then
       return;
     end if;

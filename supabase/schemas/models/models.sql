@@ -19,12 +19,14 @@ as $$
 declare
   v_row autotag.models;
 begin
-  select * into v_row from autotag.models m where m.name = p_model;
+  select * into v_row from autotag.models mo where mo.name = p_model;
   if not found then
     -- The first condition is in every form of names_model(), and costs a fraction of the call.
-    select * into v_row from autotag.models m
-    where starts_with(p_model, left(m.name, greatest(length(m.name) - 7, 0))) and autotag.names_model(m.name, p_model)
-    order by length(m.name) desc limit 1;
+    select * into v_row from autotag.models mo
+    where starts_with(p_model, case when right(mo.name, 1) = '*' then left(mo.name, -1)
+        when right(mo.name, 7) = '-latest' then left(mo.name, -6) else mo.name end)
+      and autotag.names_model(mo.name, p_model)
+    order by length(mo.name) desc limit 1;
   end if;
   return v_row;
 end $$;
@@ -98,7 +100,7 @@ create or replace trigger autotag_announce after update on autotag.settings
 create or replace trigger autotag_announce after insert or update or delete on autotag.models
   for each statement execute function autotag.notify_workers();
 
--- The provider refused a parameter: moves the model's row to the next form. False: there is none, or another transaction holds
+-- Moves the model's row to the next form, because the provider refused a parameter. False: there is none, or another transaction holds
 -- the row. A model without a row gets one (without prices). Locks: the model's row (skip locked).
 create or replace function autotag.downgrade_request_form(p_model text, p_parameter text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -117,7 +119,7 @@ begin
     insert into autotag.models (name) values (p_model) on conflict do nothing;
     m.name := p_model;
   end if;
-  select * into m from autotag.models x where x.name = m.name for update skip locked;
+  select * into m from autotag.models mo where mo.name = m.name for update skip locked;
   if not found then
     return false;
   end if;
@@ -132,16 +134,16 @@ begin
   m := jsonb_populate_record(m, jsonb_build_object(v_column, v_next));
   m.degraded := m.degraded || jsonb_build_object(v_column, jsonb_build_array(
     case when m.degraded -> v_column -> 1 = v_before then m.degraded -> v_column -> 0 else v_before end, v_next));
-  update autotag.models x
+  update autotag.models mo
   set cap_parameter = m.cap_parameter, answer_format = m.answer_format, sends_effort = m.sends_effort,
       sends_detail = m.sends_detail, sends_tier = m.sends_tier, degraded = m.degraded, degraded_at = autotag.now()
-  where x.name = m.name;
+  where mo.name = m.name;
   return true;
 end $$;
 
--- What refusals before p_before have shown to be missing is tried again: parameters of the request, the Batch API, expiring files.
+-- Makes calls try again what refusals before p_before showed to be missing: parameters of the request, the Batch API, expiring files.
 -- The provider may support it by now, or a worker may have lied. A call that is refused again is not billed.
--- What the owner changed meanwhile stays. Called by tick(). Locks: provider, models (skip locked).
+-- Values that the owner changed meanwhile stay. Called by tick(). Locks: provider, models (skip locked).
 create or replace function autotag.retry_features(p_before timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -150,16 +152,16 @@ begin
   set has_batches = case when not p.batches_refused then p.has_batches end, batches_refused = false, keep_files = 604800,
       degraded_at = null
   where p.degraded_at <= p_before;
-  if exists (select from autotag.models m where m.degraded_at <= p_before) then
-    update autotag.models m
-    set cap_parameter = case when m.degraded #>> '{cap_parameter,1}' = m.cap_parameter
-          then m.degraded #>> '{cap_parameter,0}' else m.cap_parameter end,
-        answer_format = case when m.degraded #>> '{answer_format,1}' = m.answer_format
-          then m.degraded #>> '{answer_format,0}' else m.answer_format end,
-        sends_effort = m.sends_effort or m.degraded ? 'sends_effort',
-        sends_detail = m.sends_detail or m.degraded ? 'sends_detail',
-        sends_tier = m.sends_tier or m.degraded ? 'sends_tier', degraded = '{}', degraded_at = null
-    where m.name in (select d.name from autotag.models d where d.degraded_at <= p_before order by d.name for update skip locked);
+  if exists (select from autotag.models mo where mo.degraded_at <= p_before) then
+    update autotag.models mo
+    set cap_parameter = case when mo.degraded #>> '{cap_parameter,1}' = mo.cap_parameter
+          then mo.degraded #>> '{cap_parameter,0}' else mo.cap_parameter end,
+        answer_format = case when mo.degraded #>> '{answer_format,1}' = mo.answer_format
+          then mo.degraded #>> '{answer_format,0}' else mo.answer_format end,
+        sends_effort = mo.sends_effort or mo.degraded ? 'sends_effort',
+        sends_detail = mo.sends_detail or mo.degraded ? 'sends_detail',
+        sends_tier = mo.sends_tier or mo.degraded ? 'sends_tier', degraded = '{}', degraded_at = null
+    where mo.name in (select due.name from autotag.models due where due.degraded_at <= p_before order by due.name for update skip locked);
   end if;
 end $$;
 

@@ -1,11 +1,11 @@
--- Briefs: what the images of an upload are asked beside the question, what that costs in tokens, and what is kept of the answers.
+-- Briefs: what the images of an upload are asked beside the question, what that costs in tokens, and which part of the answers is kept.
 
--- The brief of a workspace at this moment. No row (profile_id is null): it has no profile, so the question alone is asked. id is null:
--- no upload has been asked this yet. Reads only.
+-- The brief of a workspace at this moment. profile_id is null: the workspace has no profile, so its images are asked the question
+-- alone. id is null: no upload has been asked this yet. Reads only.
 --
--- The first guess: a token of a prompt has three bytes. English has more than four, but lists of words, and other scripts, have fewer;
--- ten answers later it is measured (learn). A field takes twenty tokens in the schema and ten in the answer, beside its texts; a short
--- text takes 60.
+-- The first guess of its tokens counts three bytes per token. English has more than four, but lists of words and other scripts have
+-- fewer. After ten answers the measured use replaces the guess (learn). A field takes twenty tokens in the schema and ten in the answer,
+-- beside its texts; a short text takes 60.
 create or replace function autotag.compose_brief(p_workspace_id autotag.workspace_id) returns autotag.briefs
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -24,8 +24,8 @@ begin
     v_provider.question_version := -1;
   end if;
   v_vocabulary := case when v_profile.vocabulary_mode = 'open' then '[]' else coalesce(autotag.vocabulary_for_prompt(p_workspace_id), '[]') end;
-  select * into v_brief from autotag.briefs b
-  where b.profile_id = v_profile.id and md5(b.vocabulary::text) = md5(v_vocabulary::text) order by b.id limit 1;
+  select * into v_brief from autotag.briefs br
+  where br.profile_id = v_profile.id and md5(br.vocabulary::text) = md5(v_vocabulary::text) order by br.id limit 1;
   if found then
     return case when v_brief.question_version = v_provider.question_version then v_brief
       else autotag.estimate_brief(v_brief, v_provider) end;
@@ -63,16 +63,16 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   p_brief := autotag.estimate_brief(p_brief, p_provider);
-  update autotag.briefs b
+  update autotag.briefs br
   set question_version = p_brief.question_version, tokens_per_image = p_brief.tokens_per_image, output_tokens = p_brief.output_tokens,
       prompt_mean = p_brief.prompt_mean, output_mean = p_brief.output_mean
-  where b.id = p_brief.id and (b.question_version, b.tokens_per_image, b.output_tokens, b.prompt_mean, b.output_mean)
+  where br.id = p_brief.id and (br.question_version, br.tokens_per_image, br.output_tokens, br.prompt_mean, br.output_mean)
     is distinct from (p_brief.question_version, p_brief.tokens_per_image, p_brief.output_tokens, p_brief.prompt_mean, p_brief.output_mean);
   return p_brief;
 end $$;
 
--- The brief of a new upload, which is inserted if it is new; null: the question alone. It may run in a long transaction of the tenant's,
--- so it only inserts.
+-- The id of a new upload's brief; null: the question alone. Inserts the brief if it is new. It updates nothing, because it may run in
+-- a tenant's long transaction.
 create or replace function autotag.make_brief(p_workspace_id autotag.workspace_id) returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -96,15 +96,15 @@ as $$
 declare
   v_brief autotag.briefs;
 begin
-  select b.* into v_brief from autotag.jobs j join autotag.briefs b on b.id = j.brief_id where j.id = p_job_id;
+  select br.* into v_brief from autotag.jobs j join autotag.briefs br on br.id = j.brief_id where j.id = p_job_id;
   if v_brief.question_version <> p_provider.question_version then
     v_brief := autotag.refresh_brief(v_brief, p_provider);
   end if;
   return v_brief;
 end $$;
 
--- What one image of a brief reserves, cut to what the window of its workspace holds: otherwise it would wait for ever for the sake of a
--- long vocabulary. settle() corrects the window by the real use.
+-- The tokens that one image of a brief reserves, at most what the window of its workspace holds. Otherwise an image with a long
+-- vocabulary would wait for ever. settle() corrects the window by the real use.
 create or replace function autotag.fit_window(p_tokens integer, p_workspace_id autotag.workspace_id) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -120,10 +120,10 @@ begin
   if p_brief is null then
     return 0;
   end if;
-  return coalesce((select greatest(b.tokens_per_image - p.tokens_per_image, 0) from autotag.briefs b, autotag.provider_limits p where b.id = p_brief), 0);
+  return coalesce((select greatest(br.tokens_per_image - p.tokens_per_image, 0) from autotag.briefs br, autotag.provider_limits p where br.id = p_brief), 0);
 end $$;
 
--- The provider's row with what one image of a workspace reserves and uses now; null: of a workspace without a profile.
+-- The provider's row with the tokens that one image of a workspace reserves and uses now; null: a workspace without a profile.
 create or replace function autotag.provider_for(p_workspace_id autotag.workspace_id) returns autotag.provider_limits
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -157,7 +157,7 @@ begin
       select from autotag.batches b join autotag.jobs j on j.id = b.job_id where b.worker_id = p_worker and j.brief_id = p_brief) then
     return null;
   end if;
-  return (select autotag.spell_brief(b) from autotag.briefs b where b.id = p_brief);
+  return (select autotag.spell_brief(br) from autotag.briefs br where br.id = p_brief);
 end $$;
 
 -- A brief with the words of its profile (describe_brief); id is 0 where no upload has been asked this. Null: there is none.
@@ -166,13 +166,13 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (
-    select jsonb_build_object('id', coalesce(p_brief.id, 0), 'version', p.version, 'instructions', p.instructions, 'language', p.language,
-      'tag_count', p.tag_count, 'vocabulary_mode', p.vocabulary_mode, 'vocabulary', p_brief.vocabulary, 'fields', p.fields)
-    from autotag.profiles p where p.id = p_brief.profile_id);
+    select jsonb_build_object('id', coalesce(p_brief.id, 0), 'version', pr.version, 'instructions', pr.instructions, 'language', pr.language,
+      'tag_count', pr.tag_count, 'vocabulary_mode', pr.vocabulary_mode, 'vocabulary', p_brief.vocabulary, 'fields', pr.fields)
+    from autotag.profiles pr where pr.id = p_brief.profile_id);
 end $$;
 
--- What is stored of a result (clean_result) that was asked by this brief: the tags that are sure enough, no more than were asked for; the
--- fields of its profile, from those that the worker reports; and the profile's version.
+-- The part of a result (clean_result) with this brief that is stored: the tags that are sure enough, and no more than the profile asks
+-- for; of the fields that the worker reports, those of the profile; and the profile's version.
 create or replace function autotag.fit_result(p_result jsonb, p_fields jsonb, p_brief bigint) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -180,22 +180,22 @@ declare
   v_profile autotag.profiles;
   v_tags text[];
 begin
-  select p.* into v_profile from autotag.briefs b join autotag.profiles p on p.id = b.profile_id where b.id = p_brief;
+  select pr.* into v_profile from autotag.briefs br join autotag.profiles pr on pr.id = br.profile_id where br.id = p_brief;
   if not found or p_result is null then
     return p_result;
   end if;
   v_tags := array(
-    select t.tag from jsonb_array_elements_text(p_result -> 'tags') with ordinality t (tag, i)
+    select given.tag from jsonb_array_elements_text(p_result -> 'tags') with ordinality given (tag, i)
     -- a tag whose confidence the model did not give is kept
-    where coalesce((p_result -> 'confidence' ->> t.tag)::real >= v_profile.min_confidence, true) order by t.i limit v_profile.tag_count);
+    where coalesce((p_result -> 'confidence' ->> given.tag)::real >= v_profile.min_confidence, true) order by given.i limit v_profile.tag_count);
   return p_result || jsonb_build_object('tags', to_jsonb(v_tags), 'profile', v_profile.version,
     'confidence', coalesce((
       select jsonb_object_agg(c.key, c.value) from jsonb_each(p_result -> 'confidence') c where c.key = any (v_tags)), '{}'))
     || case when v_profile.fields = '[]' then '{}' else jsonb_build_object('fields', autotag.clean_fields(p_fields, v_profile.fields)) end;
 end $$;
 
--- The values of these fields ([{name, kind, values}]) in a worker's report; null where there is none of the right type. Of an enum only
--- its own values, of an integer at most 53 bits (JavaScript's), of a text 200 characters.
+-- The values of these fields ([{name, kind, values}]) in a worker's report; null where the report has no value of the right type. An
+-- enum has only its own values, an integer at most 53 bits (JavaScript's), and a text at most 200 characters.
 create or replace function autotag.clean_fields(p_report jsonb, p_fields jsonb) returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$

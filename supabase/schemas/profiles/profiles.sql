@@ -1,16 +1,16 @@
 -- Profiles: what a workspace wants asked about its images, in versions.
 
--- The profile of a workspace: the newest version of its own, else of the one for all workspaces, else the default with version 0.
+-- The profile of a workspace: the newest version of its own profile, else of the one for all workspaces, else the default with version 0.
 create or replace function autotag.profile_of(p_workspace_id autotag.workspace_id) returns autotag.profiles
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_profile autotag.profiles;
 begin
-  select * into v_profile from autotag.profiles p
-  where p.workspace_id = p_workspace_id order by p.version desc limit 1;
+  select * into v_profile from autotag.profiles pr
+  where pr.workspace_id = p_workspace_id order by pr.version desc limit 1;
   if not found then
-    select * into v_profile from autotag.profiles p where p.workspace_id is null order by p.version desc limit 1;
+    select * into v_profile from autotag.profiles pr where pr.workspace_id is null order by pr.version desc limit 1;
   end if;
   if not found then
     v_profile.version := 0;
@@ -23,8 +23,8 @@ begin
   return v_profile;
 end $$;
 
--- Refuses a new version that no request could ask, and every change of a version: what was asked is read again when the answers of a
--- batch arrive, hours later.
+-- Refuses a version that no request could ask. Also refuses every change of an existing version, because the answers of a batch arrive
+-- hours later and are read by the version that their images were asked.
 create or replace function autotag.check_profile() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -92,7 +92,7 @@ begin
   end if;
 end $$;
 
--- Refuses one field that no schema could contain. Returns how many values it has, and their characters.
+-- Refuses one field that no schema could contain. Returns the number of its values, and of their characters.
 create or replace function autotag.check_field(p_field jsonb, out value_count integer, out characters bigint)
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$

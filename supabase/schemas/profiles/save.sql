@@ -1,8 +1,8 @@
 -- Saving a profile: `autotag profile set`, and set_tagging_profile for a person's page.
 
 -- Saves a new version of a workspace's profile (null: of the one for all), and returns it. p_changes: what changes, by the names of the
--- columns (instructions, language, tag_count, min_confidence, vocabulary_mode, add_parents, fields); null: as by default. The rest stays
--- as it is in profile_of(), so a workspace's first own version begins with what holds for all. Without a change there is no new version.
+-- columns (instructions, language, tag_count, min_confidence, vocabulary_mode, add_parents, fields); null: the default. The rest stays
+-- as it is in profile_of(), so a workspace's first own version starts from the profile for all. Without a change there is no new version.
 -- Locks: the workspace's profile (advisory).
 create or replace function autotag.save_profile(p_workspace_id autotag.workspace_id, p_changes jsonb) returns autotag.profiles
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -15,7 +15,7 @@ begin
   perform pg_advisory_xact_lock(hashtextextended('autotag.profile ' || coalesce(p_workspace_id::text, ''), 0));
   v_old := autotag.profile_of(p_workspace_id);
   v_new := jsonb_populate_record(v_old, jsonb_strip_nulls(p_changes));
-  -- stripped of fields, too: a field without values or description is one where they are null
+  -- Nulls are removed from fields, too: a field without values or description is the same as one where they are null.
   v_new.fields := coalesce(jsonb_strip_nulls(p_changes -> 'fields'), v_old.fields);
   v_new.instructions := btrim(replace(v_new.instructions, E'\r\n', E'\n'), E' \n\t');
   if p_changes ? 'instructions' and v_new.instructions = '' or p_changes -> 'instructions' = 'null' then v_new.instructions := ''; end if;
@@ -75,7 +75,7 @@ begin
   return to_jsonb(p_profile) - '{id,workspace_id}'::text[] || jsonb_build_object('own', p_profile.workspace_id is not null);
 end $$;
 
--- All versions that a workspace's images can have been tagged with, the newest first, at most 100; null: of the profile for all.
+-- All versions that a workspace's images may have been tagged with, the newest first, at most 100; null: those of the profile for all.
 create or replace function autotag.profile_history(p_workspace_id autotag.workspace_id) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -83,9 +83,9 @@ begin
   return (
     select coalesce(jsonb_agg(autotag.describe_profile(p) order by p.version desc), '[]')
     from (
-      select h.* from autotag.profiles h
-      where h.workspace_id is null and p_workspace_id is null or h.workspace_id = p_workspace_id
-      order by h.version desc limit 100) p);
+      select pr.* from autotag.profiles pr
+      where pr.workspace_id is null and p_workspace_id is null or pr.workspace_id = p_workspace_id
+      order by pr.version desc limit 100) p);
 end $$;
 
 -- tagging_profile: what holds for a workspace, for its members.
@@ -116,7 +116,7 @@ begin
     or exists (select from autotag.vocabulary v where v.workspace_id = p_workspace_id);
 end $$;
 
--- For operators: the same without a check of the caller, and has_vocabulary; null: the profile for all workspaces.
+-- For operators: the profile and has_vocabulary, without a check of the caller. Null: the profile for all workspaces.
 create or replace function autotag.show_profile(p_workspace_id autotag.workspace_id) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -133,18 +133,18 @@ begin
     || jsonb_build_object('has_vocabulary', autotag.has_vocabulary(p_workspace_id));
 end $$;
 
--- Whether a workspace is known here: it has an image, an upload, usage, or anything that was set for it. autotag knows no table of
--- workspaces, so a mistyped id looks like an empty workspace otherwise.
+-- Whether a workspace is known here: it has an image, an upload, usage, or a setting of its own. autotag knows no table of
+-- workspaces, so a mistyped id would look like an empty workspace.
 create or replace function autotag.knows_workspace(p_workspace_id autotag.workspace_id) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return autotag.list_assets(p_workspace_id, false, null, 1) <> '{}'
-    or exists (select from autotag.workspaces w where w.workspace_id = p_workspace_id)
+    or exists (select from autotag.workspaces ws where ws.workspace_id = p_workspace_id)
     or exists (select from autotag.jobs j where j.workspace_id = p_workspace_id)
-    or exists (select from autotag.profiles p where p.workspace_id = p_workspace_id)
+    or exists (select from autotag.profiles pr where pr.workspace_id = p_workspace_id)
     or exists (select from autotag.vocabulary v where v.workspace_id = p_workspace_id)
-    or exists (select from autotag.usage u where u.workspace_id = p_workspace_id)
-    or exists (select from autotag.quotas q where q.workspace_id = p_workspace_id)
-    or exists (select from autotag.windows l where l.workspace_id = p_workspace_id);
+    or exists (select from autotag.usage us where us.workspace_id = p_workspace_id)
+    or exists (select from autotag.quotas qu where qu.workspace_id = p_workspace_id)
+    or exists (select from autotag.windows wn where wn.workspace_id = p_workspace_id);
 end $$;

@@ -1,6 +1,6 @@
 -- Broadcasts to browsers, sent by the transaction that makes them true, and the right to receive them.
 
--- Broadcasts a message, or warns: an error of Realtime (a partition is missing) must not undo what the message tells of.
+-- Broadcasts a message. It only warns of an error of Realtime (a partition is missing), which must not undo the reported change.
 create or replace function autotag.broadcast(p_topic text, p_event text, p_payload jsonb, p_private boolean) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -25,14 +25,14 @@ begin
 end $$;
 
 -- Takes messages out of the outbox for delivery: [{topic, event, payload, private}]. They are deleted at once, because Realtime
--- delivers at most once and clients rely on getting no message twice.
+-- delivers at most once, and clients rely on it that no message comes twice.
 create or replace function autotag.take_outbox(p_limit integer) returns jsonb
 language sql security definer set search_path = pg_catalog, pg_temp
 as $$
   with taken as (
-    delete from autotag.outbox o where o.id in (
-      select w.id from autotag.outbox w order by w.id limit greatest(least(p_limit, 1000), 0) for update skip locked)
-    returning o.*
+    delete from autotag.outbox ob where ob.id in (
+      select oldest.id from autotag.outbox oldest order by oldest.id limit greatest(least(p_limit, 1000), 0) for update skip locked)
+    returning ob.*
   )
   select coalesce(jsonb_agg(jsonb_build_object(
     'topic', t.topic, 'event', t.event, 'payload', t.payload, 'private', t.private) order by t.id), '[]')

@@ -1,13 +1,13 @@
--- Writing outcomes to the host's rows. The host's triggers, constraints and transactions can refuse or hold up any row, so: the
--- bulk first; if it raises, smaller parts (next_part), down to the single row. A row that is held is kept for later (unstored), and so is
--- one whose error may pass, for a while. Otherwise a row that raises fails with the code not_stored. So one row costs its own image,
--- nobody waits, and every image ends.
+-- Writes outcomes to the host's rows. The host's triggers, constraints and transactions can refuse or hold up any row. So the bulk is
+-- written first; if it raises, smaller parts (next_part), down to the single row. An outcome is kept for later (unstored) if its row is
+-- held, or for a while if the error may pass. Any other row that raises fails with the code not_stored. So one row costs its own image
+-- only, nobody waits, and every image ends.
 
 -- Stores the outcomes of images of one workspace: tags or failures, the counts, progress and broadcasts. Outcomes of tasks that
 -- have ended meanwhile are dropped. p_own: the transaction is autotag's own, so constraints that the host has deferred are checked
 -- here, where an error costs one image. Returns sentences for the operator's log: [{event, notice}].
--- p_waits: how long its parts may wait for locks in vain; then the rest is kept without another try. 150 ms are three parts, and a
--- second finds one image in 500 whose trigger waits for a lock.
+-- p_waits: how long its parts may wait for locks; then the rest is kept without another try. 150 ms is enough for three parts,
+-- and a second finds one image in 500 whose trigger waits for a lock.
 -- The caller does not hold the provider row. Locks: tasks, jobs by id, assets; it waits for none longer than lock_timeout.
 create or replace function autotag.finish(
   p_workspace_id autotag.workspace_id, p_items autotag.finished[], p_own boolean, p_waits interval default interval '150 ms'
@@ -69,7 +69,7 @@ begin
   return v_notices;
 end $$;
 
--- The first part of p_count rows that are written together if they can be: all of them.
+-- The first part of p_count rows: all of them.
 create or replace function autotag.first_part(p_count integer) returns autotag.parts
 language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
@@ -77,9 +77,9 @@ begin
   return row(greatest(p_count, 1), 0, 64, 0)::autotag.parts;
 end $$;
 
--- The next part, after one of p_size rows was written, or raised (p_raised). After a part that raised come halves, down to the row that
--- raises. A part whose rows are not known to raise has half as many as there were rows for one that raises. So each row is tried
--- twice, however many raise. (Halves of the whole try all of it again for each halving: 50,000 with 1 % that raise took 60 s.)
+-- The next part, after a part of p_size rows was written or raised (p_raised). A part that raised is halved, down to the row that raises.
+-- If one of N rows has raised so far, the next part has N / 2 rows. So each row is tried about twice, however many raise. (To halve the
+-- whole each time would try all rows again: 50,000 with 1 % that raise took 60 s.)
 create or replace function autotag.next_part(p_parts autotag.parts, p_size integer, p_raised boolean) returns autotag.parts
 language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
@@ -114,8 +114,8 @@ exception when others or assert_failure then
   took := clock_timestamp() - v_began;
 end $$;
 
--- Decides what becomes of one image whose outcome raised this: it is tagged again (its picture was replaced), kept (keep_error), or
--- refused. unshown: the outcome, if its row did not take it in any form; the caller stores it without the row.
+-- Decides about one image whose outcome raised this error: it is tagged again (its picture was replaced), kept (keep_error), or refused.
+-- unshown: the outcome, if the row did not accept it in any form; the caller stores it without the row.
 create or replace function autotag.end_odd(
   p_workspace_id autotag.workspace_id, p_item autotag.finished, p_own boolean, p_state text, p_error text,
   out ended autotag.ended[], out unshown autotag.finished[], out notices jsonb
@@ -147,7 +147,7 @@ begin
       ended := v_try.ended;
       unshown := array[]::autotag.finished[];
     elsif autotag.is_lock_error(v_try.state) then
-      notices := autotag.keep_error(array[p_item], v_try.state, v_try.error);   -- its row is held now, so all is tried again
+      notices := autotag.keep_error(array[p_item], v_try.state, v_try.error);   -- another transaction holds its row: keep it for a later try
       if notices is not null then
         unshown := array[]::autotag.finished[];
         return;
@@ -189,8 +189,8 @@ begin
   return p_state in ('55P03', '40P01', '40001');
 end $$;
 
--- The picture of an image was replaced after the model saw it: the image is queued again, and its answer is dropped, also where it was
--- kept. After max_failures the image fails. Locks: the task.
+-- Queues an image again, because its picture was replaced after the model saw it, and drops its answer, even if that was kept. After
+-- max_failures the image fails. Locks: the task.
 create or replace function autotag.tag_again(p_task bigint) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -199,22 +199,22 @@ declare
     'code', 'picture_replaced', 'message', 'The picture was replaced again and again while it was being tagged.')));
 begin
   if v_ended = '{}' then
-    delete from autotag.unstored u where u.task_id = p_task;
+    delete from autotag.unstored un where un.task_id = p_task;
     perform pg_notify('autotag', 'realtime');
   else
     perform autotag.keep(v_ended, false);
   end if;
 end $$;
 
--- Writing the row of one image raised this error: keeps its outcome if the error may pass. Null: it does not, or has not passed.
+-- Keeps the outcome of one image whose row raised this error, if the error may pass. Null: it cannot pass, or the patience is used up.
 -- Otherwise sentences for the operator's log: [{event, notice}].
---   * A row that another transaction holds is waited for as long as it takes.
---   * Other errors use up patience: a lock's error of a row that is free comes from a trigger, which waits for something else or
---     raises it itself. It is tried 64 times, an hour.
+--   * A row that another transaction holds is tried until it is free.
+--   * Other errors use up patience. If the row is free, a lock's error comes from a trigger, which waits for something else or raises
+--     the error itself: 64 tries, an hour.
 --   * Lack of resources and failures of the server: twenty tries, a quarter of an hour.
 --   * Missing columns, tables or privileges are mistakes in the adapter or in a trigger, and a rule on the table (0A) prevents every
---     update (diagnose_rules); somebody may be mending that: eight tries, a minute.
---   * All others are the row's own.
+--     update (diagnose_rules). Somebody may be fixing that: eight tries, a minute.
+--   * All other errors are about the row itself and do not pass.
 create or replace function autotag.keep_error(p_items autotag.finished[], p_state text, p_error text) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -225,7 +225,7 @@ begin
   if autotag.is_lock_error(p_state) and autotag.try_held(p_items) <> '{}' then
     perform autotag.keep(p_items);
     return '[]'::jsonb;
-  elsif v_costs is null or exists (select from autotag.unstored u where u.task_id = p_items[1].task and u.patience_used >= 1) then
+  elsif v_costs is null or exists (select from autotag.unstored un where un.task_id = p_items[1].task and un.patience_used >= 1) then
     return null;
   end if;
   perform autotag.keep(p_items, true, v_costs);
@@ -233,8 +233,8 @@ begin
     'The outcome of image %s could not be stored yet: %s', p_items[1].asset_id, autotag.printable(p_error, 500))));
 end $$;
 
--- The images of these whose rows or jobs another transaction holds; all of them if even the table is held; none if it cannot be
--- found out.
+-- The images among these whose rows or jobs another transaction holds; all of them if another transaction holds the whole table; none if
+-- the look-up fails.
 create or replace function autotag.try_held(p_items autotag.finished[]) returns autotag.asset_id[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -316,7 +316,7 @@ declare
   v_deleted bigint[];
 begin
   with deleted as (
-    -- coalesce: the plan may not use the index of live tasks, and read all of it
+    -- coalesce keeps the plan from using the index of live tasks, all of which it might read
     delete from autotag.tasks t
     where t.id = any (array(select i.task from unnest(p_items) i)) and coalesce(t.finished_at, 'infinity') = 'infinity'
     returning t.id
@@ -350,15 +350,15 @@ begin
 end $$;
 
 -- Fails tasks and shows that on the host's rows (p_show). Returns those that had not ended. The caller holds their jobs and counts
--- them. (The plan is kept, as in read_reports(): planning takes 0.2 ms, and 2 ms after a part of 10,000 has raised, because the planner
--- looks for the ends of the index among what that part left.)
+-- them. (The plan is kept, as in read_reports(). Planning takes 0.2 ms, and 2 ms after a part of 10,000 rows has raised, because the
+-- planner then searches dead entries for the ends of the index.)
 create or replace function autotag.fail_tasks(p_workspace_id autotag.workspace_id, p_items autotag.finished[], p_show boolean)
 returns autotag.finished[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$
 declare
-  v_now timestamptz := autotag.now();   -- a call for each row takes a tenth of all
+  v_now timestamptz := autotag.now();   -- called once: a call per row would take a tenth of the time
   v_failed autotag.finished[];
 begin
   with failed as (
@@ -370,7 +370,7 @@ begin
     returning i as item
   )
   select array(select f.item from failed f) into v_failed;
-  delete from autotag.unstored u where u.task_id in (select i.task from unnest(v_failed) i);
+  delete from autotag.unstored un where un.task_id in (select i.task from unnest(v_failed) i);
   if p_show and v_failed <> '{}' then
     perform autotag.show_stage(array(select i.asset_id from unnest(v_failed) i), p_workspace_id, 'failed', 0, null,
       array(select i.message from unnest(v_failed) i));

@@ -3,15 +3,15 @@
 --
 --   given     tags that autotag gave and that are in the column, spelled as there. Every other tag of the column is a person's.
 --   added     people's tags, as autotag last saw them
---   removed   what was in one of the two lists once and then not in the column, by its key: people have removed it
+--   removed   the keys of tags that were in one of the two lists and later not in the column: people have removed them
 --
 -- Nothing else is remembered, so a tag that was removed and typed again between two runs counts as never touched. A tag that is in the
 -- column more than once, or that is spelled in another way than autotag gave it, is a person's.
 --
 -- Bounds: a list of 1,000 tags or 65,536 bytes takes 6 ms, 10 with capitals and 18 with punctuation. Longer ones are left as they are, and the row says so.
 
--- The keys of tags (tag_key): as a vocabulary compares them. A tag without letter and digit, which has none there, is compared in lower
--- case. Null stays null. (Most tags are their own key; a call for each of them would take longer.)
+-- The keys of tags (tag_key), as a vocabulary compares them. A tag without a letter or digit has no such key, so its key is its lower
+-- case. Null stays null. (Most tags are their own key. A call for each of them would take longer.)
 create or replace function autotag.tag_keys(p_tags text[]) returns text[]
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -28,8 +28,8 @@ create or replace function autotag.odd_tags() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$ select '[^][[:alnum:] ",]|[[:upper:]\u00aa\u00b2-\u00b3\u00b5\u00b9-\u00ba\u0132-\u0133\u013f-\u0140\u0149\u017f\u01c4-\u01cc\u01f1-\u01f3\u02b0-\u02b8\u02bc\u02e0-\u02e4\u0300-\u0385\u03c2\u03d0-\u03d6\u03f0-\u03f9\u0587\u0675-\u0678\u0958-\u095f\u09dc-\u09df\u0a33-\u0a5e\u0b5c-\u0b5d\u0e33\u0eb3\u0edc-\u0edd\u0f0c-\u0fbf\u10fc\u1100-\u11ff\u1c80-\u1c8f\u1d2c-\u1dbf\u1e9a-\u1e9b\u1f71-\u1fff\u2070-\u24ff\u2c7c-\u2c7d\u2d6f\u2e80-\u2fdf\u3130-\u318f\u3164\u3038-\u303a\u3099-\u309f\u30ff\u3192-\u33ff\ua69c-\ua69d\ua770\ua7f2-\ua7f9\uab5c-\uab69\uf900-\uffff\U00010000-\U0010ffff]' $$;
 
--- Whether each of an answer's tags has its own key. In ASCII, tags with one key have the same letters and digits, so most keys need not
--- be made, which takes longer.
+-- Whether each of an answer's tags has its own key. In ASCII, tags with one key have the same letters and digits. So it seldom has to
+-- make keys, which takes longer.
 create or replace function autotag.are_different(p_tags jsonb) returns boolean
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
 as $$
@@ -44,8 +44,8 @@ begin
   return (select count(distinct k) = count(*) from unnest(autotag.tag_keys(array(select jsonb_array_elements_text(p_tags)))) k);
 end $$;
 
--- The keys of the vocabulary's tags that words of people stand for, also because they are nearly the same (know_tags). p_names: those that
--- an answer gives (match_tags); p_keys: the words' keys. Only words that begin like a name are looked up.
+-- The keys of the vocabulary's tags that people's words mean, by a name or by nearly the same word (know_tags). p_names: the names in an
+-- answer (match_tags); p_keys: the words' keys. Only words that begin like a name are looked up.
 create or replace function autotag.near_tags(p_workspace_id autotag.workspace_id, p_names jsonb, p_keys text[]) returns text[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -76,8 +76,8 @@ begin
   return array[]::text[];
 end $$;
 
--- The tags of an answer, without those that the vocabulary only adds because they are above tags that people removed (`above` of
--- match_tags). p_removed: their keys; p_there: the keys of the tags that are there.
+-- The tags of an answer, without parents that were only added for tags that people removed (`above` of match_tags). p_removed: the
+-- removed keys; p_there: the keys of the tags in the column.
 create or replace function autotag.answered_tags(p_answer jsonb, p_removed text[], p_there text[], p_workspace_id autotag.workspace_id)
 returns text[]
 language plpgsql stable parallel safe set search_path = pg_catalog, pg_temp
@@ -99,10 +99,10 @@ begin
     where (p_answer -> 'above' -> t.tag <@ to_jsonb(v_gone)) is not true order by t.i);
 end $$;
 
--- What the answer of a run changes. p_tags: the tags that are there; null: an element that is not a text. p_memory: tagging_result as it
--- is. p_answer: as in store_tags; a tag is left out if one of its `names` (match_tags) is a person's tag or was removed, or if one of these is nearly the same
--- (near_tags). p_longest: the column's limit of a tag's length, if it has one. dropped: the places of tags that an
--- earlier run gave and this one does not. fresh: the tags to append. result: tagging_result as it will be.
+-- What the answer of a run changes. p_tags: the tags in the column; null: an element that is not a text. p_memory: the present
+-- tagging_result. p_answer: as in store_tags; a tag is left out if one of its `names` (match_tags) is a person's tag or was removed, or
+-- is nearly the same as one (near_tags). p_longest: the column's limit of a tag's length, if it has one. dropped: the places of tags
+-- that an earlier run gave and this one does not. fresh: the tags to append. result: the new tagging_result.
 create or replace function autotag.merge_tags(
   p_tags text[], p_memory jsonb, p_answer jsonb, p_longest integer, p_workspace_id autotag.workspace_id,
   out dropped integer[], out fresh text[], out result jsonb
@@ -148,11 +148,13 @@ begin
     where t.tag <> all (v_given) and t.key not in (select k from unnest(v_keys) k where k is not null))), v_given, v_added, v_removed);
 end $$;
 
--- The memory of a row as it is after its tags were stored, because triggers of the host can change what autotag writes. p_tags: the texts
--- in the column; null: it is too large. A tag that was stored and is not there was not given, and no person removed it. One that is spelled
--- in another way than it was given is given as it is spelled. Where given tags are not there, and people's are, what else is there came
--- in their place (a trigger that knows synonyms), so it is given, too; otherwise it is a person's. A given tag that became one that people
--- have or removed is remembered as removed: each run would bring it once more. Null: the memory is right as it is.
+-- The memory of a row, corrected after its tags were stored, because triggers of the host can change what autotag writes. p_tags: the
+-- texts in the column now; null: the column is too large. Null: the memory is right already.
+--   * A given tag that is not in the column counts neither as given nor as removed by a person.
+--   * A given tag that is spelled differently there counts as given, in that spelling.
+--   * If given tags are missing and all of people's are there, other tags have replaced the missing ones (a trigger that knows synonyms),
+--     so they count as given. Otherwise they are a person's.
+--   * A given tag that became a tag that people have or removed counts as removed, because each run would bring it again.
 create or replace function autotag.kept_tags(p_tags text[], p_memory jsonb) returns jsonb
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -207,7 +209,7 @@ begin
     || case when p_removed <> '{}' then jsonb_build_object('removed', p_removed) else '{}' end;
 end $$;
 
--- The same for a row whose tags autotag leaves as they are. It keeps the lists, so that nothing is forgotten, and says why.
+-- The same for a row whose tags autotag leaves as they are. It keeps the lists, so that nothing is forgotten, and adds the reason.
 create or replace function autotag.leave_tags(p_memory jsonb, p_answer jsonb, p_reason text, out result jsonb, out error text)
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -222,7 +224,7 @@ begin
 end $$;
 
 -- Merges an answer into a column of texts (text[], varchar[], citext[]), for store_tags. p_large: the value is too large to be read
--- (p_tags is null then). tags: the new value; null: as it is. error: what to tell the user.
+-- (p_tags is null then). tags: the new value; null: unchanged. error: a sentence for the user.
 create or replace function autotag.merge_array(
   p_tags text[], p_large boolean, p_memory jsonb, p_answer jsonb, p_longest integer, p_workspace_id autotag.workspace_id,
   out tags text[], out result jsonb, out error text
@@ -257,8 +259,8 @@ begin
   end if;
 end $$;
 
--- The same for a column of JSON (jsonb, json). Elements stay as they are written, also those that are no texts. A list with an object is
--- left alone: texts among objects would break who reads it.
+-- The same for a column of JSON (jsonb, json). Elements stay as they are written, even if they are not texts. A list with an object is
+-- left alone, because texts among objects would break its readers.
 create or replace function autotag.merge_json(
   p_tags json, p_large boolean, p_memory jsonb, p_answer jsonb, p_workspace_id autotag.workspace_id, out tags json, out result jsonb, out error text
 )

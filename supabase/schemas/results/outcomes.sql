@@ -1,10 +1,10 @@
 -- The outcome of an image after its call: tags, a failure, or a retry.
 
--- A plan that was cached while the tasks table was empty would scan all of it when it is full. So queries that join it are
--- planned each time: by `execute` in functions that every report passes, by `plan_cache_mode` in the others.
+-- A plan that was cached while the tasks table was empty would scan all of it when it is full. So queries that join it are planned
+-- each time: by `execute` in functions that run for every report, by `plan_cache_mode` in the others.
 
--- Requeues tasks as single calls: the next claim puts them into their queues, when their delay is over. Returns those that do not
--- go on, because they reach max_failures or their job was cancelled; the caller fails them (finish, keep).
+-- Requeues tasks as single calls: once their delay is over, the next claim puts them into their queues. Returns those that are not
+-- requeued, because they reach max_failures or their job was cancelled; the caller fails them (finish, keep).
 -- p_tries: [{task, failures (to add), delay (seconds; absent: none), code, message, output_tokens (lowest cap of the next answer;
 -- absent: unchanged), suspect (its error paused tagging: the code is recorded, and the second such error counts as a failure)}].
 -- Locks: tasks.
@@ -96,7 +96,7 @@ begin
   where a.error is not null and autotag.is_final(a, t.failures);
 end $$;
 
--- Requeues the other images with an error, each after the delay of its kind. Returns those that do not go on (requeue).
+-- Requeues the other images with an error, each after the delay of its kind. Returns those that are not requeued (requeue).
 create or replace function autotag.try_again(p_answers autotag.answer[], p_settings autotag.settings) returns autotag.finished[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -109,7 +109,7 @@ begin
       'delay', case
         -- longer than the probe interval, so that the next probe is another image
         when k.pauses then extract(epoch from p_settings.account_probe_interval) + 1
-        -- a host of images asks to wait, which the provider's limits know nothing of
+        -- a host of images asks to wait, which has nothing to do with the provider's limits
         when k.delays or a.error ->> 'origin' = 'host' then greatest((a.error ->> 'retry_after')::double precision, autotag.growing_delay(t.failures, p_settings)) end))
   into v_tries
   from unnest(p_answers) a
@@ -139,9 +139,9 @@ create or replace function autotag.max_cap(p_workspace_id autotag.workspace_id) 
 language sql stable security definer set search_path = pg_catalog, pg_temp set jit = off
 as $$
   select greatest(s.min_output_tokens, least(s.max_output_tokens,
-    l.max_units - (p.tokens_per_image - p.output_tokens),
+    w.max_units - (p.tokens_per_image - p.output_tokens),
     (0.9 * p.tokens_per_minute)::integer - (p.tokens_per_image - p.output_tokens)))
-  from autotag.settings s, autotag.provider_limits p, autotag.window_limits(p_workspace_id, 'realtime') l
+  from autotag.settings s, autotag.provider_limits p, autotag.window_limits(p_workspace_id, 'realtime') w
 $$;
 
 -- The lowest cap of the next answer about an image: four times the cap of an answer that was cut off, up to max_cap(); null: the
@@ -160,7 +160,7 @@ end $$;
 --     configuration is probably wrong.
 --   * A second account error of one image, although others had succeeded before it was asked: it counts as a failure of the image,
 --     so that one image cannot pause tagging forever.
---   * What the provider refuses because of a brief: blame_brief().
+--   * A refusal because of a brief: blame_brief().
 -- form_changed: the model's row got another form, which the caller reports (report_provider).
 -- p_asked_at: when a batch's file was built; null: single calls, which have their own times. Locks: the model's row without waiting.
 create or replace function autotag.reclassify_errors(
@@ -213,11 +213,11 @@ begin
   form_changed := cardinality(v_settled) > 0;
 end $$;
 
--- The error of an image if it belongs to what its workspace's profile asks (its brief), not to the provider; null: it does not. It does
--- not as soon as another workspace is refused in the same way, with no success between, nor where nobody else could be harmed. While the
--- question works, such an image fails for good, and the other workspace counts after a minute: successes of that time would contradict
--- it. Else it is tried again, after those of other workspaces.
--- Its `refusal` is the name under which record_outcomes() remembers it.
+-- The error of an image if its brief is the cause (what its workspace's profile asks), and not the provider; null: it is not. The brief
+-- is no longer the cause once another workspace is refused in the same way without a success between. It is not the cause either if
+-- the error could harm no other workspace. While the question works, such an image fails for good, and the refusal of another
+-- workspace counts only after a minute, in which a success would contradict it. Otherwise the image is tried again, after those of
+-- other workspaces. record_outcomes() remembers the error under the name in its `refusal`.
 create or replace function autotag.blame_brief(p_answer autotag.answer, p_provider autotag.provider_limits, p_asked_at timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -236,7 +236,7 @@ begin
     or e ->> 'parameter' is not null and exists (
       select from autotag.learned l where l.model = p_provider.question ->> 'model' and l.brief_id = p_answer.brief_id
         and l.learned_at >= p_provider.question_since)
-    or not exists (select from autotag.workspaces w where w.workspace_id <> p_answer.workspace_id)
+    or not exists (select from autotag.workspaces ws where ws.workspace_id <> p_answer.workspace_id)
     or not v_works and not exists (
       select from autotag.jobs j where j.finished_at is null and j.workspace_id <> p_answer.workspace_id) then
     return null;
@@ -283,7 +283,7 @@ begin
       select x.key, x.value from jsonb_each(v_new || p_provider.refusals) x
       where (x.value ->> 'at')::timestamptz >= p_provider.question_since
         and coalesce((x.value ->> 'at')::timestamptz > v_success, true)
-      order by x.value ->> 'at' desc limit 20) r), '{}')   -- the names are a worker's words
+      order by x.value ->> 'at' desc limit 20) r), '{}')   -- at most 20, because workers choose the names
   where p.id;
 end $$;
 
@@ -315,24 +315,28 @@ declare
   v_provider autotag.provider_limits;
   v_error jsonb;
   v_learnt record;
+  v_failed boolean;            -- one of them has an error
   v_good boolean;
   v_works boolean;             -- one of them was asked after the last account error or change of address, so tagging works now
 begin
   select * into v_provider from autotag.provider_limits;
   v_learnt := autotag.tokens_to_learn(p_answers, p_asked_at);
   perform autotag.learn(v_learnt.inputs, v_learnt.outputs, null, v_learnt.briefs);
-  select coalesce(bool_or(a.error is null), false),
+  select coalesce(bool_or(a.error is not null), false),
+    coalesce(bool_or(a.error is null and coalesce(p_asked_at, a.reserved_at) >= v_provider.question_since), false),
     coalesce(bool_or(a.error is null and coalesce(p_asked_at, a.reserved_at) >=
-      greatest(v_provider.account_error_at, v_provider.fingerprint_since)), false)
-  into v_good, v_works
-  from unnest(p_answers) a where coalesce(p_asked_at, a.reserved_at) >= v_provider.question_since;
-  perform autotag.record_refusals(p_answers, v_provider, p_asked_at);
+      greatest(v_provider.account_error_at, v_provider.fingerprint_since, v_provider.question_since)), false)
+  into v_failed, v_good, v_works
+  from unnest(p_answers) a;
+  if v_failed or v_provider.refusals <> '{}' then
+    perform autotag.record_refusals(p_answers, v_provider, p_asked_at);
+  end if;
   if v_good then
     update autotag.provider_limits p set has_rate_headers = false where p.has_rate_headers is null;
   end if;
   -- Errors of calls from before the question or the address changed do not count.
   select a.error into v_error from unnest(p_answers) a
-  where a.error ->> 'kind' = 'account' and coalesce(p_asked_at, a.reserved_at) >=
+  where v_failed and a.error ->> 'kind' = 'account' and coalesce(p_asked_at, a.reserved_at) >=
     greatest(v_provider.question_since, v_provider.fingerprint_since, case when p_asked_at is null then v_provider.proven_at end)
   limit 1;
   if found then
@@ -341,13 +345,13 @@ begin
   elsif v_works and (v_provider.account_error is not null or v_provider.proven_at is null) then
     perform autotag.resume_tagging();
     -- The address and key of a worker that succeeded become the present ones.
-    perform autotag.switch_provider(w.base_url, w.fingerprint)
-    from autotag.workers w where w.fingerprint is not null and w.id = p_worker and p_asked_at is null;
+    perform autotag.switch_provider(wk.base_url, wk.fingerprint)
+    from autotag.workers wk where wk.fingerprint is not null and wk.id = p_worker and p_asked_at is null;
     perform pg_notify('autotag', 'realtime');
     perform pg_notify('autotag', 'batch');
   elsif v_provider.proven_at is null and exists (
     select from unnest(p_answers) a where a.error ->> 'kind' = 'image' or a.error ? 'refusal' or not a.called) then
-    -- This image has proven nothing: the next one tries at once.
+    -- This image has proven nothing, so the next one tries at once.
     update autotag.provider_limits p set probe_at = null where p.account_error is null;
     perform pg_notify('autotag', 'realtime');
   end if;

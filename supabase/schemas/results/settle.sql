@@ -1,6 +1,6 @@
 -- Single calls: a worker reports their outcomes in bulk.
 
--- settle: a worker reports the outcomes of its single calls of one workspace.
+-- settle: records the outcomes of a worker's single calls of one workspace.
 -- p_reports: [{task, attempt, result | error, usage: {input, cached, cache_write, output, reasoning, model, tier}, called, mark}].
 --   usage: given whenever the provider answered, even if the answer was unusable. called: false if the call was not sent.
 --   mark: of the picture that the model saw, as describe_tasks() gave it.
@@ -8,11 +8,11 @@
 -- p_keep: the host's rows are slow (an earlier call was cancelled for it): keep the outcomes for store_waiting() instead.
 -- Ignores reports for tasks that the worker does not hold (any more), with an older attempt, or from another login.
 -- Returns {accepted, busy, notices: [{event, notice}], held}: the number of accepted reports, and sentences for the log. busy: another
--- call of this worker for this workspace is still running; nothing was done, so call again. held: no message has told of all
--- rows yet, so call report_stages() in a second.
+-- call of this worker for this workspace is still running; nothing was done, so call again. held: messages have not named all
+-- changed rows yet, so call report_stages() in a second.
 --
--- Only this transaction writes the host's rows of these images, and it writes those of one workspace. So it holds nothing that
--- other workspaces need, until the end: report_provider() takes the provider row if it is free.
+-- This transaction writes the host's rows of one workspace only, and holds nothing that other workspaces need until its end:
+-- report_provider() comes last, and takes the provider row if it is free.
 -- Locks: the worker's workspace (advisory), window (skip locked), tasks, jobs, assets (finish), usage, provider (skip locked).
 create or replace function autotag.settle(
   p_worker uuid, p_workspace_id autotag.workspace_id, p_reports jsonb, p_observed jsonb default null, p_keep boolean default false
@@ -21,6 +21,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp set plan
 as $$
 declare
   v_answers autotag.answer[];
+  v_failed boolean;            -- one of them has an error
   v_report autotag.provider_report;
   v_judged record;
   v_notices jsonb;
@@ -36,14 +37,15 @@ begin
   end if;
   v_answers := autotag.read_reports(p_worker, p_workspace_id, p_reports);
   v_report := autotag.summarize_calls(p_worker, v_answers, p_observed);
-  if exists (select from unnest(v_answers) a where a.error is not null) then
+  v_failed := exists (select from unnest(v_answers) a where a.error is not null);
+  if v_failed then
     v_judged := autotag.reclassify_errors(v_answers);
     v_answers := v_judged.answers;
     v_report.form_changed := v_judged.form_changed;
   end if;
   v_report.answers := v_answers;
   v_report.windows := autotag.correct_windows(autotag.window_corrections(v_answers));
-  if exists (select from unnest(v_answers) a where a.error is not null) then
+  if v_failed then
     v_answers := autotag.judge_retries(v_answers, false);
   end if;
   v_notices := autotag.apply_answers(p_workspace_id, v_answers, not p_keep);
@@ -51,12 +53,12 @@ begin
   return jsonb_build_object('accepted', cardinality(v_answers), 'busy', false,
     'held', exists (
       select from autotag.jobs j
-      where j.id in (select a.job_id from unnest(v_answers) a) and j.finished_at is null and j.changed is distinct from '{}'),
+      where j.id = any (array(select distinct a.job_id from unnest(v_answers) a)) and j.finished_at is null and j.changed is distinct from '{}'),
     'notices', v_notices || autotag.report_provider(v_report));
 end $$;
 
--- Validates reports and returns those for tasks of the workspace that the worker holds, at most one per task. (The plan is kept.
--- Without the settings, one that was made while the table was empty would read all of it when it is full.)
+-- Validates reports and returns those for tasks of the workspace that the worker holds, at most one per task. (The plan is kept. The
+-- enable_… options make it use the index. Without them, a plan from when the table was empty would scan all of the full table.)
 create or replace function autotag.read_reports(p_worker uuid, p_workspace_id autotag.workspace_id, p_reports jsonb) returns autotag.answer[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
@@ -141,14 +143,14 @@ begin
     select c.* from jsonb_to_recordset(p_corrections) c (workspace_id autotag.workspace_id, reserved_at timestamptz, requests integer, units integer)
     order by c.workspace_id, c.reserved_at
   loop
-    perform from autotag.windows w
-    where w.workspace_id = v_window.workspace_id and w.request_type = 'realtime' for no key update skip locked;
+    perform from autotag.windows wn
+    where wn.workspace_id = v_window.workspace_id and wn.request_type = 'realtime' for no key update skip locked;
     if found then
       perform autotag.correct_window(v_window.workspace_id, 'realtime', v_window.reserved_at, v_window.requests, v_window.units);
     elsif exists (
-      select from autotag.windows w
-      where w.workspace_id = v_window.workspace_id and w.request_type = 'realtime'
-        and w.admitted_at[cardinality(w.admitted_at)] > autotag.now() - interval '1 min') then
+      select from autotag.windows wn
+      where wn.workspace_id = v_window.workspace_id and wn.request_type = 'realtime'
+        and wn.admitted_at[cardinality(wn.admitted_at)] > autotag.now() - interval '1 min') then
       v_held := v_held || to_jsonb(v_window);
     end if;
   end loop;

@@ -1,10 +1,10 @@
 -- Outcomes that wait for the host's rows: kept now, stored later.
 
 -- Keeps outcomes for store_waiting(). Their tasks end for workers and queues, and stay live until they are stored. p_tried: their
--- rows were just tried in vain, so the next try is delayed: by a quarter of a second, twice as long each time, at most a minute.
+-- rows were just tried without success, so the next try is delayed: by a quarter of a second, twice as long each time, at most a minute.
 -- p_costs: the part of an image's patience that its error used up (keep_error).
--- Locks: tasks by id. It waits for them, because an outcome that is not kept is lost: another transaction may just report the image's
--- stage. In finish() it waits no longer than lock_timeout, and raises; then the worker settles again.
+-- Locks: tasks by id. It waits for them (another transaction may be reporting the image's stage), because an outcome that is not kept is
+-- lost. In finish() it waits no longer than lock_timeout, and raises; then the worker settles again.
 create or replace function autotag.keep(p_items autotag.finished[], p_tried boolean default true, p_costs numeric default 0) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -19,23 +19,24 @@ begin
     from autotag.tasks t join unnest(p_items) i on i.task = t.id
     where t.finished_at is null order by t.id for update of t
   ), kept as (
-    insert into autotag.unstored as u (task_id, workspace_id, batch_id, result, error_code, error, mark, tries, patience_used, next_at, kept_at)
+    insert into autotag.unstored as un
+      (task_id, workspace_id, batch_id, result, error_code, error, mark, tries, patience_used, next_at, kept_at)
     select l.id, l.workspace_id, l.batch_id, l.result, l.code, l.message, l.mark, p_tried::integer, p_costs,
       v_now + case when p_tried then interval '0.25 s' else interval '0' end, v_now
     from live l
     on conflict (task_id) do update
-    set tries = u.tries + 1, patience_used = u.patience_used + p_costs, result = excluded.result, error_code = excluded.error_code, error = excluded.error,
-        next_at = v_now + least(interval '1 min', interval '0.25 s' * power(2, least(u.tries, 10)))
-    returning u.task_id
+    set tries = un.tries + 1, patience_used = un.patience_used + p_costs, result = excluded.result,
+        error_code = excluded.error_code, error = excluded.error,
+        next_at = v_now + least(interval '1 min', interval '0.25 s' * power(2, least(un.tries, 10)))
+    returning un.task_id
   )
   update autotag.tasks t set worker_id = null, claim = null, batch_id = null, lane = 'realtime', retry_at = 'infinity'
   from kept k where t.id = k.task_id and t.retry_at is distinct from 'infinity';
   perform pg_notify('autotag', 'store');
 end $$;
 
--- What waits for the host: the workspaces with outcomes that are due, and the seconds until the next are (null: none). It jumps over
--- the index from workspace to workspace, because every outcome that is kept wakes all workers to call it. (The plan is kept, as in
--- read_reports().)
+-- The workspaces with outcomes that are due, and the seconds until the next outcomes are (null: there are none). Every outcome that is
+-- kept wakes all workers to call it, so it jumps through the index from workspace to workspace. (The plan is kept, as in read_reports().)
 create or replace function autotag.list_unstored(p_worker uuid, out workspaces autotag.workspace_id[], out wait double precision)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set enable_bitmapscan = off set jit = off
@@ -46,20 +47,20 @@ begin
   workspaces := '{}';
   if autotag.is_own_worker(p_worker) then
     with recursive found as (
-      (select u.workspace_id, u.next_at from autotag.unstored u order by u.workspace_id, u.next_at limit 1)
+      (select un.workspace_id, un.next_at from autotag.unstored un order by un.workspace_id, un.next_at limit 1)
       union all
       select n.* from found f
       cross join lateral (
-        select u.workspace_id, u.next_at from autotag.unstored u where u.workspace_id > f.workspace_id
-        order by u.workspace_id, u.next_at limit 1) n
+        select un.workspace_id, un.next_at from autotag.unstored un where un.workspace_id > f.workspace_id
+        order by un.workspace_id, un.next_at limit 1) n
     )
     select coalesce((array_agg(f.workspace_id order by f.next_at) filter (where f.next_at <= v_now))[:1000], '{}') into workspaces from found f;
-    wait := autotag.real_seconds((select min(u.next_at) from autotag.unstored u where u.next_at > v_now) - v_now);
+    wait := autotag.real_seconds((select min(un.next_at) from autotag.unstored un where un.next_at > v_now) - v_now);
   end if;
 end $$;
 
--- At most p_limit outcomes of a workspace that are due, for store_waiting(), by their tasks. Not those that another worker stores at
--- the moment. It is a call of its own, so that the worker knows what it tried, whatever comes of it (postpone_stores).
+-- The tasks of at most p_limit outcomes of a workspace that are due, for store_waiting(). Skips outcomes that another worker is storing.
+-- This is a separate call, so that the worker knows what it tried even if store_waiting() fails (postpone_stores).
 create or replace function autotag.pick_unstored(p_worker uuid, p_workspace_id autotag.workspace_id, p_limit integer) returns bigint[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -67,9 +68,9 @@ declare
   v_now timestamptz := autotag.now();
 begin
   return array(
-    select u.task_id from autotag.unstored u
-    where u.workspace_id = p_workspace_id and u.next_at <= v_now and autotag.is_own_worker(p_worker)
-    order by u.next_at, u.task_id limit greatest(least(p_limit, 1000), 0) for update skip locked);
+    select un.task_id from autotag.unstored un
+    where un.workspace_id = p_workspace_id and un.next_at <= v_now and autotag.is_own_worker(p_worker)
+    order by un.next_at, un.task_id limit greatest(least(p_limit, 1000), 0) for update skip locked);
 end $$;
 
 -- Stores these outcomes of a workspace (pick_unstored) if they are still due. Those whose rows are still held wait longer. Ends the
@@ -91,27 +92,27 @@ begin
     return jsonb_build_object('stored', 0, 'more', false, 'notices', '[]'::jsonb);
   end if;
   v_due := array(
-    select u.task_id from autotag.unstored u
-    where u.task_id = any (p_tasks) and u.workspace_id = p_workspace_id and u.next_at <= v_now limit 1000 for update skip locked);
-  select coalesce(array_agg(row(t.id, t.job_id, t.asset_id, u.result, u.error_code, u.error, u.mark)::autotag.finished order by t.id), '{}'),
-    array_agg(distinct u.batch_id) filter (where u.batch_id is not null)
+    select un.task_id from autotag.unstored un
+    where un.task_id = any (p_tasks) and un.workspace_id = p_workspace_id and un.next_at <= v_now limit 1000 for update skip locked);
+  select coalesce(array_agg(row(t.id, t.job_id, t.asset_id, un.result, un.error_code, un.error, un.mark)::autotag.finished order by t.id), '{}'),
+    array_agg(distinct un.batch_id) filter (where un.batch_id is not null)
   into v_items, v_batches
-  from autotag.unstored u join autotag.tasks t on t.id = u.task_id and t.finished_at is null
-  where u.task_id = any (v_due);
+  from autotag.unstored un join autotag.tasks t on t.id = un.task_id and t.finished_at is null
+  where un.task_id = any (v_due);
   v_notices := autotag.finish(p_workspace_id, v_items, true, interval '1 s');
-  delete from autotag.unstored u
-  where u.task_id = any (v_due) and not exists (select from autotag.tasks t where t.id = u.task_id and t.finished_at is null);
+  delete from autotag.unstored un
+  where un.task_id = any (v_due) and not exists (select from autotag.tasks t where t.id = un.task_id and t.finished_at is null);
   perform autotag.announce_stored(v_batches);
   return jsonb_build_object('stored', (select count(*) from unnest(v_due) d where not exists (
-      select from autotag.unstored u where u.task_id = d)),
-    'more', exists (select from autotag.unstored u where u.workspace_id = p_workspace_id and u.next_at <= v_now),
+      select from autotag.unstored un where un.task_id = d)),
+    'more', exists (select from autotag.unstored un where un.workspace_id = p_workspace_id and un.next_at <= v_now),
     'notices', v_notices);
 end $$;
 
--- store_waiting() took too long for these outcomes and was cancelled: they wait longer. If it is one, this image's own row is to
--- blame: after max_failures such timeouts it fails with the code not_stored, and its row is not touched again. p_lost: it ended its
--- connection several times, which counts as three timeouts: a row that crashes the server process must not do so for long. Returns
--- sentences for the operator's log: [{event, notice}]. Locks: unstored (skip locked), then as in finish().
+-- Postpones these outcomes, because store_waiting() took too long for them and was cancelled. For a single outcome, the image's own row
+-- is to blame: after max_failures such timeouts it fails with the code not_stored, and its row is not touched again. p_lost: the
+-- connection broke several times. That counts as three timeouts, because a row that crashes the server process must not do so for long.
+-- Returns sentences for the operator's log: [{event, notice}]. Locks: unstored (skip locked), then as in finish().
 create or replace function autotag.postpone_stores(p_worker uuid, p_workspace_id autotag.workspace_id, p_tasks bigint[], p_lost boolean default false)
 returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -129,8 +130,8 @@ begin
     return '[]'::jsonb;
   end if;
   for v_row in
-    select u.* from autotag.unstored u
-    where u.task_id = any (p_tasks) and u.workspace_id = p_workspace_id and u.next_at <= v_now
+    select un.* from autotag.unstored un
+    where un.task_id = any (p_tasks) and un.workspace_id = p_workspace_id and un.next_at <= v_now
     limit 1000 for update skip locked
   loop
     if v_alone and v_row.timeouts + v_timeouts >= v_max then
@@ -142,16 +143,16 @@ begin
         then 'Writing the row of image %s ended the session each time. A trigger on the table does that, or the row is damaged.'
         else 'Writing the row of image %s took too long %s times. A trigger on the table is probably slow.' end, v_task.asset_id, v_max)));
     end if;
-    update autotag.unstored u
-    set tries = u.tries + 1, timeouts = u.timeouts + v_timeouts,
-        next_at = v_now + case when v_alone then least(interval '1 min', interval '0.25 s' * power(2, least(u.tries, 10)))
+    update autotag.unstored un
+    set tries = un.tries + 1, timeouts = un.timeouts + v_timeouts,
+        next_at = v_now + case when v_alone then least(interval '1 min', interval '0.25 s' * power(2, least(un.tries, 10)))
           else interval '0' end
-    where u.task_id = v_row.task_id;
+    where un.task_id = v_row.task_id;
   end loop;
   return '[]'::jsonb;
 end $$;
 
--- Broadcasts batch-complete for those of these batches that have ended and whose last answer is stored. Locks: batches by id.
+-- Broadcasts batch-complete for each of these batches that has ended, if its last answer is stored. Locks: batches by id.
 create or replace function autotag.announce_stored(p_batches uuid[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -161,7 +162,7 @@ begin
   for v_batch in
     select b.* from autotag.batches b
     where b.id = any (p_batches) and b.state = 'done' and not b.stored
-      and not exists (select from autotag.unstored u where u.batch_id = b.id)
+      and not exists (select from autotag.unstored un where un.batch_id = b.id)
     order by b.id for no key update skip locked
   loop
     update autotag.batches b set stored = true where b.id = v_batch.id;

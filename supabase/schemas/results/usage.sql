@@ -1,29 +1,29 @@
 -- Usage per workspace and user, and its cost.
 
 -- Adds the usage of these answers (count_usage). A row without a cost is priced as a whole as soon as its model has a price.
--- Settles of one workspace write the same row, so this comes after the host's rows: another worker's settle waits for it until this
--- transaction ends. Locks: usage by key.
+-- All settles of a workspace write the same row, and wait for it until this transaction ends. So this comes after the host's rows.
+-- Locks: usage by key.
 create or replace function autotag.add_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb default null, p_asked_at timestamptz default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  insert into autotag.usage as u (workspace_id, user_id, day, model, service_tier, images, requests,
+  insert into autotag.usage as us (workspace_id, user_id, day, model, service_tier, images, requests,
     input_tokens, cached_tokens, cache_write_tokens, output_tokens, reasoning_tokens, cost)
   select c.* from autotag.count_usage(p_answers, p_batch, p_question, p_asked_at) c
   on conflict (workspace_id, day, user_id, model, service_tier) do update set
-    images = u.images + excluded.images, requests = u.requests + excluded.requests,
-    input_tokens = u.input_tokens + excluded.input_tokens,
-    cached_tokens = u.cached_tokens + excluded.cached_tokens,
-    cache_write_tokens = u.cache_write_tokens + excluded.cache_write_tokens,
-    output_tokens = u.output_tokens + excluded.output_tokens,
-    reasoning_tokens = u.reasoning_tokens + excluded.reasoning_tokens,
-    cost = excluded.cost + coalesce(u.cost, autotag.price_tokens(u.model, u.service_tier,
-      u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens));
+    images = us.images + excluded.images, requests = us.requests + excluded.requests,
+    input_tokens = us.input_tokens + excluded.input_tokens,
+    cached_tokens = us.cached_tokens + excluded.cached_tokens,
+    cache_write_tokens = us.cache_write_tokens + excluded.cache_write_tokens,
+    output_tokens = us.output_tokens + excluded.output_tokens,
+    reasoning_tokens = us.reasoning_tokens + excluded.reasoning_tokens,
+    cost = excluded.cost + coalesce(us.cost, autotag.price_tokens(us.model, us.service_tier,
+      us.input_tokens, us.cached_tokens, us.cache_write_tokens, us.output_tokens));
 end $$;
 
 -- The usage of these answers, each by its model (not given: the one in p_question; null: the present one) and service
--- tier. What was asked since the question changed costs at most as much as the model and tier that were asked. Answers without
--- figures get the tier `unknown` and no cost. An answer without a job (a comparison) counts as a request, not as a tagged image.
+-- tier. An answer to the present question costs at most as much as the model and tier that were asked. Answers without figures get the
+-- tier `unknown` and no cost. An answer without a job (a comparison) counts as a request, not as a tagged image.
 create or replace function autotag.count_usage(p_answers autotag.answer[], p_batch boolean, p_question jsonb, p_asked_at timestamptz)
 returns table (workspace_id autotag.workspace_id, user_id autotag.user_id, day date, model text, service_tier text, images bigint, requests bigint, input_tokens bigint,
   cached_tokens bigint, cache_write_tokens bigint, output_tokens bigint, reasoning_tokens bigint, cost numeric)
@@ -64,8 +64,8 @@ end $$;
 
 -- Price of answers of one model and tier (price_tokens) to a question: at most that of the model and tier that the question names,
 -- if they differ. A dated name of the model that was asked is that model; a question without a tier leaves it to the account.
--- Where that is zero the answer costs zero, even if the model that answered is unknown: servers of one's own use names of their
--- own. p_asked null: no bound.
+-- If that price is zero, the answer costs zero even if the model that answered is unknown, because self-hosted servers use their own
+-- names. p_asked null: no bound.
 create or replace function autotag.price_answers(
   p_asked jsonb, p_model text, p_tier text, p_input numeric, p_cached numeric, p_cache_write numeric, p_output numeric
 ) returns numeric
@@ -88,10 +88,10 @@ create or replace function autotag.price_usage() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  update autotag.usage u
-  set cost = autotag.price_tokens(u.model, u.service_tier, u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens)
-  where u.cost is null
-    and autotag.price_tokens(u.model, u.service_tier, u.input_tokens, u.cached_tokens, u.cache_write_tokens, u.output_tokens) is not null;
+  update autotag.usage us
+  set cost = autotag.price_tokens(us.model, us.service_tier, us.input_tokens, us.cached_tokens, us.cache_write_tokens, us.output_tokens)
+  where us.cost is null
+    and autotag.price_tokens(us.model, us.service_tier, us.input_tokens, us.cached_tokens, us.cache_write_tokens, us.output_tokens) is not null;
   return null;
 end $$;
 
@@ -108,9 +108,9 @@ as $$
 begin
   perform autotag.check_member(p_workspace_id);
   return query
-    select u.user_id, u.day, u.model, u.service_tier, u.images, u.requests, u.input_tokens,
-      u.cached_tokens, u.cache_write_tokens, u.output_tokens, u.reasoning_tokens, u.cost
-    from autotag.usage u
-    where u.workspace_id = p_workspace_id and u.day between p_since and p_until
-    order by u.day, u.user_id, u.model, u.service_tier;
+    select us.user_id, us.day, us.model, us.service_tier, us.images, us.requests, us.input_tokens,
+      us.cached_tokens, us.cache_write_tokens, us.output_tokens, us.reasoning_tokens, us.cost
+    from autotag.usage us
+    where us.workspace_id = p_workspace_id and us.day between p_since and p_until
+    order by us.day, us.user_id, us.model, us.service_tier;
 end $$;

@@ -3,8 +3,8 @@
 -- claim: releases up to p_slots images (at most 1,000) of all workspaces to a worker as single calls, within the provider's
 -- bucket and each workspace's window. The workspace with the lowest virtual time is served first, a few images at a time; within
 -- it, the job with the fewest released images.
--- p_claim: the number of the claim: the worker's last one plus 1. Called again with the same number, because the reply was lost, it
--- returns the same images. p_question: the version of the question that the worker has; null: none.
+-- p_claim: the number of the claim: the worker's last one plus 1. If the reply was lost, a second call with the same number returns
+-- the same images. p_question: the version of the question that the worker has; null: none.
 --   tasks: ids of the released tasks; describe_tasks() says what they are.
 --   wait: seconds until the next claim, unless a notification comes first; null: nothing is queued.
 --   bound: why not more images were released; null: no more are queued.
@@ -33,7 +33,7 @@ declare
   v_released record;
 begin
   tasks := '{}';
-  p_slots := least(p_slots, 1000);   -- with 8 kB of URL each, of escaped bytes, describe_tasks() returns less than 50 MB
+  p_slots := least(p_slots, 1000);   -- even with an escaped URL of 8 kB for each, describe_tasks() returns less than 50 MB
   if p_slots is null or p_slots < 1 or p_claim is null then
     return;
   end if;
@@ -47,7 +47,7 @@ begin
     bound := 'lease';
     return;
   end if;
-  if (select w.claim from autotag.workers w where w.id = p_worker) >= p_claim then
+  if (select wk.claim from autotag.workers wk where wk.id = p_worker) >= p_claim then
     tasks := array(select t.id from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and t.claim = p_claim order by t.id);
     wait := 0;
     return;
@@ -65,16 +65,16 @@ begin
     return;
   end if;
 
-  update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at <= v_now;
-  update autotag.workers w set claim = p_claim where w.id = p_worker;
+  update autotag.workspaces ws set ready = true where not ws.ready and ws.queued > 0 and ws.ready_at <= v_now;
+  update autotag.workers wk set claim = p_claim where wk.id = p_worker;
   v_released := autotag.release_in_turn(p_worker, p_slots, v_provider);
   v_provider.virtual_time := v_released.virtual_time;
   v_provider := autotag.take_from_bucket(v_provider, cardinality(v_released.ids), v_released.tokens);
   tasks := v_released.ids;
-  update autotag.workers w
-  set unsent = w.unsent + cardinality(tasks),
-      unsent_extra = w.unsent_extra + greatest(v_released.tokens - cardinality(tasks)::bigint * v_provider.tokens_per_image, 0)
-  where w.id = p_worker and tasks <> '{}';
+  update autotag.workers wk
+  set unsent = wk.unsent + cardinality(tasks),
+      unsent_extra = wk.unsent_extra + greatest(v_released.tokens - cardinality(tasks)::bigint * v_provider.tokens_per_image, 0)
+  where wk.id = p_worker and tasks <> '{}';
   bound := case when cardinality(tasks) = p_slots then 'slots' else autotag.describe_bound(v_provider) end;
   -- After an upload was rerouted, another one may be due.
   wait := case when v_provider.rerouted then 0 else autotag.real_seconds(autotag.next_release(v_provider) - v_now) end;
@@ -96,13 +96,13 @@ begin
      and autotag.single_calls_to_batch(v_now, null, 'The AI service kept refusing single calls, so the rest of these images go by batch.') then
     return true;
   end if;
-  v_wait := coalesce(autotag.wait_when_day_is_used_up(p_provider), interval '0');   -- `null and f()` calls f()
+  v_wait := coalesce(autotag.wait_when_day_is_used_up(p_provider), interval '0');   -- not null, because `null and f()` calls f()
   if p_provider.has_batches is distinct from false and v_wait > (select s.realtime_max_wait from autotag.settings s)
     and autotag.single_calls_to_batch(v_now, v_wait,
       'The AI service allows no more single calls today, so the rest of these images go by batch.') then
     return true;
   end if;
-  -- The provider has no Batch API, which was not known when these batches were planned.
+  -- When these batches were planned, nobody knew that the provider has no Batch API.
   if p_provider.has_batches is false and autotag.batches_to_single_calls(v_now) then
     return true;
   end if;
@@ -145,8 +145,8 @@ end $$;
 
 -- describe_tasks: what a worker needs for the tasks that a claim has released to it, by id: [{task, attempt, workspace, job,
 -- traceparent, waited (seconds since the upload), asset_id, bucket, path, url, refused, mark, cap (max tokens of the answer), brief}]. An
--- asset that does not exist any more has neither path nor url. It reads the host's tables, which claim() does not: a transaction
--- that holds a whole table delays this, and nobody else.
+-- asset that does not exist any more has neither path nor url. This function reads the host's tables, and claim() does not. So a
+-- transaction that holds a whole table delays only this call.
 create or replace function autotag.describe_tasks(p_worker uuid, p_tasks bigint[]) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set random_page_cost = 1.1 set enable_seqscan = off set jit = off
@@ -176,8 +176,9 @@ begin
         on d.asset_id = r.asset_id) i);
 end $$;
 
--- Describing these images, each by itself, ended the session each time (a damaged row crashes the server process): each counts a failure
--- and is tried again later. Ignores tasks that the worker does not hold. Locks: tasks by id (skip locked).
+-- Counts a failure for each of these images, and tries them again later. A worker calls it after describe_tasks() ended its session for
+-- each of them alone (a damaged row crashes the server process). Ignores tasks that the worker does not hold. Locks: tasks by id (skip
+-- locked).
 create or replace function autotag.report_unreadable(p_worker uuid, p_tasks bigint[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -208,11 +209,11 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return case
-    when not exists (select from autotag.workspaces w where w.queued > 0) then null
+    when not exists (select from autotag.workspaces ws where ws.queued > 0) then null
     when p_provider.blocked_until > p_provider.refilled_at then 'retry_after'
     when p_provider.account_error is not null then 'account'
     when p_provider.proven_at is null then 'unproven'
-    when not exists (select from autotag.workspaces w where w.ready and w.queued > 0) then 'workspaces'
+    when not exists (select from autotag.workspaces ws where ws.ready and ws.queued > 0) then 'workspaces'
     when p_provider.tokens_left < p_provider.tokens_per_image then 'provider_tokens'
     when p_provider.requests_left < 1 then 'provider_requests'
     else 'provider_day' end;
@@ -230,10 +231,10 @@ begin
         (1 - p_provider.requests_left) / p_provider.requests_per_minute,
         (1 - p_provider.day_left) / (p_provider.requests_per_day / 1440.0),
         (p_provider.tokens_per_image - p_provider.tokens_left) / p_provider.tokens_per_minute))
-    where exists (select from autotag.workspaces w where w.ready and w.queued > 0)
+    where exists (select from autotag.workspaces ws where ws.ready and ws.queued > 0)
     union all
     select greatest(p_provider.blocked_until, w.ready_at)
-    from (select n.ready_at from autotag.workspaces n where not n.ready and n.queued > 0 order by n.ready_at limit 1) w
+    from (select ws.ready_at from autotag.workspaces ws where not ws.ready and ws.queued > 0 order by ws.ready_at limit 1) w
     where w.ready_at < 'infinity'
     union all
     select min(t.retry_at) from autotag.tasks t where t.retry_at < 'infinity'
@@ -242,6 +243,6 @@ begin
       and exists (select from autotag.batches b where b.state in ('planned', 'preparing', 'uploading') and b.worker_id is null)
     union all  -- the day is used up: waiting calls may become due for a batch
     select p_provider.refilled_at + interval '1 min' where p_provider.day_left < 1 and p_provider.has_batches is distinct from false
-      and exists (select from autotag.workspaces w where w.queued > 0)
+      and exists (select from autotag.workspaces ws where ws.queued > 0)
   ) as due_times (due));
 end $$;

@@ -1,8 +1,8 @@
 -- Where a worker finds the images it is about to read.
 
--- Whether a signed-in user may see a file of Storage, by the policies on storage.objects. It is owned by the role authenticated, so
--- row level security applies as it does to the user. Their token is not there: a policy sees only its `sub` and `role`, and one that
--- asks for more says no.
+-- Whether a signed-in user may see a file of Storage, by the policies on storage.objects. The role authenticated owns it, so row level
+-- security applies as it does to the user. The user's token is not available here: a policy sees only its `sub` and `role`, and a policy
+-- that needs more refuses.
 create or replace function autotag.may_see_file(p_user_id autotag.user_id, p_bucket text, p_path text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -32,7 +32,7 @@ end $$;
 
 -- Location of each image, as describe_assets() returns it, if its file is the one that the uploader was allowed to see, or another one
 -- that they may see. p_users[i]: the uploader; null: the service role.
--- refused: what describe_assets() refuses, or `hidden_file` (the uploader may not see it). A row that no longer exists or has
+-- refused: as in describe_assets(), or `hidden_file` (the uploader may not see it). A row that no longer exists or has
 -- moved to another workspace is missing from the result. If the host's rows cannot be read together, each is read by itself, and
 -- one that raises is refused: as `unreadable_row`, or as `unreadable_now` where the error may pass (the adapter is being changed, a
 -- page of the table cannot be read). Then the worker reports a transient error, so its slot is free, and the image is tried again.
@@ -42,7 +42,7 @@ returns table (asset_id autotag.asset_id, bucket text, path text, url text, refu
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  -- locate_together() has read all rows before it returns the first. An error does not take back what return query has returned.
+  -- locate_together() reads all rows before it returns the first, because an error would not take back what return query has returned.
   return query select l.* from autotag.locate_together(p_asset_ids, p_workspace_ids, p_visible_marks, p_users) l;
 exception when others or assert_failure then
   if cardinality(p_asset_ids) = 1 then
@@ -52,7 +52,7 @@ exception when others or assert_failure then
       case when left(sqlstate, 2) in ('22', '23', 'P0', '09') then 'unreadable_row' else 'unreadable_now' end, null::uuid;
     return;
   elsif autotag.is_lock_error(sqlstate) then
-    raise;   -- probably the whole table is held: each row would wait again
+    raise;   -- probably another transaction holds the whole table, and each row would wait again
   end if;
   return query
     select l.* from generate_subscripts(p_asset_ids, 1) i

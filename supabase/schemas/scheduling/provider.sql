@@ -13,8 +13,9 @@ declare
   v_unsent integer;
   v_extra bigint;              -- tokens that the unsent calls reserve beyond the usual
 begin
-  select 1 - extract(epoch from s.provider_margin) / 60 into v_share from autotag.settings s;
-  select coalesce(sum(w.unsent), 0), coalesce(sum(w.unsent_extra), 0) into v_unsent, v_extra from autotag.workers w;
+  select 1 - extract(epoch from s.provider_margin) / 60, u.calls, u.extra into v_share, v_unsent, v_extra
+  from autotag.settings s
+  cross join (select coalesce(sum(wk.unsent), 0) as calls, coalesce(sum(wk.unsent_extra), 0) as extra from autotag.workers wk) u;
   -- Limit the estimate to what one minute can hold; a first guess above a small limit would never be admitted.
   p_provider.tokens_per_image := least(p_provider.tokens_per_image, greatest((0.9 * p_provider.tokens_per_minute)::integer, 1));
   p_provider.requests_left := least(p_provider.requests_per_minute * v_share - v_unsent,
@@ -39,31 +40,30 @@ begin
   return autotag.refill(v_provider, p_now);
 end $$;
 
--- The same with the row locked: every function that takes from the bucket begins here, which serializes admission. What calls have
--- reported meanwhile is applied first.
+-- The same with the row locked. Every function that takes from the bucket begins here, which serializes admission. Waiting reports are
+-- applied first.
 create or replace function autotag.lock_provider() returns autotag.provider_limits
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider autotag.provider_limits;
 begin
-  perform from autotag.provider_limits for update;
+  select * into v_provider from autotag.provider_limits for update;
   if exists (select from autotag.provider_reports) then
     perform autotag.apply_reports();
+    select * into v_provider from autotag.provider_limits;
   end if;
-  select * into v_provider from autotag.provider_limits;
   return autotag.refill(v_provider, autotag.now());
 end $$;
 
--- Applies what calls have reported about the provider. A routine report is left to the next lock_provider() if the provider row is not
--- free, and always while images are queued: the claim that comes soon applies all such reports together, which costs as much as one.
--- It comes last in its transaction, which may hold locks of a tenant; who holds the provider row waits for none of those, so a report
--- that says something new can wait for the row. Returns sentences for the operator's log: [{event, notice}]. Locks: provider.
+-- Applies a report of calls about the provider. A report without news waits for the next lock_provider() if the provider row is not free,
+-- and always while images are queued: the next claim comes soon, and applies all such reports at the cost of one.
+-- It comes last in its transaction, which may hold locks of a tenant. A report with news may wait for the provider row, because a
+-- transaction that holds it waits for no tenant's lock. Returns sentences for the operator's log: [{event, notice}]. Locks: provider.
 create or replace function autotag.report_provider(p_report autotag.provider_report) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_failed boolean := exists (select from unnest(p_report.answers) a where a.error is not null);
   v_steady boolean;            -- tagging works, and the report shows nothing new of what the provider supports and allows
   v_queued boolean;
   v_learnt record;
@@ -75,7 +75,7 @@ begin
         when 'day_limit' then coalesce(to_jsonb(p.requests_per_day), 'null') end),
     p.waiting_images > 0 and p.waiting_at > autotag.now() - interval '2 s'
   into v_steady, v_queued from autotag.provider_limits p;
-  if v_failed or not v_steady or p_report.form_changed or p_report.asked_at is not null
+  if exists (select from unnest(p_report.answers) a where a.error is not null) or not v_steady or p_report.form_changed or p_report.asked_at is not null
     or coalesce(p_report.observed ? 'retry_after', false) then
     perform autotag.lock_provider();
     return autotag.apply_report(p_report);
@@ -106,9 +106,9 @@ declare
   v_sent record;
   v_sum autotag.provider_report;
 begin
-  with taken as (delete from autotag.provider_reports r where r.id > 0 returning r as report)
+  with taken as (delete from autotag.provider_reports re where re.id > 0 returning re as report)
   select array_agg(t.report) into v_reports from taken t;
-  -- In a block of its own: an error of the whole function would take back the deletion, and every claim would meet it again.
+  -- This has a block of its own. An error of the whole function would undo the deletion, and every claim would meet it again.
   begin
     for v_sent in
       select r.worker_id as worker, sum(r.sent)::integer as calls, min(r.sent_at) as since
@@ -120,7 +120,7 @@ begin
     from unnest(v_reports) o where o.observed is not null order by o.at desc limit 1;
     v_sum.at := coalesce(v_sum.at, autotag.now());
     select sum(r.requests), sum(r.tokens) into v_sum.requests, v_sum.tokens from unnest(v_reports) r;
-    -- what was asked before the question changed teaches nothing
+    -- answers from before the question changed teach nothing
     v_sum.inputs := array(
       select unnest(r.inputs) from unnest(v_reports) r join autotag.provider_limits p on r.at >= p.question_since);
     v_sum.outputs := array(
@@ -160,7 +160,7 @@ begin
   if p_report.requests <> 0 or p_report.tokens <> 0 then
     perform autotag.refund_provider(p_report.requests, p_report.tokens);
   end if;
-  if p_report.observed is not null then
+  if p_report.observed - '{sent,sent_age}'::text[] <> '{}' then
     v_changed := autotag.update_provider_limits(p_report.observed || jsonb_build_object('age',
       coalesce(autotag.clean_number(p_report.observed, 'age', 0, 3600), 0) + v_late));
   end if;
@@ -185,23 +185,26 @@ begin
     else jsonb_build_array(jsonb_build_object('event', 'provider_limits_changed', 'notice', v_changed)) end;
 end $$;
 
--- A worker has sent p_calls of the calls released to it (or will never send them), the first one p_age real seconds ago. If
--- the mirror was full until then, it has refilled since. Locks the provider row.
+-- Records that a worker has sent p_calls of the calls released to it (or will never send them), the first one p_age real seconds ago. If
+-- the mirror was full until then, it has refilled since. The caller holds the provider row.
 create or replace function autotag.record_sent(p_worker uuid, p_calls integer, p_age double precision) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_provider autotag.provider_limits := autotag.lock_provider();
-  v_share double precision := (select 1 - extract(epoch from s.provider_margin) / 60 from autotag.settings s);
-  v_unsent integer := (select coalesce(sum(w.unsent), 0) from autotag.workers w);
-  v_extra bigint := (select coalesce(sum(w.unsent_extra), 0) from autotag.workers w);
+  v_provider autotag.provider_limits := autotag.refilled_provider(autotag.now());
+  v_share double precision;
+  v_unsent integer;
+  v_extra bigint;
   v_minutes double precision := extract(epoch from autotag.clock_interval(least(greatest(p_age, 0), 3600))) / 60;
 begin
+  select 1 - extract(epoch from s.provider_margin) / 60, u.calls, u.extra into v_share, v_unsent, v_extra
+  from autotag.settings s
+  cross join (select coalesce(sum(wk.unsent), 0) as calls, coalesce(sum(wk.unsent_extra), 0) as extra from autotag.workers wk) u;
   -- a worker cannot have sent more calls than were released to it
-  update autotag.workers w
-  set unsent = greatest(0, w.unsent - greatest(p_calls, 0)),
-      unsent_extra = w.unsent_extra * greatest(0, w.unsent - greatest(p_calls, 0)) / greatest(w.unsent, 1)
-  where w.id = p_worker;   -- whoever passes this has checked that the worker is the login's own
+  update autotag.workers wk
+  set unsent = greatest(0, wk.unsent - greatest(p_calls, 0)),
+      unsent_extra = wk.unsent_extra * greatest(0, wk.unsent - greatest(p_calls, 0)) / greatest(wk.unsent, 1)
+  where wk.id = p_worker;   -- the caller has checked that the worker belongs to the login
   update autotag.provider_limits p
   set requests_left = v_provider.requests_left + case
         when v_provider.requests_left >= v_provider.requests_per_minute * v_share - v_unsent
@@ -218,15 +221,15 @@ end $$;
 -- day_left (requests per day), unclear_limit, unclear_left (place_unclear), age, retry_after (at most 3600)}, each optional.
 -- `age`: seconds since the call was sent; the remaining values held then, and the bucket has refilled since. A lower remaining
 -- value than the mirror's is adopted (another program may use the same key), so is a changed limit, and retry_after holds for all
--- workers. Returns a sentence for the log if the limits changed, else null. Locks the provider row.
+-- workers. Returns a sentence for the log if the limits changed, else null. The caller holds the provider row.
 create or replace function autotag.update_provider_limits(p_observed jsonb) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_provider autotag.provider_limits := autotag.lock_provider();
+  v_provider autotag.provider_limits := autotag.refilled_provider(autotag.now());
   v_seen jsonb := autotag.place_unclear(p_observed, v_provider);
   -- OpenAI's highest tier has 30,000 requests and 180 million tokens a minute (guide "Rate limits"). The lower bounds (2, 100, and
-  -- one request an hour) keep a bucket that can hold a call; with less no call would go out, and no header could correct the limit.
+  -- one request an hour) leave room for one call. With less, no call would go out, and no header could correct the limit.
   v_requests integer := coalesce(autotag.clean_number(v_seen, 'requests_limit', 2, 1000000), v_provider.requests_per_minute);
   v_tokens integer := coalesce(autotag.clean_number(v_seen, 'tokens_limit', 100, 2000000000), v_provider.tokens_per_minute);
   -- At OpenAI only tier 1 has a daily limit; a higher limit per minute means a higher tier. Some gateways tell both in turn.
@@ -262,9 +265,9 @@ begin
       autotag.name_limits(v_provider.requests_per_minute, v_provider.tokens_per_minute, v_provider.requests_per_day)) end;
 end $$;
 
--- Observed limits with the requests of an unclear period (unclear_limit, unclear_left) in their place. Most providers count a
--- minute. A value that is known as the limit of the day, and not of the minute, is that of the day: a minute's limit must not be
--- overwritten by a daily one. What the headers say clearly goes first.
+-- Decides whether requests of an unclear period (unclear_limit, unclear_left) are per minute or per day, and returns the limits with
+-- them. Most providers count minutes. A value that equals the known limit of the day, and not that of the minute, is per day, because a
+-- daily limit must not overwrite a minute's limit. Clear headers take precedence.
 create or replace function autotag.place_unclear(p_observed jsonb, p_provider autotag.provider_limits) returns jsonb
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
@@ -279,19 +282,19 @@ begin
   return p_observed || jsonb_build_object(v_kind || '_limit', v_limit, v_kind || '_left', p_observed -> 'unclear_left');
 end $$;
 
--- Requests left of the day, after headers: p_day is the limit, p_seen what they said was left p_minutes ago (null: nothing).
--- A lower value than the mirror's is adopted. So is a higher one, because some providers give the whole day back at midnight; but
--- less what may have been released since: what the bucket of a minute lacks and what it has refilled, and calls not sent yet.
+-- Requests left of the day, after headers: p_day is the limit, p_seen the number that was left p_minutes ago (null: not given).
+-- A lower value than the mirror's is adopted. A higher one is adopted, too, because some providers renew the whole day at midnight, minus
+-- the calls that may have been released since: those that the minute's bucket lacks or has refilled, and those not sent yet.
 create or replace function autotag.day_left_now(
   p_provider autotag.provider_limits, p_day integer, p_seen double precision, p_minutes double precision
 ) returns double precision
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  -- a higher limit has as much more left; so has a limit where there was none
+  -- a higher limit leaves that much more; so does the first known limit
   v_left double precision := least(p_day, p_provider.day_left + greatest(p_day - p_provider.requests_per_day, 0));
   v_since double precision := greatest(p_provider.requests_per_minute - p_provider.requests_left, 0)
-    + p_minutes * p_provider.requests_per_minute + (select coalesce(sum(w.unsent), 0) from autotag.workers w);
+    + p_minutes * p_provider.requests_per_minute + (select coalesce(sum(wk.unsent), 0) from autotag.workers wk);
 begin
   return case when p_day is null then 'infinity'
     when p_seen is null then v_left
@@ -315,7 +318,7 @@ begin
     then interval '1 day' * ((p_calls - p_provider.day_left) / p_provider.requests_per_day) end;
 end $$;
 
--- How long the single calls that wait would go on waiting because the day's requests are used up; null: they are not.
+-- How long waiting single calls have to wait because the day's requests are used up; null: they are not used up.
 create or replace function autotag.wait_when_day_is_used_up(p_provider autotag.provider_limits) returns interval
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -9,33 +9,33 @@ begin
   with new as (
     update autotag.queues q set joined = true where not q.joined returning q.workspace_id, q.queued
   )
-  insert into autotag.workspaces as w (workspace_id, queued, virtual_time)
-  -- also where nothing is queued yet (a batch without express images): requeue_due() adds to this row
+  insert into autotag.workspaces as ws (workspace_id, queued, virtual_time)
+  -- A queue can be empty (a batch without express images). Its workspace gets a row, too, because requeue_due() adds to it.
   select n.workspace_id, sum(n.queued), p_virtual_time from new n group by n.workspace_id
   on conflict (workspace_id) do update
-  set queued = w.queued + excluded.queued, ready = true,
-      virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end;
+  set queued = ws.queued + excluded.queued, ready = true,
+      virtual_time = case when ws.queued > 0 then ws.virtual_time else greatest(ws.virtual_time, p_virtual_time) end;
 end $$;
 
--- Images that were in two crashes of workers (blame_crash) are released one at a time in each workspace: those that are due while another
--- one is queued or in flight wait for another second. So the next crash tells which of them is the cause. Called by requeue_due().
+-- Makes sure that images that were in two crashes of workers (blame_crash) are released one at a time in each workspace, so that the next
+-- crash shows which of them is the cause. While one is queued or in flight, the others wait for another second. Called by requeue_due().
 -- Locks: tasks (skip locked).
 create or replace function autotag.hold_suspects(p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 begin
   with suspects as (
-    select s.id, s.retry_at, row_number() over (partition by s.workspace_id order by s.retry_at nulls first, s.id) as turn
-    from autotag.tasks s where s.crashes >= 2 and s.finished_at is null and s.retry_at is distinct from 'infinity'
+    select t.id, t.retry_at, row_number() over (partition by t.workspace_id order by t.retry_at nulls first, t.id) as turn
+    from autotag.tasks t where t.crashes >= 2 and t.finished_at is null and t.retry_at is distinct from 'infinity'
   ), early as (
     select t.id from autotag.tasks t
-    where t.id = any (array(select s.id from suspects s where s.turn > 1 and s.retry_at <= p_now)) order by t.id for update skip locked
+    where t.id = any (array(select x.id from suspects x where x.turn > 1 and x.retry_at <= p_now)) order by t.id for update skip locked
   )
   update autotag.tasks t set retry_at = p_now + interval '1 s' from early e where t.id = e.id;
 end $$;
 
--- Puts requeued tasks that are due into their queues; those whose upload was cancelled while they were requeued end instead. The caller
--- holds the provider row. Locks: tasks (skip locked: those of an upload that is being cancelled).
+-- Puts requeued tasks that are due into their queues. Tasks whose upload was cancelled meanwhile end instead. The caller holds the
+-- provider row. Locks: tasks (skip locked: those of an upload that is being cancelled).
 create or replace function autotag.requeue_due(p_now timestamptz, p_virtual_time double precision) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -68,11 +68,11 @@ begin
         overdue_at = case when q.queued = 0 then excluded.overdue_at else q.overdue_at end, cursor = least(q.cursor, v_queue.first_task - 1),
         output_tokens = greatest(q.output_tokens, v_queue.output_tokens);
     -- the workspace has no row yet if all its images were in batches
-    insert into autotag.workspaces as w (workspace_id, queued, virtual_time)
+    insert into autotag.workspaces as ws (workspace_id, queued, virtual_time)
     select q.workspace_id, v_queue.tasks, p_virtual_time from autotag.queues q where q.job_id = v_queue.job_id and q.joined
     on conflict (workspace_id) do update
-    set queued = w.queued + excluded.queued, ready = true,
-        virtual_time = case when w.queued > 0 then w.virtual_time else greatest(w.virtual_time, p_virtual_time) end;
+    set queued = ws.queued + excluded.queued, ready = true,
+        virtual_time = case when ws.queued > 0 then ws.virtual_time else greatest(ws.virtual_time, p_virtual_time) end;
   end loop;
   perform autotag.join_queues(p_virtual_time);
 end $$;
@@ -84,34 +84,34 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp set enab
 as $$
 begin
   perform autotag.lock_provider();
-  -- One look-up per queue: a join may read all jobs that were ever finished.
+  -- This is one look-up per queue. A join may read all jobs that ever finished.
   delete from autotag.queues q where (select j.finished_at from autotag.jobs j where j.id = q.job_id) is not null;
   -- A queue that is empty by its count, although tasks wait in it.
   update autotag.queues q set queued = c.waiting, cursor = c.first_task - 1
   from (
-    select e.job_id, n.* from autotag.queues e
+    select empty.job_id, n.* from autotag.queues empty
     cross join lateral (
       select count(*)::integer as waiting, min(t.id) as first_task from autotag.tasks t
-      where t.job_id = e.job_id and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null and t.finished_at is null) n
-    where e.queued = 0) c
+      where t.job_id = empty.job_id and t.lane = 'realtime' and t.worker_id is null and t.retry_at is null and t.finished_at is null) n
+    where empty.queued = 0) c
   where q.job_id = c.job_id and c.waiting > 0;
   insert into autotag.workspaces (workspace_id, virtual_time)
   select q.workspace_id, p.virtual_time from autotag.queues q, autotag.provider_limits p where q.joined and q.queued > 0
   on conflict do nothing;
-  update autotag.workspaces w set queued = c.queued
+  update autotag.workspaces ws set queued = c.queued
   from (
-    select s.workspace_id, coalesce(sum(q.queued) filter (where q.joined), 0)::integer as queued
-    from autotag.workspaces s left join autotag.queues q on q.workspace_id = s.workspace_id and q.queued > 0
-    group by s.workspace_id) c
-  where w.workspace_id = c.workspace_id and w.queued <> c.queued;
+    select counted.workspace_id, coalesce(sum(q.queued) filter (where q.joined), 0)::integer as queued
+    from autotag.workspaces counted left join autotag.queues q on q.workspace_id = counted.workspace_id and q.queued > 0
+    group by counted.workspace_id) c
+  where ws.workspace_id = c.workspace_id and ws.queued <> c.queued;
   if found then
     perform pg_notify('autotag', 'realtime');
   end if;
-  update autotag.workspaces w set ready = true where not w.ready and w.queued > 0 and w.ready_at = 'infinity';
+  update autotag.workspaces ws set ready = true where not ws.ready and ws.queued > 0 and ws.ready_at = 'infinity';
 end $$;
 
 -- Releases up to p_slots images while the provider's bucket has room. The workspace with the lowest virtual time is served first,
--- one turn at a time. tokens: what the images reserve together; virtual_time: that of the workspace served last.
+-- one turn at a time. tokens: the sum of what the images reserve; virtual_time: that of the workspace served last.
 -- Called by claim(), which holds the provider row. Locks: windows by workspace (skip locked), queued tasks.
 create or replace function autotag.release_in_turn(
   p_worker uuid, p_slots integer, p_provider autotag.provider_limits,
@@ -143,16 +143,16 @@ begin
     select x.workspace_id from (
       select w.workspace_id, sum(least(w.queued, v_turn)) over turns - least(w.queued, v_turn) as before
       from (
-        select r.workspace_id, r.queued, r.virtual_time from autotag.workspaces r where r.ready and r.queued > 0
-        order by r.virtual_time, r.workspace_id limit v_room) w
+        select ws.workspace_id, ws.queued, ws.virtual_time from autotag.workspaces ws where ws.ready and ws.queued > 0
+        order by ws.virtual_time, ws.workspace_id limit v_room) w
       window turns as (order by w.virtual_time, w.workspace_id)) x
     where x.before < v_room);
   v_workspaces := autotag.lock_windows(v_workspaces, v_now);
 
   while v_room > 0 loop
-    select * into v_workspace from autotag.workspaces w
-    where w.ready and w.queued > 0 and w.workspace_id = any (v_workspaces)
-    order by w.virtual_time, w.workspace_id limit 1;
+    select * into v_workspace from autotag.workspaces ws
+    where ws.ready and ws.queued > 0 and ws.workspace_id = any (v_workspaces)
+    order by ws.virtual_time, ws.workspace_id limit 1;
     exit when not found;
     v_released := autotag.release_tasks(v_workspace, p_worker, v_room, v_turn, p_provider, p_provider.tokens_left - tokens, v_now);
     ids := ids || v_released.ids;
@@ -162,25 +162,25 @@ begin
   end loop;
 end $$;
 
--- Locks the windows of these workspaces, and returns the workspaces that can be served now. One whose window another transaction
--- holds (check_rate_limit in a transaction of the tenant's) is not ready for a second. The caller holds the provider row.
+-- Locks the windows of these workspaces, and returns the workspaces that can be served now. If another transaction holds a window (a
+-- tenant's, which called check_rate_limit), its workspace is not ready for a second. The caller holds the provider row.
 -- Locks: windows by workspace (skip locked); for a workspace without one, the right to insert it (advisory).
 create or replace function autotag.lock_windows(p_workspaces autotag.workspace_id[], p_now timestamptz) returns autotag.workspace_id[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_free autotag.workspace_id[] := array(
-    select w.workspace_id from autotag.windows w
-    where w.workspace_id = any (p_workspaces) and w.request_type = 'realtime' order by w.workspace_id for no key update skip locked);
+    select wn.workspace_id from autotag.windows wn
+    where wn.workspace_id = any (p_workspaces) and wn.request_type = 'realtime' order by wn.workspace_id for no key update skip locked);
 begin
   if cardinality(v_free) < cardinality(p_workspaces) then
     v_free := v_free || array(
       select w from unnest(p_workspaces) w
       where w <> all (v_free)
-        and not exists (select from autotag.windows l where l.workspace_id = w and l.request_type = 'realtime')
+        and not exists (select from autotag.windows wn where wn.workspace_id = w and wn.request_type = 'realtime')
         and pg_try_advisory_xact_lock(autotag.window_key(w, 'realtime')));
-    update autotag.workspaces w set ready = false, ready_at = p_now + interval '1 s'
-    where w.workspace_id = any (p_workspaces) and w.workspace_id <> all (v_free);
+    update autotag.workspaces ws set ready = false, ready_at = p_now + interval '1 s'
+    where ws.workspace_id = any (p_workspaces) and ws.workspace_id <> all (v_free);
   end if;
   return v_free;
 end $$;
@@ -198,7 +198,7 @@ begin
       floor(p_provider.day_left), floor(p_provider.tokens_left / p_provider.tokens_per_image)) end;
 end $$;
 
--- What each image of an upload reserves: its tokens, and those of them that its answer may have (the cap).
+-- The tokens that each image of an upload reserves, and how many of them are for its answer (the cap).
 create or replace function autotag.reserve_for(p_queue autotag.queues, p_provider autotag.provider_limits, out each integer, out cap integer)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -214,8 +214,9 @@ end $$;
 
 -- Releases the next images of one workspace: from its ready queue with the fewest released, at most one turn, and no more than
 -- its window admits. If it can release none, the workspace is not ready until the time when it can.
--- An image reserves what its brief needs. If an answer of the job was cut off, each reserves the larger cap of that retry. p_tokens_left: what the provider's
--- bucket holds. tokens: what the images reserve together. Called by release_in_turn(), which holds the locks.
+-- An image reserves what its brief needs. If an answer of the job was cut off, each image reserves the larger cap of that retry.
+-- p_tokens_left: the tokens in the provider's bucket. tokens: the sum of what the images reserve.
+-- Called by release_in_turn(), which holds the locks.
 create or replace function autotag.release_tasks(
   p_workspace autotag.workspaces, p_worker uuid, p_room integer, p_turn integer, p_provider autotag.provider_limits,
   p_tokens_left double precision, p_now timestamptz, out ids bigint[], out tokens bigint
@@ -235,7 +236,7 @@ begin
     v_ready_at := (
       select min(q.ready_at) from autotag.queues q where q.workspace_id = p_workspace.workspace_id and q.joined and q.queued > 0);
     if v_ready_at is null then   -- its last queue was deleted with its job
-      update autotag.workspaces w set queued = 0 where w.workspace_id = p_workspace.workspace_id;
+      update autotag.workspaces ws set queued = 0 where ws.workspace_id = p_workspace.workspace_id;
       return;
     end if;
   else
@@ -258,8 +259,8 @@ begin
     end if;
   end if;
   if v_queue.job_id is null or v_ready_at is not null then
-    update autotag.workspaces w set ready = false, ready_at = v_ready_at
-    where w.workspace_id = p_workspace.workspace_id;
+    update autotag.workspaces ws set ready = false, ready_at = v_ready_at
+    where ws.workspace_id = p_workspace.workspace_id;
     return;
   end if;
 
@@ -271,9 +272,9 @@ begin
   end if;
 end $$;
 
--- Until when newer uploads may pass an upload of which p_images single calls wait since p_since: upload_patience, or in proportion
--- longer for more images than chunk_max_images. Without a Batch API an upload can be 50,000 single calls; if it went first after two
--- minutes, users would wait for hours for one image.
+-- The time until which newer uploads may pass an upload whose p_images single calls have waited since p_since: upload_patience after
+-- that, or longer in proportion for more images than chunk_max_images. Without a Batch API an upload can be 50,000 single calls. If it
+-- went first after two minutes, other users would wait for hours for one image.
 create or replace function autotag.patience_ends_at(p_images integer, p_since timestamptz) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -282,9 +283,9 @@ begin
     select p_since + s.upload_patience * greatest(1, p_images::double precision / greatest(s.chunk_max_images, 1)) from autotag.settings s);
 end $$;
 
--- The queue of a workspace that is served next, of those that are ready: the one that is overdue for the longest time, else the one
--- with the fewest released. So small uploads pass large ones, and every upload ends: when it is overdue, only those that were overdue
--- before it go first. Null: none is ready. A queue that was committed after join_queues() is left to the next claim: its workspace
+-- The ready queue of a workspace that is served next: the one that has been overdue for the longest time, else the one with the fewest
+-- released images. So small uploads pass large ones, and every upload ends, because only uploads that were overdue earlier go before an
+-- overdue one. Null: none is ready. A queue that was committed after join_queues() is left to the next claim, because its workspace
 -- does not count it yet. A queue whose upload is being cancelled in an open transaction is not ready for a second.
 -- Locks: its job (advisory, shared).
 create or replace function autotag.next_queue(p_workspace_id autotag.workspace_id, p_now timestamptz) returns autotag.queues
@@ -309,7 +310,7 @@ begin
 end $$;
 
 -- Assigns the next p_count tasks of a queue to a worker, in upload order, counts them and returns their ids. p_at: when the
--- workspace's window admitted them; p_tokens: what each reserves there; p_output_tokens: the cap of their answers.
+-- workspace's window admitted them; p_tokens: the tokens that each reserves there; p_output_tokens: the cap of their answers.
 -- Called by release_tasks(). Locks: tasks.
 create or replace function autotag.take_tasks(
   p_queue autotag.queues, p_worker uuid, p_count integer, p_at timestamptz, p_tokens integer, p_output_tokens integer, p_now timestamptz
@@ -322,16 +323,16 @@ declare
 begin
   with taken as (
     update autotag.tasks t
-    set worker_id = p_worker, claim = (select w.claim from autotag.workers w where w.id = p_worker), attempt = t.attempt + 1, reserved_at = p_at, reserved_tokens = p_tokens,
-        output_tokens = greatest(t.min_output_tokens, p_output_tokens)
+    set worker_id = p_worker, claim = (select wk.claim from autotag.workers wk where wk.id = p_worker), attempt = t.attempt + 1,
+        reserved_at = p_at, reserved_tokens = p_tokens, output_tokens = greatest(t.min_output_tokens, p_output_tokens)
     where t.id = any (array(
-      select n.id from autotag.tasks n
-      where n.job_id = p_queue.job_id and n.id > p_queue.cursor
-        and n.lane = 'realtime' and n.worker_id is null and n.retry_at is null and n.finished_at is null
-      order by n.id limit p_count))
+      select waiting.id from autotag.tasks waiting
+      where waiting.job_id = p_queue.job_id and waiting.id > p_queue.cursor
+        and waiting.lane = 'realtime' and waiting.worker_id is null and waiting.retry_at is null and waiting.finished_at is null
+      order by waiting.id limit p_count))
     returning t.id
   )
-  select coalesce(array_agg(t.id order by t.id), '{}') into v_ids from taken t;
+  select coalesce(array_agg(x.id order by x.id), '{}') into v_ids from taken x;
 
   -- Fewer tasks than counted: the queue's count is wrong. Set it to 0, or every claim would try again.
   v_gone := case when cardinality(v_ids) < p_count then p_queue.queued else cardinality(v_ids) end;
@@ -344,8 +345,8 @@ begin
       ready_at = case when q.chunk is null or q.overdue_at <= p_now then q.ready_at
         else p_now + (select s.chunk_delay from autotag.settings s) end
   where q.job_id = p_queue.job_id;
-  update autotag.workspaces w
-  set queued = w.queued - v_gone, virtual_time = w.virtual_time + cardinality(v_ids)
-  where w.workspace_id = p_queue.workspace_id;
+  update autotag.workspaces ws
+  set queued = ws.queued - v_gone, virtual_time = ws.virtual_time + cardinality(v_ids)
+  where ws.workspace_id = p_queue.workspace_id;
   return v_ids;
 end $$;

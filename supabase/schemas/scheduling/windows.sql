@@ -6,15 +6,16 @@ returns table (length interval, max_requests integer, max_units integer) rows 1
 language sql stable set search_path = pg_catalog, pg_temp
 as $$
   select case p_request_type when 'realtime' then interval '1 min' else interval '1 h' end,
-         coalesce(w.max_requests, case p_request_type
+         coalesce(wn.max_requests, case p_request_type
            when 'realtime' then s.realtime_requests_per_minute else s.batch_batches_per_hour end),
-         coalesce(w.max_units, case p_request_type
+         coalesce(wn.max_units, case p_request_type
            when 'realtime' then s.realtime_tokens_per_minute else s.batch_images_per_hour end)
   from autotag.settings s
-  left join autotag.windows w on w.workspace_id = p_workspace_id and w.request_type = p_request_type
+  left join autotag.windows wn on wn.workspace_id = p_workspace_id and wn.request_type = p_request_type
 $$;
 
--- Key of the advisory lock of inserting a window, and of that of an upload that is being cancelled (exclusive) or served (shared).
+-- Keys of advisory locks: window_key() for the insert of a window; job_key() for an upload that is being cancelled (exclusive) or served
+-- (shared).
 create or replace function autotag.window_key(p_workspace_id autotag.workspace_id, p_request_type text) returns bigint
 language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
@@ -29,8 +30,8 @@ begin
   return hashtextextended('autotag.job ' || p_job_id, 0);
 end $$;
 
--- Whoever inserts a window has its advisory lock. claim() takes it without waiting, or passes the workspace over: its own insert would
--- wait for the other transaction.
+-- Takes the advisory lock for each insert of a window. claim() tries to take it first, and skips the workspace if it is not free, because
+-- its own insert would wait for the other transaction.
 create or replace function autotag.lock_new_window() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -47,10 +48,10 @@ create or replace function autotag.try_window(p_workspace_id autotag.workspace_i
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform from autotag.windows w
-  where w.workspace_id = p_workspace_id and w.request_type = p_request_type for no key update skip locked;
+  perform from autotag.windows wn
+  where wn.workspace_id = p_workspace_id and wn.request_type = p_request_type for no key update skip locked;
   return found or not exists (
-      select from autotag.windows w where w.workspace_id = p_workspace_id and w.request_type = p_request_type)
+      select from autotag.windows wn where wn.workspace_id = p_workspace_id and wn.request_type = p_request_type)
     and pg_try_advisory_xact_lock(autotag.window_key(p_workspace_id, p_request_type));
 end $$;
 
@@ -83,22 +84,22 @@ declare
   v_old integer;               -- … elements of it that have left it
   v_used_requests bigint;
   v_used_units bigint;
-  v_need_requests bigint;      -- what must leave the window before the next fits
+  v_need_requests bigint;      -- requests that must leave the window before the next ones fit
   v_need_units bigint;
-  v_min_wanted integer;             -- the least that is worth waiting for
+  v_min_wanted integer;             -- the smallest number that is worth waiting for
 begin
   loop
-    select w.ctid, w.xmin, s.test_clock,
-      coalesce(w.max_requests, case p_request_type
+    select wn.ctid, wn.xmin, s.test_clock,
+      coalesce(wn.max_requests, case p_request_type
         when 'realtime' then s.realtime_requests_per_minute else s.batch_batches_per_hour end),
-      coalesce(w.max_units, case p_request_type
+      coalesce(wn.max_units, case p_request_type
         when 'realtime' then s.realtime_tokens_per_minute else s.batch_images_per_hour end),
       coalesce(p_units_each, p.tokens_per_image),
-      coalesce(w.admitted_at, '{}'), coalesce(w.requests, '{}'), coalesce(w.units, '{}')
+      coalesce(wn.admitted_at, '{}'), coalesce(wn.requests, '{}'), coalesce(wn.units, '{}')
     into v_ctid, v_xmin, v_test_clock, v_max_requests, v_max_units, v_each, v_at, v_requests, v_units
     from autotag.settings s
     cross join autotag.provider_limits p
-    left join autotag.windows w on w.workspace_id = p_workspace_id and w.request_type = p_request_type;
+    left join autotag.windows wn on wn.workspace_id = p_workspace_id and wn.request_type = p_request_type;
 
     -- Time never runs backwards within a row.
     v_count := cardinality(v_at);
@@ -131,17 +132,17 @@ begin
       continue;
     end if;
     if v_count > 0 and v_at[v_count] = at then
-      update autotag.windows w
+      update autotag.windows wn
       set requests = v_requests[v_old + 1 : v_count - 1] || (v_requests[v_count] + admitted),
           units = v_units[v_old + 1 : v_count - 1] || (v_units[v_count] + admitted * v_each),
           admitted_at = v_at[v_old + 1 :]
-      where w.ctid = v_ctid and w.xmin = v_xmin;
+      where wn.ctid = v_ctid and wn.xmin = v_xmin;
     else
-      update autotag.windows w
+      update autotag.windows wn
       set requests = v_requests[v_old + 1 :] || admitted,
           units = v_units[v_old + 1 :] || (admitted * v_each),
           admitted_at = v_at[v_old + 1 :] || at
-      where w.ctid = v_ctid and w.xmin = v_xmin;
+      where wn.ctid = v_ctid and wn.xmin = v_xmin;
     end if;
     exit when found;
   end loop;
@@ -157,7 +158,7 @@ begin
         v_need_units := v_need_units - v_units[i];
         retry_at := v_at[i] + v_length;
       end loop;
-      -- Only what is admitted now stands in the way (it will have left after one whole window).
+      -- Only requests that are admitted now are in the way. They leave after one whole window.
       if v_need_requests > 0 or v_need_units > 0 then
         retry_at := at + v_length;
       end if;
@@ -173,13 +174,13 @@ create or replace function autotag.correct_window(
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  update autotag.windows w
-  set requests[array_position(w.admitted_at, p_at)] =
-        greatest(0, w.requests[array_position(w.admitted_at, p_at)] + p_requests_delta),
-      units[array_position(w.admitted_at, p_at)] =
-        least(greatest(0, w.units[array_position(w.admitted_at, p_at)]::bigint + p_units_delta), 1000000000)
-  where w.workspace_id = p_workspace_id and w.request_type = p_request_type
-    and array_position(w.admitted_at, p_at) is not null;
+  update autotag.windows wn
+  set requests[array_position(wn.admitted_at, p_at)] =
+        greatest(0, wn.requests[array_position(wn.admitted_at, p_at)] + p_requests_delta),
+      units[array_position(wn.admitted_at, p_at)] =
+        least(greatest(0, wn.units[array_position(wn.admitted_at, p_at)]::bigint + p_units_delta), 1000000000)
+  where wn.workspace_id = p_workspace_id and wn.request_type = p_request_type
+    and array_position(wn.admitted_at, p_at) is not null;
 end $$;
 
 -- Whether p_images fit the workspace's window, all or nothing; p_take: count them if so. retry_after: exact seconds; 0: allowed;

@@ -16,10 +16,10 @@ begin
   if p_worker is null then
     perform autotag.refuse(400, 'no_worker', 'A worker needs an id.', 'Pass a new uuid.');
   end if;
-  v_login := (select w.login from autotag.workers w where w.id = p_worker);
+  v_login := (select wk.login from autotag.workers wk where wk.id = p_worker);
   if v_login <> session_user then
     perform autotag.refuse(403, 'not_your_worker', 'This worker belongs to another login.', 'Register with a new id.');
-  elsif v_login is null and (select count(*) from autotag.workers w where w.login = session_user) >= 1000 then
+  elsif v_login is null and (select count(*) from autotag.workers wk where wk.login = session_user) >= 1000 then
     perform autotag.refuse(429, 'too_many_workers', 'This login already has 1,000 workers.',
       'Wait until the leases of stopped workers end.', jsonb_build_object('retry_after', 60));
   end if;
@@ -50,8 +50,8 @@ as $$
   from autotag.settings s
 $$;
 
--- Whether a worker does not know of what it got by this claim: its list lacks the claim. A claim after the last one in the list is
--- newer than the list, which the worker made before. An empty list knows none.
+-- Whether a worker never received the reply of this claim: its list lacks the claim. A claim with a higher number than the last one in
+-- the list does not count, because the worker made the list before it. An empty list lacks every claim.
 create or replace function autotag.is_lost(p_claim integer, p_claims integer[]) returns boolean
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -60,8 +60,9 @@ $$;
 
 -- Extends the worker's lease. alive: false if the lease had ended and what the worker held has been released, so it has to
 -- register again. lost: the worker holds images of a claim that it does not list in p_claims, or batches of one that it does not list
--- in p_batch_claims, because the reply was lost; it calls release_lost() next. tick_due: the worker calls tick_if_due() next, in a transaction of its own, because a tick takes many locks.
--- settings: worker_settings() now; the worker follows them, so lease_until, which each beat sets, ends by the lease that it knows.
+-- in p_batch_claims, because the reply was lost; it calls release_lost() next. tick_due: the worker calls tick_if_due() next, in a
+-- transaction of its own, because a tick takes many locks. settings: the present worker_settings(). The worker follows them, so each
+-- beat sets a lease_until that matches the lease that the worker knows.
 create or replace function autotag.heartbeat(
   p_worker uuid, p_claims integer[], p_batch_claims integer[], out alive boolean, out lost boolean, out tick_due boolean,
   out settings jsonb
@@ -72,10 +73,10 @@ declare
   v_now timestamptz := autotag.now();
   v_version text;
 begin
-  update autotag.workers w
+  update autotag.workers wk
   set last_heartbeat_at = v_now, lease_until = v_now + (select s.lease from autotag.settings s),
-      resumed_at = case when autotag.is_silent(v_now) then v_now else w.resumed_at end
-  where w.id = p_worker and w.login = session_user returning w.version into v_version;
+      resumed_at = case when autotag.is_silent(v_now) then v_now else wk.resumed_at end
+  where wk.id = p_worker and wk.login = session_user returning wk.version into v_version;
   alive := found;
   if alive then
     perform autotag.check_version(v_version);
@@ -86,38 +87,37 @@ begin
   settings := autotag.worker_settings();
 end $$;
 
--- Whether there are workers, and no beat for half a lease: the database could not be reached, because workers beat three times in a
--- lease.
+-- Whether workers exist, and none has beaten for half a lease. Workers beat three times in a lease, so the database was unreachable.
 create or replace function autotag.is_silent(p_now timestamptz) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return (select max(w.last_heartbeat_at) < p_now - (select s.lease from autotag.settings s) / 2 from autotag.workers w);
+  return (select max(wk.last_heartbeat_at) < p_now - (select s.lease from autotag.settings s) / 2 from autotag.workers wk);
 end $$;
 
--- Whether there is a worker whose lease has ended, and expire_worker() may release what it held. Workers that could not reach the
--- database may still hold answers that were paid for. So none is expired while nobody beats, nor for one lease after the first beat
--- that follows. Without any worker there would be nobody to take the work anyway; after a day it is released nevertheless.
+-- Whether the lease of a worker has ended and expire_worker() may release its work. Workers that could not reach the database may still
+-- hold answers that were paid for. So no worker expires while none beats, nor for one lease after the first beat that follows. (While
+-- none beats, no other worker could take the work.) After a day the work is released in any case.
 create or replace function autotag.can_expire(p_now timestamptz) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (
-    select min(w.lease_until) < p_now and (min(w.lease_until) < p_now - interval '1 day'
-      or max(w.last_heartbeat_at) >= p_now - s.lease and max(w.resumed_at) <= p_now - s.lease)
-    from autotag.settings s, autotag.workers w group by s.lease);
+    select min(wk.lease_until) < p_now and (min(wk.lease_until) < p_now - interval '1 day'
+      or max(wk.last_heartbeat_at) >= p_now - s.lease and max(wk.resumed_at) <= p_now - s.lease)
+    from autotag.settings s, autotag.workers wk group by s.lease);
 end $$;
 
--- Whether a worker belongs to the caller and has a lease. Without a lease it must get no work, because no expiry would release
--- that again. The row lock prevents expire_worker, which alone ends leases, from ending this one before the transaction does. It does
--- not wait for expire_worker, which takes long where a worker held much; only for the worker's own heartbeat.
+-- Whether a worker belongs to the caller and has a lease. A worker without a lease must get no work, because nothing would release it
+-- again. Locks the worker's row, so that expire_worker(), which alone ends leases, cannot end this lease before the transaction ends.
+-- It waits for the worker's own heartbeat, but not for expire_worker(), which takes long if a worker held much.
 create or replace function autotag.lock_worker(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform from autotag.workers w where w.id = p_worker and w.login = session_user for no key update skip locked;
-  if not found and exists (select from autotag.workers w where w.id = p_worker and w.lease_until > autotag.now()) then
-    perform from autotag.workers w where w.id = p_worker and w.login = session_user for no key update;
+  perform from autotag.workers wk where wk.id = p_worker and wk.login = session_user for no key update skip locked;
+  if not found and exists (select from autotag.workers wk where wk.id = p_worker and wk.lease_until > autotag.now()) then
+    perform from autotag.workers wk where wk.id = p_worker and wk.login = session_user for no key update;
   end if;
   return found;
 end $$;
@@ -129,12 +129,12 @@ create or replace function autotag.asks_another_provider(p_worker uuid, p_provid
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return exists (select from autotag.workers w where w.id = p_worker and w.fingerprint <> p_provider.fingerprint)
-    and exists (select from autotag.workers w where w.fingerprint = p_provider.fingerprint and w.lease_until > autotag.now());
+  return exists (select from autotag.workers wk where wk.id = p_worker and wk.fingerprint <> p_provider.fingerprint)
+    and exists (select from autotag.workers wk where wk.fingerprint = p_provider.fingerprint and wk.lease_until > autotag.now());
 end $$;
 
--- These workers met an error of kind account. If they use the present fingerprint, the next probe goes to live workers with
--- another one, if there are any. The caller holds the provider row.
+-- Handles an error of kind account that these workers met. If they use the present fingerprint, the next probe goes to live workers
+-- with another one, if there are any. The caller holds the provider row.
 create or replace function autotag.offer_switch(p_workers uuid[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -142,12 +142,12 @@ declare
   v_fingerprint text := (select p.fingerprint from autotag.provider_limits p);
   v_next autotag.workers;
 begin
-  if not exists (select from autotag.workers w where w.id = any (p_workers) and w.fingerprint = v_fingerprint) then
+  if not exists (select from autotag.workers wk where wk.id = any (p_workers) and wk.fingerprint = v_fingerprint) then
     return;
   end if;
-  select * into v_next from autotag.workers w
-  where w.fingerprint <> v_fingerprint and w.lease_until > autotag.now()
-  order by w.fingerprint > v_fingerprint desc, w.fingerprint limit 1;
+  select * into v_next from autotag.workers wk
+  where wk.fingerprint <> v_fingerprint and wk.lease_until > autotag.now()
+  order by wk.fingerprint > v_fingerprint desc, wk.fingerprint limit 1;
   if found then
     perform autotag.switch_provider(v_next.base_url, v_next.fingerprint);
   end if;
@@ -180,9 +180,9 @@ as $$
   where q.reached > 0 and t.worker_id = p_worker
 $$;
 
--- Releases what a worker holds, except what it got by the claims p_claims and p_batch_claims. p_cause: `stopped`; `lost` (the worker does
--- not know of it: each image counts a failure); or `crashed` (its lease has ended: see blame_crash()). Returns how many tasks and batches
--- it released, and whether there are more: what another transaction holds (the worker's last report, a cancellation) is left out.
+-- Releases the work of a worker, except that of the claims p_claims and p_batch_claims. p_cause: `stopped`; `lost` (the worker never
+-- received it: each image counts a failure); or `crashed` (the lease has ended: see blame_crash()). Returns how many tasks and batches
+-- it released, and whether there are more: it skips rows that another transaction holds (the worker's last report, a cancellation).
 -- Locks: batches, tasks (both skip locked); job (skip locked), its batch's tasks; the worker.
 create or replace function autotag.release_held(
   p_worker uuid, p_claims integer[], p_batch_claims integer[], p_cause text, out released integer, out more boolean
@@ -207,25 +207,25 @@ begin
     perform autotag.take_apart(v_batches);
   end if;
   perform autotag.keep(autotag.requeue(case when p_cause = 'crashed' then autotag.blame_crash(v_tasks)
-    else (select jsonb_agg(jsonb_build_object('task', t, 'failures', (p_cause = 'lost')::integer,
-      'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.')) from unnest(v_tasks) t) end), false)
+    else (select jsonb_agg(jsonb_build_object('task', id, 'failures', (p_cause = 'lost')::integer,
+      'code', 'worker_lost', 'message', 'Tagging this image was interrupted too often.')) from unnest(v_tasks) id) end), false)
   where v_tasks <> '{}';
   perform pg_notify('autotag', 'realtime') where v_tasks <> '{}';
   perform pg_notify('autotag', 'batch') where v_batches <> '{}';
-  -- a lost call was never sent; of a worker that ends, nothing is counted any more
-  update autotag.workers w
-  set unsent = greatest(0, w.unsent - cardinality(v_tasks)),
-      unsent_extra = w.unsent_extra * greatest(0, w.unsent - cardinality(v_tasks)) / greatest(w.unsent, 1)
-  where w.id = p_worker and v_tasks <> '{}';
+  -- A lost call was never sent, so it no longer counts as unsent. (The row of a worker that ends is deleted.)
+  update autotag.workers wk
+  set unsent = greatest(0, wk.unsent - cardinality(v_tasks)),
+      unsent_extra = wk.unsent_extra * greatest(0, wk.unsent - cardinality(v_tasks)) / greatest(wk.unsent, 1)
+  where wk.id = p_worker and v_tasks <> '{}';
   released := cardinality(v_tasks) + cardinality(v_batches);
   more := exists (select from autotag.batches b where b.worker_id = p_worker and autotag.is_lost(b.claim, p_batch_claims))
     or exists (select from autotag.tasks t where t.id = any (autotag.leased_tasks(p_worker)) and autotag.is_lost(t.claim, p_claims));
 end $$;
 
--- A worker died that held these images, and any of them may be the cause. Counts the crash for each, and returns their tries for
--- requeue(). Only the image with the most crashes counts a failure, if there is one: an image that kills its worker is in every crash,
--- the others by chance. To tell them apart, those of two crashes are released one at a time (hold_suspects), and those that crashed
--- more often later than others. After 3 * max_failures crashes an image fails in any case. The caller holds the tasks.
+-- Counts a crash for each of the images that a dead worker held, because any of them may be the cause. Returns their tries for
+-- requeue(). Only the image with the most crashes counts a failure, if there is one such image: an image that kills its worker is in
+-- every crash, and others only by chance. To tell them apart, images with two crashes are released one at a time (hold_suspects), and
+-- images with more crashes later than others. After 3 * max_failures crashes an image fails in any case. The caller holds the tasks.
 create or replace function autotag.blame_crash(p_tasks bigint[]) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -248,8 +248,8 @@ begin
   return v_tries;
 end $$;
 
--- Sends the images of those batches as single calls whose file three workers could not build because they died: there the failures
--- name the image. A batch whose upload another transaction holds is built once more. The caller holds the batches and the provider row.
+-- Sends the images of a batch as single calls if three workers died while they built its file: failures of single calls show which
+-- image is the cause. A batch whose upload another transaction holds is built once more. The caller holds the batches and the provider row.
 -- Locks: job (skip locked), tasks.
 create or replace function autotag.take_apart(p_batches uuid[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -269,8 +269,8 @@ begin
   end loop;
 end $$;
 
--- A worker stops: releases everything it holds and deletes it. Returns how many tasks and batches. If another transaction holds some
--- of it, its lease ends now instead, and tick() releases the rest.
+-- Releases everything that a worker holds, and deletes the worker, because it stops. Returns how many tasks and batches it released. If
+-- another transaction holds some of them, the worker's lease ends now instead, and tick() releases the rest.
 create or replace function autotag.release_worker(p_worker uuid) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -280,18 +280,18 @@ begin
   if not autotag.is_own_worker(p_worker) then
     return 0;
   end if;
-  perform from autotag.workers w where w.id = p_worker for update;
+  perform from autotag.workers wk where wk.id = p_worker for update;
   v_release := autotag.release_held(p_worker, '{}', '{}', 'stopped');
   if v_release.more then
-    update autotag.workers w set lease_until = autotag.now() where w.id = p_worker;
+    update autotag.workers wk set lease_until = autotag.now() where wk.id = p_worker;
   else
-    delete from autotag.workers w where w.id = p_worker;
+    delete from autotag.workers wk where wk.id = p_worker;
   end if;
   return v_release.released;
 end $$;
 
--- For a worker whose heartbeat said that replies of claims were lost: releases what it holds by other claims than these. Each image
--- counts a failure, so that one whose report the worker cannot deliver is not asked for ever.
+-- Releases the work of a worker except that of these claims. A worker calls it after heartbeat() said that replies of claims were lost.
+-- Each image counts a failure, so that an image whose report the worker cannot deliver is not requested for ever.
 create or replace function autotag.release_lost(p_worker uuid, p_claims integer[], p_batch_claims integer[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -303,10 +303,10 @@ begin
   return (autotag.release_held(p_worker, coalesce(p_claims, '{}'), coalesce(p_batch_claims, '{}'), 'lost')).released;
 end $$;
 
--- Releases what one worker with an ended lease held, as soon as can_expire(), and deletes that worker; if another transaction holds some of it, the next
--- tick goes on. One per transaction. Returns whether there was one whose work was released. Called by tick().
--- Locks: provider (a transaction that holds it may wait for a worker's row, as record_sent() does, so it comes first); the worker's
--- row, which the worker itself does not wait for (lock_worker); release_held.
+-- Releases the work of one worker whose lease has ended, if can_expire() allows it, and deletes the worker. If another transaction holds
+-- some of the work, the next tick goes on. One worker per transaction. Returns whether work was released. Called by tick().
+-- Locks: provider (first, because a transaction that holds it may wait for a worker's row, as record_sent() does); the worker's row,
+-- for which the worker itself does not wait (lock_worker); release_held.
 create or replace function autotag.expire_worker() returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -317,15 +317,15 @@ begin
     return false;
   end if;
   perform from autotag.provider_limits for update;
-  select w.id into v_worker from autotag.workers w
-  where w.lease_until < autotag.now() order by w.lease_until, w.id limit 1 for update skip locked;
+  select wk.id into v_worker from autotag.workers wk
+  where wk.lease_until < autotag.now() order by wk.lease_until, wk.id limit 1 for update skip locked;
   if not found then
     return false;
   end if;
   if (autotag.release_held(v_worker, '{}', '{}', 'crashed')).more then
-    update autotag.workers w set lease_until = autotag.now() where w.id = v_worker;   -- so others with ended leases come first
+    update autotag.workers wk set lease_until = autotag.now() where wk.id = v_worker;   -- so others with ended leases come first
     return false;
   end if;
-  delete from autotag.workers w where w.id = v_worker;
+  delete from autotag.workers wk where wk.id = v_worker;
   return true;
 end $$;

@@ -1,4 +1,4 @@
--- OpenAI Batches: one row is one batch at OpenAI, whichever worker dies at whichever step.
+-- OpenAI Batches: one row is one batch at OpenAI, even if workers die, at any step.
 --
 --   planned ─► preparing ─► uploading ─► creating ─► submitted ─► ended ─► harvesting ─► done
 --      ▲  (images fetched,   (input file  (about to   (OpenAI has  (OpenAI  (answers are
@@ -29,7 +29,7 @@ create table autotag.batches (
   asked_at timestamptz,                  -- when its file was built; shows which question it asks
   keep_files integer,                    -- seconds after which OpenAI deletes its files (provider_limits.keep_files then)
   extra_tokens bigint not null default 0,     -- tokens to reserve beyond the usual: some of its images had answers cut off
-  reserved_tokens bigint not null default 0,  -- what it takes of the provider's queued-token limit, until OpenAI is done with it
+  reserved_tokens bigint not null default 0,  -- its part of the provider's queued-token limit, until OpenAI is done with it
   openai_batch_id text unique,
   openai_status text,
   input_file_id text,
@@ -67,9 +67,9 @@ create index batches_workspace_planned_idx on autotag.batches (workspace_id) whe
 create index batches_unannounced_idx on autotag.batches (id) where state = 'done' and not stored;
 alter table autotag.batches enable row level security;
 
--- The provider's queue of batch tokens, and whether there is room in it for all that waits.
+-- The provider's queue of batch tokens, and whether all waiting batches fit into it.
 create type autotag.batch_queue as (
-  tokens bigint,               -- of what the provider has, or is about to have
-  short boolean,               -- not all that waits can be queued there at the same time
-  patient_since timestamptz    -- if so, what waits since then is not passed any more
+  tokens bigint,               -- of batches that the provider has, or is about to have
+  short boolean,               -- the waiting batches do not all fit into it together
+  patient_since timestamptz    -- if so, no other batch passes a batch that has waited since then
 );

@@ -1,7 +1,7 @@
 -- Uploads (jobs), their images (tasks), and the queues of single calls.
 
 -- A workspace with single calls waiting: its place in fair queueing. Only the transaction that holds the provider row writes this
--- table and queues (but for the insert of a new queue), so that no tenant's transaction can hold one of their rows.
+-- table and queues, so that no tenant's transaction can hold one of their rows. (Any transaction may insert a new queue.)
 create table autotag.workspaces (
   workspace_id autotag.workspace_id primary key,
   queued integer not null default 0 check (queued >= 0),   -- the sum of its joined queues; repair_queues() checks it
@@ -25,7 +25,7 @@ create table autotag.jobs (
   created_at timestamptz not null,
   cancelled_at timestamptz,
   finished_at timestamptz,
-  fallback text,                        -- why images go another way than the strategy says, as a sentence for users
+  fallback text,                        -- why images are processed in another way than their number implies, as a sentence for users
   eta timestamptz,                      -- median of the predicted end …
   eta_p90 timestamptz,                  -- … and its 90th percentile
   progress integer not null default 0 check (progress between 0 and 100),
@@ -107,11 +107,11 @@ create index tasks_suspects_idx on autotag.tasks (workspace_id, retry_at) where 
 create index tasks_retry_at_idx on autotag.tasks (retry_at) where retry_at is not null;
 alter table autotag.tasks enable row level security;
 
--- Which way an upload goes.
+-- How an upload is processed (choose_strategy).
 create type autotag.upload_plan as (
   strategy text,
-  fallback text,               -- why it is another than its size says
-  wait interval,               -- what single calls are expected to wait for the limits
+  fallback text,               -- why the strategy differs from the one for this number of images
+  wait interval,               -- how long single calls are expected to wait for the limits
   batches integer,
   express integer,             -- images that are sent as single calls
   chunk integer                -- of which at most this many at a time; null: all at once

@@ -17,17 +17,18 @@ create table autotag.windows (
   units integer[] not null default '{}',
   primary key (workspace_id, request_type)
 ) with (fillfactor = 50);
--- The view below shows the column as it is, so that the host can insert into the view; and generated client types do not follow domains.
+-- This column gets the base type instead of the domain, because the view below exposes it: the host inserts into that view, and
+-- generated client types do not follow domains.
 do $$
 begin
   execute (select format('alter table autotag.windows alter column workspace_id type %s', format_type(k.atttypid, null))
     from pg_attribute k where k.attrelid = 'autotag.keys'::regclass and k.attname = 'workspace_id');
 end $$;
 alter table autotag.windows enable row level security;
--- What the host sees of it. It is a view because windows are written while the provider row is held: a trigger or a foreign key of the
--- host's on a table would run there, and one that raises would stop every tenant.
+-- The host's view of the windows. The host gets no table, because windows are written while the provider row is held: a trigger or a
+-- foreign key of the host would run then, and one that raises would stop every tenant.
 create view public.workspace_rate_limits with (security_invoker = true) as
-  select w.workspace_id, w.request_type, w.max_requests, w.max_units, w.admitted_at, w.requests, w.units from autotag.windows w;
+  select wn.workspace_id, wn.request_type, wn.max_requests, wn.max_units, wn.admitted_at, wn.requests, wn.units from autotag.windows wn;
 
 create table autotag.provider_limits (
   id boolean primary key default true check (id),

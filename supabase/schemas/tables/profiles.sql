@@ -1,8 +1,8 @@
 -- What a workspace wants asked about its images.
 
--- A version of a profile. A change inserts a new version (save_profile), so that whoever has read a row never has to read it again.
--- check_profile() refuses what no request could ask, also in your own inserts. Versions of all workspaces are of one sequence, so the
--- number in tagging_result tells whether an image was asked what holds now (list_assets), also if it came from another workspace.
+-- A version of a profile. A change inserts a new version (save_profile), so a row that was read never has to be read again.
+-- check_profile() refuses versions that no request could ask, also in your own inserts. All workspaces share one sequence of versions.
+-- So the version in tagging_result shows whether an image was asked what holds now (list_assets), even if another workspace had it before.
 create sequence autotag.profile_versions as integer;
 create table autotag.profiles (
   id bigint generated always as identity primary key,
@@ -22,9 +22,9 @@ create table autotag.profiles (
 create unique index profiles_key on autotag.profiles (workspace_id, version) nulls not distinct;
 alter table autotag.profiles enable row level security;
 
--- What the images of an upload are asked beside the question: a version of a profile, and the vocabulary of that moment. A job names its
--- brief, so that all of it is asked the same, and a batch's answers are read as they were asked. A job without one is asked the
--- question alone. Workers read a brief once.
+-- What the images of an upload are asked beside the question: a version of a profile, and the vocabulary of that moment. A job has one
+-- brief, so all its images are asked the same, and the answers of a batch are read by what was asked. A job without a brief is asked
+-- the question alone. Workers read a brief once.
 create table autotag.briefs (
   id bigint generated always as identity primary key,
   profile_id bigint not null,
@@ -41,6 +41,6 @@ create table autotag.briefs (
   output_mean integer not null,
   created_at timestamptz not null
 ) with (fillfactor = 50);
--- Not unique: two first uploads may each insert one, and neither waits for the other's transaction.
+-- This index is not unique: two first uploads may each insert a brief, so that neither waits for the other's transaction.
 create index briefs_profile_idx on autotag.briefs (profile_id, md5(vocabulary::text));
 alter table autotag.briefs enable row level security;

@@ -35,10 +35,11 @@ create table autotag.settings (
   batch_images_per_hour integer not null default 5000 check (batch_images_per_hour > 0),
   -- single calls that would wait longer are sent in a batch instead, if that is expected to be done sooner
   realtime_max_wait interval not null default '10 min' check (realtime_max_wait > '0'),
-  -- how long newer uploads of its workspace may pass an upload whose single calls wait; uploads of more than chunk_max_images
-  -- images can be passed for longer, in proportion
+  -- how long newer uploads of the same workspace may pass an upload whose single calls wait; for uploads of more than
+  -- chunk_max_images images, longer in proportion
   upload_patience interval not null default '2 min' check (upload_patience >= '0'),
-  -- whether automatic mode tags rows that somebody without a user inserts, such as anon: whoever may insert rows spends your money then
+  -- whether automatic mode tags rows that somebody without a user inserts, such as anon; if so, anybody who can insert rows spends
+  -- your money
   automatic_for_anyone boolean not null default false,
   -- whether members may call check_rate_limit, which counts against the limit; they may always call peek_rate_limit
   members_may_take boolean not null default false,
@@ -100,7 +101,7 @@ create table autotag.settings (
   batch_give_up_after interval not null default '23 h' check (batch_give_up_after > '0'),
   -- shortest time between two job-progress broadcasts of one upload
   broadcast_interval interval not null default '1 s' check (broadcast_interval >= '0'),
-  -- an upload that ends without a batch-complete after it sends one without a batch on batch-updates, for clients that listen only there
+  -- an upload that ends without a batch-complete broadcasts one without a batch id on batch-updates, for clients that listen only there
   broadcast_single_calls boolean not null default true,
 
   -- retention

@@ -1,7 +1,7 @@
--- Outcomes that wait for the host's rows, and what calls have shown of the provider.
+-- Outcomes that wait for the host's rows, and workers' reports about the provider.
 
 -- The outcome of an image whose row could not be written at once: another transaction holds it, or writing it takes too long.
--- Nothing waits for the host: the outcome is durable here, and a worker tries again with growing delays (store_waiting). Its
+-- Nothing waits for the host: the outcome is durable here, and a worker tries again with exponential backoff (store_waiting). Its
 -- task stays live (retry_at = infinity) and belongs to no worker.
 create table autotag.unstored (
   task_id bigint primary key,            -- of autotag.tasks; without a foreign key, as tasks.job_id
@@ -23,7 +23,7 @@ create index unstored_workspace_idx on autotag.unstored (workspace_id, next_at);
 create index unstored_batch_idx on autotag.unstored (batch_id) where batch_id is not null;
 alter table autotag.unstored enable row level security;
 
--- What a worker's report says about the provider (report_provider).
+-- A worker's report about the provider (report_provider).
 create type autotag.provider_report as (
   worker_id uuid,
   at timestamptz,
@@ -35,12 +35,12 @@ create type autotag.provider_report as (
   form_changed boolean,        -- a parameter was refused, and the model's row has its next form
   inputs integer[],            -- prompt and answer tokens to learn from, where there are no answers
   outputs integer[],
-  briefs bigint[],             -- what each of them was asked (autotag.answer)
-  windows jsonb                -- corrections of windows that were held: [{workspace_id, reserved_at, requests, units}]
+  briefs bigint[],             -- the brief of each of them (autotag.answer)
+  windows jsonb                -- corrections for windows whose rows were locked: [{workspace_id, reserved_at, requests, units}]
 );
 
--- Reports that can wait: nothing in them is new. The next transaction that locks the provider row applies them together
--- (lock_provider), which costs as much as one.
+-- Reports that can wait, because they contain no news. The next transaction that locks the provider row applies all of them together
+-- (lock_provider), at the cost of one.
 create table autotag.provider_reports (
   id bigint generated always as identity primary key,
   worker_id uuid,                        -- null: corrections of windows only
@@ -57,7 +57,7 @@ create table autotag.provider_reports (
 );
 alter table autotag.provider_reports enable row level security;
 
--- An image that has its outcome: what finish() writes to the host.
+-- The outcome of an image, as finish() writes it to the host.
 create type autotag.finished as (
   task bigint,
   job_id uuid,
@@ -71,9 +71,9 @@ create type autotag.finished as (
 -- Rows of the host that are written in parts, because some of them raise (next_part).
 create type autotag.parts as (
   size integer,                -- of the next part
-  odd integer,                 -- of so many next rows one raises; 0: unknown
-  written integer,             -- rows until now, and 64 …
-  raised integer               -- … and those that raised
+  odd integer,                 -- one of this many next rows raises; 0: unknown
+  written integer,             -- 64, plus the rows until now …
+  raised integer               -- … and how many of them raised
 );
 
 -- Images of a job that have ended, for its counts (count_ended). assets: null: many.

@@ -5,9 +5,9 @@
 --   insert ─► autotag_collect (adapter) ─► collect(): arrivals ─► seal_uploads(): a job, or a postponed upload
 --
 -- The host's transaction only adds rows to arrivals. It shares no row and no key with another transaction, so no insert waits for
--- another one. When an upload is complete follows from its arrivals (list_arriving).
+-- another one. The arrivals of an upload show when it is complete (list_uploads).
 
--- A new image that has no job yet. Not unique: an image that comes twice is tagged once (start_upload).
+-- A new image that has no job yet. Rows are not unique: an image that comes twice is tagged once (start_upload).
 create table autotag.arrivals (
   id bigint generated always as identity primary key,
   asset_id autotag.asset_id not null,
@@ -17,7 +17,7 @@ create table autotag.arrivals (
   arrived_at timestamptz not null,       -- when the row was inserted; it may be old when its transaction commits
   upload_id bigint                       -- the postponed upload that it waits in; null: its upload may still grow
 ) with (fillfactor = 90);
--- No foreign key: its trigger would cost each insert of the host. housekeeping() repairs what has no upload.
+-- There is no foreign key, because its trigger would slow down each insert of the host. housekeeping() repairs rows whose upload is gone.
 create index arrivals_new_idx on autotag.arrivals (workspace_id, uploader, arrived_at) where upload_id is null;
 create index arrivals_upload_idx on autotag.arrivals (upload_id, id) where upload_id is not null;
 alter table autotag.arrivals enable row level security;
@@ -35,7 +35,7 @@ create index uploads_seal_at_idx on autotag.uploads (seal_at);
 alter table autotag.uploads enable row level security;
 
 -- The pictures of an upload: a hash of id and location of each image. enqueue_tagging compares them, so that an image whose tags were
--- stored a moment ago is not tagged again (repeat_window). 8 bytes an image, and no write when it is tagged.
+-- stored a moment ago is not tagged again (repeat_window). That takes 8 bytes per image, and no write when the image is tagged.
 create table autotag.pictures (
   job_id uuid primary key references autotag.jobs on delete cascade,
   workspace_id autotag.workspace_id not null,
@@ -43,15 +43,3 @@ create table autotag.pictures (
 );
 alter table autotag.pictures alter column marks set storage external;   -- hashes do not shrink
 alter table autotag.pictures enable row level security;
-
--- The picture of an image, while it is enqueued.
-create type autotag.picture as (
-  asset_id autotag.asset_id,
-  mark bigint                  -- hash of id and location
-);
-
--- An image that is being tagged or was a moment ago, and the job that it belongs to (find_repeats).
-create type autotag.repeated as (
-  asset_id autotag.asset_id,
-  job_id uuid
-);

@@ -41,7 +41,7 @@ create table autotag.quotas (
 create unique index quotas_key on autotag.quotas (scope, period, workspace_id, user_id) nulls not distinct;
 alter table autotag.quotas enable row level security;
 
--- What images that are being tagged reserve in quotas of dollars.
+-- The dollars that images reserve in quotas while they are being tagged.
 create type autotag.reservation_prices as (
   single numeric,              -- an image that goes as a single call …
   batch numeric,               -- … or in a batch

@@ -1,5 +1,4 @@
--- The tags that a workspace uses, in its own words. What an image gets of them is decided when its tags are stored (match_tags), by the
--- vocabulary of that moment.
+-- The tags that a workspace uses, in its own words. A model's tags are matched with the vocabulary when they are stored (match_tags).
 
 --   insert into autotag.vocabulary (tag, aliases, parent) values ('cat', '{kitty, pussycat}', 'animal');
 -- Two triggers clean what comes in and refuse what would be ambiguous (vocabulary/words.sql).
@@ -18,7 +17,7 @@ create unique index vocabulary_key on autotag.vocabulary (workspace_id, key) nul
 create index vocabulary_uses_idx on autotag.vocabulary (workspace_id, uses desc, key);
 alter table autotag.vocabulary enable row level security;
 
--- Every name of every entry: its tag and its aliases. The unique index is what makes a name mean one tag.
+-- Every name of every entry: its tag and its aliases. Because of the unique index, a name has one tag.
 create table autotag.vocabulary_names (
   id bigint generated always as identity primary key,
   vocabulary_id bigint not null references autotag.vocabulary on delete cascade,
@@ -35,7 +34,7 @@ create type autotag.known_tag as (
   id bigint                    -- of the entry
 );
 
--- An entry and one above it. depth: 1 is its parent.
+-- An entry, and one above it. depth: 1 is the parent.
 create type autotag.ancestor as (id bigint, above bigint, depth integer);
 
 -- An entry as it will be stored (read_entries).

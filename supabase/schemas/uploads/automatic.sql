@@ -4,9 +4,9 @@
 -- lock), forbid PREPARE TRANSACTION, and fail it while the queue of notifications is full. It is not needed either: an upload is not
 -- sealed before upload_quiet has passed, and a worker that looks that often sees each upload in time (seal_uploads: wait).
 
--- Who uploads in the host's transaction: the signed-in user (caller), nobody() for the project's own server, which has no user. Null: a
--- token that names no user, such as that of anon; their rows are not collected, because they may not tag images, unless the owner
--- allows it (automatic_for_anyone). Anything can stand in the claims of a direct connection: that is the server, not an error.
+-- The uploader in the host's transaction: the signed-in user (caller), or nobody() for the project's own server, which has no user. Null:
+-- a token that names no user, such as that of anon. Rows of such a caller are not collected, because they may not tag images, unless the
+-- owner allows it (automatic_for_anyone). The claims of a direct connection can contain anything: that is the server, not an error.
 create or replace function autotag.find_uploader() returns autotag.user_id
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -22,14 +22,14 @@ begin
     return autotag.nobody();
   end if;
   return v_user;
-exception when invalid_text_representation then   -- the claims are no JSON
+exception when invalid_text_representation then   -- the claims are not JSON
   return autotag.nobody();
 end $$;
 
--- Collects the images that one statement inserted: their ids and workspaces; those without a workspace, and those of a token that names
--- no user (find_uploader), are left out. Whether there is a file or URL is found out when the upload is sealed. Called by the host's
--- transaction, so it only inserts: it locks no row, and waits for nothing but a lock of the whole table (an upgrade of autotag), for
--- 50 ms at most. Errors are caught by the trigger.
+-- Collects the images that one statement inserted: their ids and workspaces. Images without a workspace, and those of a token that names
+-- no user (find_uploader), are left out. seal_uploads() looks later whether an image has a file or URL. Called by the host's
+-- transaction, so it only inserts. It locks no row, and waits only for a lock of the whole table (an upgrade of autotag), for 50 ms at
+-- most. The trigger catches errors.
 create or replace function autotag.collect(p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
@@ -44,8 +44,8 @@ begin
 end $$;
 
 -- At most p_limit uploads that may still grow, by workspace and uploader, with their first and last arrival. Only workspaces from
--- p_from (null: the first) to before p_before (null: all). It jumps from one upload to the next in the index, so its cost does not depend on how many
--- images they have: 10 µs for each upload.
+-- p_from (null: the first) to before p_before (null: all). It jumps from one upload to the next in the index, so its cost does not depend
+-- on their numbers of images: 10 µs for each upload.
 create or replace function autotag.list_arriving(p_from autotag.workspace_id, p_before autotag.workspace_id, p_limit integer)
 returns table (workspace_id autotag.workspace_id, uploader autotag.user_id, first_at timestamptz, last_at timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
@@ -53,31 +53,31 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp s
 as $$
 begin
   p_from := coalesce(p_from, (
-    select a.workspace_id from autotag.arrivals a where a.upload_id is null order by a.workspace_id, a.uploader, a.arrived_at limit 1));
+    select ar.workspace_id from autotag.arrivals ar where ar.upload_id is null order by ar.workspace_id, ar.uploader, ar.arrived_at limit 1));
   return query
     with recursive found as (
-      (select a.workspace_id, a.uploader, a.arrived_at from autotag.arrivals a
-       where a.upload_id is null and a.workspace_id >= p_from
-       order by a.workspace_id, a.uploader, a.arrived_at limit 1)
+      (select ar.workspace_id, ar.uploader, ar.arrived_at from autotag.arrivals ar
+       where ar.upload_id is null and ar.workspace_id >= p_from
+       order by ar.workspace_id, ar.uploader, ar.arrived_at limit 1)
       union all
       select n.* from found f
       cross join lateral (
-        select a.workspace_id, a.uploader, a.arrived_at from autotag.arrivals a
-        where a.upload_id is null and (a.workspace_id, a.uploader) > (f.workspace_id, f.uploader)
-        order by a.workspace_id, a.uploader, a.arrived_at limit 1) n
+        select ar.workspace_id, ar.uploader, ar.arrived_at from autotag.arrivals ar
+        where ar.upload_id is null and (ar.workspace_id, ar.uploader) > (f.workspace_id, f.uploader)
+        order by ar.workspace_id, ar.uploader, ar.arrived_at limit 1) n
       where p_before is null or f.workspace_id < p_before
     )
     select f.workspace_id, f.uploader, f.arrived_at, (
-      select max(a.arrived_at) from autotag.arrivals a
-      where a.upload_id is null and a.workspace_id = f.workspace_id and a.uploader = f.uploader)
+      select max(ar.arrived_at) from autotag.arrivals ar
+      where ar.upload_id is null and ar.workspace_id = f.workspace_id and ar.uploader = f.uploader)
     from found f where p_before is null or f.workspace_id < p_before limit p_limit;
 end $$;
 
--- Uploads, and when each is due: those that may still grow are complete when nothing has come for upload_quiet or their first image is
--- upload_longest old; those that were postponed have a time. An image that becomes visible late, because its transaction was long, is
--- as old as its row. One from the future was inserted before the clock was set back, and waits for nothing.
--- At most 2,000 of the former, from the workspace of a random arrival on, and 1,000 of the latter: where there are more, each gets its
--- chance.
+-- Uploads, and when each is due. An upload that may still grow is complete when no image has come for upload_quiet, or when its first
+-- image is upload_longest old. A postponed upload has a time. An image that becomes visible late, because its transaction was long, is as
+-- old as its row. An image from the future was inserted before the clock was set back, and is complete at once.
+-- At most 2,000 growing uploads, beginning with the workspace of a random arrival, and 1,000 postponed ones. If there are more, each has
+-- a chance in every call.
 create or replace function autotag.list_uploads(p_now timestamptz)
 returns table (workspace_id autotag.workspace_id, uploader autotag.user_id, due_at timestamptz, arriving boolean)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
@@ -87,11 +87,12 @@ declare
   v_quiet interval;
   v_longest interval;
   v_from autotag.workspace_id := (
-    select a.workspace_id from autotag.arrivals a
-    where exists (select from autotag.arrivals e where e.upload_id is null)   -- otherwise nothing is read
-      and a.id >= (select f.id + floor(random() * (l.id - f.id + 1))::bigint
-      from (select i.id from autotag.arrivals i order by i.id limit 1) f, (select i.id from autotag.arrivals i order by i.id desc limit 1) l)
-    order by a.id limit 1);
+    select ar.workspace_id from autotag.arrivals ar
+    where exists (select from autotag.arrivals growing where growing.upload_id is null)   -- otherwise nothing is read
+      and ar.id >= (select f.id + floor(random() * (l.id - f.id + 1))::bigint
+      from (select edge.id from autotag.arrivals edge order by edge.id limit 1) f,
+        (select edge.id from autotag.arrivals edge order by edge.id desc limit 1) l)
+    order by ar.id limit 1);
 begin
   select s.upload_quiet, s.upload_longest into v_quiet, v_longest from autotag.settings s;
   return query
@@ -102,19 +103,19 @@ begin
       union all
       select * from autotag.list_arriving(null, v_from, 1000)) l;
   return query
-    select u.workspace_id, u.uploader, u.seal_at, false from autotag.uploads u where u.seal_at <= p_now order by u.seal_at limit 1000;
+    select up.workspace_id, up.uploader, up.seal_at, false from autotag.uploads up where up.seal_at <= p_now order by up.seal_at limit 1000;
   return query
-    select u.workspace_id, u.uploader, u.seal_at, false from autotag.uploads u where u.seal_at > p_now order by u.seal_at limit 1;
+    select up.workspace_id, up.uploader, up.seal_at, false from autotag.uploads up where up.seal_at > p_now order by up.seal_at limit 1;
 end $$;
 
 -- Makes a job of one upload that is due, in a transaction of its own: it writes the host's rows, so it holds nothing that other
--- tenants need. It waits for nobody: an upload whose quotas are locked at the moment is skipped. Of each user the oldest upload is
--- eligible, and the fewer uploads a user has, the more probable is theirs: a crowd of uploads does not keep others waiting, and is not
--- kept waiting for ever. A worker calls it again at once while `more` is true.
+-- tenants need. It waits for nobody, and skips an upload whose quotas are locked. The oldest upload of each user is eligible, and users
+-- with fewer uploads are more probable. So many uploads of one user do not keep others waiting, and do not wait for ever either. A worker
+-- calls it again at once while `more` is true.
 --   sealed: how many jobs were made.   more: another upload is due.
 --   wait: seconds until the next call; null: automatic mode is off, and nothing waits.
 --   notices: [{event, notice}] for the log.
--- p_quiet: earlier calls ended their session, so a row probably does that to whoever writes it: `queued` is not shown on the rows (show).
+-- p_quiet: earlier calls ended their session, probably because writing some row ends it. So `queued` is not written to the rows (show).
 -- Locks: quotas (without waiting), one user's uploads and arrivals (skip locked), then as in start_job().
 create or replace function autotag.seal_uploads(
   p_worker uuid, p_quiet boolean default false, out sealed integer, out more boolean, out wait double precision, out notices jsonb
@@ -173,9 +174,9 @@ begin
   return exists (select from pg_trigger t where t.tgname = 'autotag_collect' and not t.tgisinternal and t.tgenabled <> 'D');
 end $$;
 
--- Makes a job of what has arrived of one workspace and uploader, and of what was postponed of it and is due. Images beyond what one job,
--- the live images or the quotas allow stay; the upload is postponed when there is no room. rest: others of its images are due.
--- Where an earlier attempt raised or took too long, fewer images are tried, a quarter each time. The caller holds the quotas.
+-- Makes a job of the arrivals of one workspace and uploader, and of their postponed uploads that are due. Takes at most as many images as
+-- one job, the limit of live images and the quotas allow; if that is none, the upload is postponed. rest: more of its images are due.
+-- If an earlier attempt raised or took too long, a quarter of its images is tried. The caller holds the quotas.
 create or replace function autotag.seal_upload(
   p_workspace_id autotag.workspace_id, p_uploader autotag.user_id, p_now timestamptz, out sealed integer, out rest boolean, out notices jsonb
 )
@@ -198,11 +199,11 @@ begin
     coalesce(max(u.failures) filter (where u.seal_at <= p_now), 0)
   into v_waiting, v_due, v_failures
   from (
-    select * from autotag.uploads o where o.workspace_id = p_workspace_id and o.uploader = p_uploader for update skip locked) u;
+    select * from autotag.uploads up where up.workspace_id = p_workspace_id and up.uploader = p_uploader for update skip locked) u;
   if v_waiting is not null then
     perform autotag.join_upload(v_waiting, p_workspace_id, p_uploader);
-    update autotag.arrivals a set upload_id = v_waiting where a.upload_id = any (v_due);
-    delete from autotag.uploads u where u.id = any (v_due);
+    update autotag.arrivals ar set upload_id = v_waiting where ar.upload_id = any (v_due);
+    delete from autotag.uploads up where up.id = any (v_due);
     return;
   end if;
   v_room := autotag.room_for_upload(p_workspace_id, v_user);
@@ -224,9 +225,9 @@ begin
       v_arrivals := v_try.ended;
     end if;
     sealed := v_try.jobs;
-    delete from autotag.arrivals a where a.id = any (v_arrivals);
+    delete from autotag.arrivals ar where ar.id = any (v_arrivals);
   end if;
-  delete from autotag.uploads u where u.id = any (v_due) and not exists (select from autotag.arrivals a where a.upload_id = u.id);
+  delete from autotag.uploads up where up.id = any (v_due) and not exists (select from autotag.arrivals ar where ar.upload_id = up.id);
   rest := exists (select from autotag.take_arrivals(p_workspace_id, p_uploader, v_due, 1));
 end $$;
 
@@ -239,17 +240,17 @@ as $$
 begin
   return query
     select x.id, x.asset_id from (
-      select a.id, a.asset_id from autotag.arrivals a
-      where a.upload_id is null and a.workspace_id = p_workspace_id and a.uploader = p_uploader
+      select ar.id, ar.asset_id from autotag.arrivals ar
+      where ar.upload_id is null and ar.workspace_id = p_workspace_id and ar.uploader = p_uploader
       union all
-      select a.id, a.asset_id from autotag.arrivals a where a.upload_id = any (p_uploads)) x
+      select ar.id, ar.asset_id from autotag.arrivals ar where ar.upload_id = any (p_uploads)) x
     order by x.id limit p_limit;
 end $$;
 
--- Tries to make a job of these images. Its errors are returned, not raised: state is their SQLSTATE, null: none. p_keep: false: the try
--- is undone in any case. It waits 50 ms at most for each row of the host that another transaction holds. Constraints that the host has
--- deferred are checked here, not at the commit, where an error would undo everything. jobs: how many were made, 0 or 1.
--- The host may raise the SQLSTATEs of autotag, too: PT429 is returned only if there is not enough room; otherwise it is P0001.
+-- Tries to make a job of these images. Errors are returned, not raised: state is the SQLSTATE; null: no error. p_keep false: the try is
+-- undone in any case. It waits 50 ms at most for each row of the host that another transaction holds. Constraints that the host has
+-- deferred are checked here, because an error at the commit would undo everything. jobs: how many were made, 0 or 1.
+-- The host may raise autotag's SQLSTATEs, too. So PT429 is returned only if there is not enough room; otherwise it becomes P0001.
 create or replace function autotag.try_upload(
   p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_asset_ids autotag.asset_id[], p_keep boolean, out jobs integer, out state text, out error text
 )
@@ -287,9 +288,10 @@ begin
     (select min(q.images_left) from autotag.quotas_left(p_workspace_id, p_user_id) q));
 end $$;
 
--- Makes a job of these images of an upload, and returns how many jobs were made: 0 or 1. Left out are images that are gone, that the
--- row filter leaves out, that have no file or URL, that are being tagged (start_job), and that have a result or an error already: then enqueue_tagging was called for
--- them too, or the row was copied with its tags. An image that has moved to another workspace arrives there.
+-- Makes a job of these images of an upload, and returns how many jobs were made: 0 or 1. It leaves out images that are gone, that the row
+-- filter leaves out, that have no file or URL, and that are being tagged (start_job). It also leaves out images that have a result or an
+-- error already, because enqueue_tagging was called for them, too, or the row was copied with its tags. An image that has moved to
+-- another workspace arrives there.
 create or replace function autotag.start_upload(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_asset_ids autotag.asset_id[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -300,18 +302,18 @@ declare
   v_job jsonb;
 begin
   select array_agg(d.asset_id order by p.i) filter (where d.workspace_id = p_workspace_id),
-    array_agg(hash_record_extended(row(d.asset_id, d.mark), 0) order by p.i) filter (where d.workspace_id = p_workspace_id),
+    array_agg(hash_record_extended(row(d.asset_id, d.place), 0) order by p.i) filter (where d.workspace_id = p_workspace_id),
     array_agg(d.asset_id) filter (where d.workspace_id <> p_workspace_id)
   into v_assets, v_marks, v_moved
   from unnest(p_asset_ids) with ordinality p (id, i)
-  join autotag.describe_assets(p_asset_ids) d on d.asset_id = p.id
+  join autotag.describe_assets(p_asset_ids, false) d on d.asset_id = p.id
   -- a row whose location is refused becomes a task, which fails with the reason
   where (d.path is not null or d.url is not null or d.refused is not null)
     and d.refused is distinct from 'filtered' and (d.stage is null or d.stage not in ('completed', 'failed'));
   if v_moved is not null then
     insert into autotag.arrivals (asset_id, workspace_id, uploader, arrived_at)
     select d.asset_id, d.workspace_id, coalesce(p_user_id, autotag.nobody()), autotag.now()
-    from autotag.describe_assets(v_moved) d where d.workspace_id is not null;
+    from autotag.describe_assets(v_moved, false) d where d.workspace_id is not null;
   end if;
   if v_assets is null then
     return 0;

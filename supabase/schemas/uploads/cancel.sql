@@ -1,10 +1,10 @@
 -- Cancelling an upload.
 
--- cancel_tagging: {job_id, cancelled (images)}. Images that have not been sent to OpenAI fail with the code `cancelled`. What
--- has been sent is billed: the notification wakes a worker, which cancels the batch at OpenAI at once (take_cancellations), and the
--- answers that come are stored.
--- It may run in a long transaction of the tenant's. Claims keep off its upload until it ends, because they do not get the job's
--- advisory lock; nothing else waits for it. Locks: the job (advisory), job, batches, tasks, assets (finish).
+-- cancel_tagging: {job_id, cancelled (images)}. Images that have not been sent to OpenAI fail with the code `cancelled`. Images that
+-- have been sent are billed, so their answers are stored. The notification wakes a worker, which cancels the batch at OpenAI at once
+-- (take_cancellations).
+-- It may run in a tenant's long transaction. Until that ends, claims skip the upload, because they do not get the job's advisory lock.
+-- Nothing else waits for it. Locks: the job (advisory), job, batches, tasks, assets (finish).
 create or replace function autotag.cancel(p_job_id uuid) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$

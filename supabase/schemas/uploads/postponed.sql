@@ -1,20 +1,21 @@
--- Automatic mode: uploads that cannot become a job yet, and images with which none can.
+-- Automatic mode: uploads that cannot become a job yet, and images that prevent it.
 
--- Adds what has arrived of one workspace and uploader to a postponed upload. Locks: arrivals (skip locked).
+-- Adds the new arrivals of one workspace and uploader to a postponed upload. Locks: arrivals (skip locked).
 create or replace function autotag.join_upload(p_upload_id bigint, p_workspace_id autotag.workspace_id, p_uploader autotag.user_id) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$
 begin
-  update autotag.arrivals a set upload_id = p_upload_id
-  where a.id in (
-    select o.id from autotag.arrivals o
-    where o.upload_id is null and o.workspace_id = p_workspace_id and o.uploader = p_uploader for update skip locked);
+  update autotag.arrivals ar set upload_id = p_upload_id
+  where ar.id in (
+    select arrived.id from autotag.arrivals arrived
+    where arrived.upload_id is null and arrived.workspace_id = p_workspace_id and arrived.uploader = p_uploader for update skip locked);
 end $$;
 
--- Postpones an upload without room: until its quota renews, where all of it is billed; else until some of what is being tagged is
--- expected to be done (1 min to 1 h). Where the quota is its user's in all workspaces, the user's other uploads that are due wait as
--- long, so that one call settles a crowd of them. p_due: its postponed uploads that are due.
+-- Postpones an upload for which a quota has no room. If the quota is used up by billed images, the upload waits until the quota renews.
+-- Otherwise images that are being tagged have reserved the rest, and it waits until some of them are expected to be done (1 min to 1 h).
+-- If the quota counts the user's images in all workspaces, the user's other uploads that are due wait as long, so that one call
+-- postpones all of them. p_due: the ids of postponed uploads of this workspace and uploader that are due.
 -- Locks: uploads and arrivals (skip locked).
 create or replace function autotag.postpone_upload(p_workspace_id autotag.workspace_id, p_uploader autotag.user_id, p_due bigint[], p_now timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -34,22 +35,23 @@ begin
   v_until := coalesce(v_until, least(greatest(p_now + interval '1 min', (
     select min(j.eta) from autotag.jobs j
     where j.finished_at is null and (j.workspace_id = p_workspace_id or j.user_id = v_user))), p_now + interval '1 h'));
-  if v_scope = 'user' and not exists (select from autotag.quotas q where q.scope = 'user' and q.workspace_id is not null) then
+  if v_scope = 'user' and not exists (select from autotag.quotas qu where qu.scope = 'user' and qu.workspace_id is not null) then
     for v_other in
       select l.workspace_id from autotag.list_uploads(p_now) l
       where l.uploader = p_uploader and l.arriving and l.due_at <= p_now and l.workspace_id <> p_workspace_id
     loop
       perform autotag.put_aside(v_other.workspace_id, p_uploader, '{}', v_until);
     end loop;
-    update autotag.uploads u set seal_at = v_until, failures = 0
-    where u.id in (
-      select o.id from autotag.uploads o where o.uploader = p_uploader and o.seal_at <= p_now
-      order by o.seal_at limit 1000 for update skip locked);
+    update autotag.uploads up set seal_at = v_until, failures = 0
+    where up.id in (
+      select due.id from autotag.uploads due where due.uploader = p_uploader and due.seal_at <= p_now
+      order by due.seal_at limit 1000 for update skip locked);
   end if;
   perform autotag.put_aside(p_workspace_id, p_uploader, p_due, v_until);
 end $$;
 
--- Makes one postponed upload of what has arrived of a workspace and uploader, and of these postponed ones, which the caller has locked.
+-- Makes one postponed upload of the new arrivals of a workspace and uploader and of the postponed uploads p_due, which the caller has
+-- locked.
 create or replace function autotag.put_aside(p_workspace_id autotag.workspace_id, p_uploader autotag.user_id, p_due bigint[], p_until timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -60,17 +62,17 @@ begin
     insert into autotag.uploads (workspace_id, uploader, seal_at) values (p_workspace_id, p_uploader, p_until)
     returning id into v_upload_id;
   else
-    update autotag.uploads u set seal_at = p_until, failures = 0 where u.id = v_upload_id;
-    update autotag.arrivals a set upload_id = v_upload_id where a.upload_id = any (p_due[2:]);
-    delete from autotag.uploads u where u.id = any (p_due[2:]);
+    update autotag.uploads up set seal_at = p_until, failures = 0 where up.id = v_upload_id;
+    update autotag.arrivals ar set upload_id = v_upload_id where ar.upload_id = any (p_due[2:]);
+    delete from autotag.uploads up where up.id = any (p_due[2:]);
   end if;
   perform autotag.join_upload(v_upload_id, p_workspace_id, p_uploader);
 end $$;
 
--- An upload raised as a whole: finds the images that are the reason, and makes a job of the others. An image that the database refuses
--- (a trigger or constraint of the host, an expression in the adapter) fails, and its row shows that if the host lets it. Where the
--- reason is not the image (a held row, a full disk), the images are postponed with growing delays (1 s to 10 min).
--- p_arrivals[i] belongs to p_assets[i]; p_failures: attempts so far. ended: the arrivals that are settled.
+-- Finds the images because of which an upload raised, and makes a job of the others. An image that the database refuses (a trigger or
+-- constraint of the host, an expression in the adapter) fails, and its row shows that if the host allows it. If the reason is not the
+-- image (a held row, a full disk), the images are postponed with exponential backoff (1 s to 10 min).
+-- p_arrivals[i] belongs to p_assets[i]; p_failures: attempts so far. ended: the arrivals that are done.
 create or replace function autotag.seal_apart(
   p_workspace_id autotag.workspace_id, p_uploader autotag.user_id, p_arrivals bigint[], p_assets autotag.asset_id[], p_failures integer, p_state text, p_error text,
   out jobs integer, out ended bigint[], out notices jsonb
@@ -106,16 +108,16 @@ begin
     insert into autotag.uploads (workspace_id, uploader, seal_at, failures)
     values (p_workspace_id, p_uploader, autotag.now() + least(interval '1 s' * power(2, least(p_failures, 20)), '10 min'), p_failures + 1)
     returning id into v_upload_id;
-    update autotag.arrivals a set upload_id = v_upload_id where a.id = any (p_arrivals) and a.id <> all (ended);
+    update autotag.arrivals ar set upload_id = v_upload_id where ar.id = any (p_arrivals) and ar.id <> all (ended);
     notices := notices || jsonb_build_array(jsonb_build_object('event', 'upload_postponed', 'notice', format(
       '%s images of workspace %s cannot be enqueued yet: %s', cardinality(p_arrivals) - cardinality(ended), p_workspace_id,
       autotag.printable(p_error, 500))));
   end if;
 end $$;
 
--- Which of these images, that raised p_state and p_error together, raise: [{asset, state, error}]. At most p_budget tries; a try that
--- waited for a lock counts 20, and one that was cancelled because this call took too long is the last. What was not tried has the
--- state 55000 and the error of its whole.
+-- Finds which of these images raise, after all of them together raised p_state and p_error: [{asset, state, error}]. It makes at most
+-- p_budget tries. A try that waited for a lock counts 20, and a try that was cancelled because this call took too long is the last one.
+-- Images that were not tried alone get the state 55000 and the error of their group.
 create or replace function autotag.find_odd(
   p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_assets autotag.asset_id[], p_state text, p_error text, p_budget integer, out odd jsonb, out budget integer
 )
@@ -150,8 +152,8 @@ begin
   end loop;
 end $$;
 
--- Whether an error is about the data of a row. Others may be over later: transactions, locks, limits, resources, configuration, and
--- errors of Postgres itself.
+-- Whether an error is about the data of a row. Other errors may pass: transactions, locks, limits, resources, configuration, and errors
+-- of Postgres itself.
 create or replace function autotag.is_refusal(p_state text) returns boolean
 language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
@@ -159,7 +161,7 @@ begin
   return left(p_state, 2) <> all ('{08,25,40,42,53,54,55,57,58,72,F0,HV,PT,XX}');
 end $$;
 
--- Shows on the host's rows that these images failed, on each row that the host lets it.
+-- Shows on the host's rows that these images failed. A row that raises is left out.
 create or replace function autotag.show_refused(p_workspace_id autotag.workspace_id, p_assets autotag.asset_id[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
@@ -177,13 +179,15 @@ begin
   end loop;
 end $$;
 
--- Quotas have changed: what waits for room is looked at again.
+-- Makes uploads due that wait for room, because quotas have changed.
 create or replace function autotag.resume_uploads() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  update autotag.uploads u set seal_at = autotag.now()
-  where u.id in (select o.id from autotag.uploads o where o.failures = 0 and o.seal_at > autotag.now() for update skip locked);
+  update autotag.uploads up set seal_at = autotag.now()
+  where up.id in (
+    select waiting.id from autotag.uploads waiting
+    where waiting.failures = 0 and waiting.seal_at > autotag.now() for update skip locked);
   perform pg_notify('autotag', 'uploads');
   return null;
 end $$;

@@ -1,4 +1,4 @@
--- What a workspace or a user may use per day or month.
+-- Quotas: how much a workspace or a user may use per day or month.
 
 -- Cost of one answer to the question in p_provider, in dollars: its mean, or with p_max what it reserves (an upper bound).
 -- Null: the model has no price in autotag.models. p_tier: a service tier, or batch; null: the tier in the question.
@@ -26,7 +26,7 @@ begin
   return autotag.question_cost(v_provider, p_max, p_tier);
 end $$;
 
--- What images reserve in quotas of dollars: one as a single call and one in a batch, and each token of a cap above the usual one.
+-- The dollars that images reserve in quotas: one as a single call and one in a batch, and each token of a cap above the usual one.
 -- Zero without a price: no dollars can be reserved then, and autotag doctor reports it. A price of zero (a model on one's own
 -- server) is a known price: such images fit into every quota of dollars.
 create or replace function autotag.price_reservations(p_workspace_id autotag.workspace_id default null) returns autotag.reservation_prices
@@ -48,9 +48,9 @@ begin
   return v_prices;
 end $$;
 
--- The quotas that apply to a workspace and a user, and how much of each is used. billed: everything that was, including unusable
--- answers. reserved: what is being tagged, until it is done, so that concurrent uploads cannot exceed the quota; an image whose
--- answer was cut off reserves its larger cap. A user quota without a workspace counts the user's images in all workspaces.
+-- The quotas that apply to a workspace and a user, and how much of each is used. billed: includes unusable answers. reserved: for images
+-- that are being tagged, so that concurrent uploads cannot exceed the quota. An image whose answer was cut off reserves its larger
+-- cap. A user quota without a workspace counts the user's images in all workspaces.
 create or replace function autotag.quota_use(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_prices autotag.reservation_prices)
 returns table (scope text, period text, kind text, maximum numeric, billed numeric, reserved numeric, renews_at timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -60,21 +60,21 @@ declare
 begin
   return query
     with chosen as (
-      select distinct on (q.scope, q.period) q.*,
-        date_trunc(q.period, v_today::timestamp)::date as first_day,
-        (date_trunc(q.period, v_today::timestamp) + ('1 ' || q.period)::interval) at time zone 'utc' as next_period
-      from autotag.quotas q
-      where (q.workspace_id is null or q.workspace_id = p_workspace_id)
-        and (q.scope = 'workspace' or (p_user_id is not null and (q.user_id is null or q.user_id = p_user_id)))
-      order by q.scope, q.period, q.user_id is null, q.workspace_id is null
+      select distinct on (qu.scope, qu.period) qu.*,
+        date_trunc(qu.period, v_today::timestamp)::date as first_day,
+        (date_trunc(qu.period, v_today::timestamp) + ('1 ' || qu.period)::interval) at time zone 'utc' as next_period
+      from autotag.quotas qu
+      where (qu.workspace_id is null or qu.workspace_id = p_workspace_id)
+        and (qu.scope = 'workspace' or (p_user_id is not null and (qu.user_id is null or qu.user_id = p_user_id)))
+      order by qu.scope, qu.period, qu.user_id is null, qu.workspace_id is null
     )
     select c.scope, c.period, k.kind, k.maximum, k.billed, k.reserved, c.next_period
     from chosen c
     cross join lateral (
-      select coalesce(sum(greatest(u.requests, u.images)), 0)::numeric as answers, coalesce(sum(u.cost), 0) as cost
-      from autotag.usage u
-      where u.day >= c.first_day and case when c.scope = 'workspace' then u.workspace_id = p_workspace_id
-        else u.user_id = p_user_id and (c.workspace_id is null or u.workspace_id = c.workspace_id) end) u
+      select coalesce(sum(greatest(us.requests, us.images)), 0)::numeric as answers, coalesce(sum(us.cost), 0) as cost
+      from autotag.usage us
+      where us.day >= c.first_day and case when c.scope = 'workspace' then us.workspace_id = p_workspace_id
+        else us.user_id = p_user_id and (c.workspace_id is null or us.workspace_id = c.workspace_id) end) u
     cross join lateral (
       select coalesce(sum(n.images), 0)::numeric as images,
         coalesce(sum(n.images * n.price + n.more_tokens * p_prices.token), 0) as cost
@@ -92,8 +92,8 @@ begin
     where k.maximum is not null;
 end $$;
 
--- What is left of each quota: the maximum less what is billed and reserved. images_left: how many more images that allows, at
--- p_each dollars per image (null: what the model in use reserves). What costs nothing fits, even if the quota is used up.
+-- The rest of each quota: the maximum minus what is billed and reserved. images_left: how many more images that allows, at p_each
+-- dollars per image (null: what the model in use reserves). Images without a cost always fit, even if the quota is used up.
 create or replace function autotag.quotas_left(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_each numeric default null)
 returns table (scope text, period text, kind text, maximum numeric, available numeric, images_left integer, renews_at timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -129,8 +129,8 @@ begin
       select 1 as turn, 'autotag.quotas workspace ' || p_workspace_id as name
       union all
       select 2, 'autotag.quotas user ' || p_user_id
-      where p_user_id is not null and exists (select from autotag.quotas q
-        where q.scope = 'user' and q.workspace_id is null and coalesce(q.user_id = p_user_id, true))) x
+      where p_user_id is not null and exists (select from autotag.quotas qu
+        where qu.scope = 'user' and qu.workspace_id is null and coalesce(qu.user_id = p_user_id, true))) x
     order by x.turn
   loop
     if p_wait then
@@ -142,7 +142,8 @@ begin
   return true;
 end $$;
 
--- Takes all of these locks without waiting, or none: one that was taken before another was busy would hold up its own workspace.
+-- Takes all of these locks without waiting, or none of them. A lock that was taken before another one was busy would hold up its own
+-- workspace.
 create or replace function autotag.try_lock_quotas(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -180,13 +181,13 @@ begin
       'renews_at', v_quota.renews_at, 'retry_after', extract(epoch from v_quota.renews_at - autotag.now())));
 end $$;
 
--- Refuses the retries that a quota has no room for. An answer with usage was billed, and another try will be billed again. It is
--- allowed while every quota of its workspace and user has room for it beside what is billed and reserved, at the price of a single
--- call with its new cap. Returns the answers, with the errors of the others changed to `quota_exceeded`, which ends their images.
--- So what is billed exceeds a quota by at most one answer for each image that is being tagged.
+-- Refuses retries for which a quota has no room. An answer with usage was billed, and another try will be billed again. The try is
+-- allowed if every quota of its workspace and user has room for it beside what is billed and reserved, at the price of a single call
+-- with the new cap. Returns the answers. Errors of refused retries become `quota_exceeded`, which ends their images. So the billed
+-- amount exceeds a quota by at most one answer for each image that is being tagged.
 -- The usage of these answers counts, although the caller adds it later (add_usage; p_batch and p_asked_at: as there). Uploads of the
--- same user or into the same workspace wait until it has committed (lock_quotas), unless one of them is running already: it does not
--- wait for them, and judges without the lock.
+-- same user or into the same workspace wait until this transaction has committed (lock_quotas). If one of them is running already, this
+-- function does not wait for it, and decides without the lock.
 create or replace function autotag.judge_retries(p_answers autotag.answer[], p_batch boolean, p_asked_at timestamptz default null)
 returns autotag.answer[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'

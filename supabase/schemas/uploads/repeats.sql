@@ -1,63 +1,73 @@
 -- Nothing twice: a call that is repeated, because its reply was lost, does not pay for its images again.
 
--- Those of these images that are being tagged, or were tagged a moment ago: they belong to a job of the workspace that still runs or has
--- finished within repeat_window, with the location that they had then and the present brief, and did not fail there. It reads only tables of autotag, in
--- one snapshot, so that it knows of every image that was tagged until now, whatever the image's row showed earlier.
-create or replace function autotag.find_repeats(p_workspace_id autotag.workspace_id, p_pictures autotag.picture[]) returns autotag.repeated[]
+-- The images among these that are being tagged, or were tagged a moment ago: a job of the workspace that still runs, or finished within
+-- repeat_window, has them with their present location and brief, and they did not fail there. It reads only tables of autotag, in one
+-- snapshot. So it finds every image that was tagged until now, whatever the image's row showed earlier.
+-- p_suspects: the images; p_images, p_marks: these and maybe others, each once, and the marks of their pictures. jobs[i]: the job of assets[i].
+create or replace function autotag.find_repeats(
+  p_workspace_id autotag.workspace_id, p_suspects autotag.asset_id[], p_images autotag.asset_id[], p_marks bigint[],
+  out assets autotag.asset_id[], out jobs uuid[]
+)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_nestloop = off
 as $$
 declare
-  v_live autotag.repeated[];
   v_brief autotag.briefs;
+  v_recent record;
 begin
-  if p_pictures = '{}' then
-    return array[]::autotag.repeated[];   -- almost always: nothing is read for new images
+  assets := '{}';
+  jobs := '{}';
+  if p_suspects = '{}' then
+    return;   -- almost always: nothing is read for new images
   end if;
-  v_live := array(
-    -- one that moved here while it is tagged belongs to a job of another workspace
-    select row(t.asset_id, case when t.workspace_id = p_workspace_id then t.job_id end)::autotag.repeated
-    from autotag.tasks t where t.asset_id = any (array(select p.asset_id from unnest(p_pictures) p)) and t.finished_at is null);
-  p_pictures := array(select p from unnest(p_pictures) p where p.asset_id not in (select l.asset_id from unnest(v_live) l));
-  if p_pictures = '{}' then
-    return v_live;
+  -- An image that moved here while it is being tagged belongs to a job of another workspace.
+  select coalesce(array_agg(x.asset_id), '{}'), coalesce(array_agg(case when x.workspace_id = p_workspace_id then x.job_id end), '{}')
+  into assets, jobs
+  from autotag.live_tasks(p_suspects) x;
+  if cardinality(assets) = cardinality(p_suspects) then
+    return;
   end if;
-  -- The answer to another question is not what this call asks for. (0: no job has been asked this yet.)
+  -- Tags of another brief are not what this call asks for. (0: no job has been asked this yet.)
   v_brief := autotag.compose_brief(p_workspace_id);
-  return v_live || array(
-    with recent as materialized (
-      select p.job_id, unnest(p.marks) as mark from autotag.pictures p
-      where p.job_id = any (array(
-        select j.id from autotag.jobs j
-        where j.workspace_id = p_workspace_id and j.finished_at is null and j.brief_id is not distinct from coalesce(v_brief.id, v_brief.profile_id * 0)
-        union all
-        select j.id from autotag.jobs j
-        where j.finished_at > autotag.now() - (select s.repeat_window from autotag.settings s) and j.workspace_id = p_workspace_id
-          and j.brief_id is not distinct from coalesce(v_brief.id, v_brief.profile_id * 0)))
-    ), met as materialized (
-      select a.asset_id, r.job_id from unnest(p_pictures) a join recent r on r.mark = a.mark
-    ), failed as materialized (
-      select t.job_id, t.asset_id from autotag.tasks t
-      where t.job_id = any (array(select distinct m.job_id from met m)) and t.finished_at is not null
-    )
-    select row(m.asset_id, (array_agg(m.job_id))[1])::autotag.repeated from met m
+  with recent as materialized (
+    select pi.job_id, unnest(pi.marks) as mark from autotag.pictures pi
+    where pi.job_id = any (array(
+      select j.id from autotag.jobs j
+      where j.workspace_id = p_workspace_id and j.finished_at is null and j.brief_id is not distinct from coalesce(v_brief.id, v_brief.profile_id * 0)
+      union all
+      select j.id from autotag.jobs j
+      where j.finished_at > autotag.now() - (select s.repeat_window from autotag.settings s) and j.workspace_id = p_workspace_id
+        and j.brief_id is not distinct from coalesce(v_brief.id, v_brief.profile_id * 0)))
+  ), met as materialized (
+    select i.id as asset_id, r.job_id from unnest(p_images, p_marks) i (id, mark) join recent r on r.mark = i.mark
+    where i.id in (select unnest(p_suspects)) and i.id not in (select unnest(assets))
+  ), failed as materialized (
+    select t.job_id, t.asset_id from autotag.tasks t
+    where t.job_id = any (array(select distinct m.job_id from met m)) and t.finished_at is not null
+  ), repeated as (
+    select m.asset_id, (array_agg(m.job_id))[1] as job_id from met m
     where (m.job_id, m.asset_id) not in (select f.job_id, f.asset_id from failed f)
-    group by m.asset_id);
+    group by m.asset_id
+  )
+  select array_agg(r.asset_id) as assets, array_agg(r.job_id) as jobs into v_recent from repeated r;
+  assets := assets || v_recent.assets;
+  jobs := jobs || v_recent.jobs;
 end $$;
 
 -- Makes a job of an upload without the repeated images (find_repeats) and without those that the row filter leaves out. Returns what
 -- start_job() does; the images left out are skipped, too. If nothing is left, the reply names the job of the repeated images, or null
 -- if they belong to several, or to none.
--- p_images, p_marks: all images that the filter lets pass, each once, and the marks of their pictures. p_suspects: those that may have been enqueued before.
--- Locks: as in start_job().
+-- p_images, p_marks: all images that the row filter does not leave out, each once, and the marks of their pictures. p_suspects: those
+-- that may have been enqueued before. Locks: as in start_job().
 create or replace function autotag.start_once(
-  p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_visible_marks uuid[], p_images autotag.asset_id[], p_marks bigint[], p_suspects autotag.picture[]
+  p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_visible_marks uuid[], p_images autotag.asset_id[], p_marks bigint[],
+  p_suspects autotag.asset_id[]
 ) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user autotag.user_id := autotag.caller();
-  v_repeated autotag.repeated[];
+  v_repeated record;
   v_skipped integer;
   v_jobs uuid[];
   v_job autotag.jobs;
@@ -66,20 +76,22 @@ begin
   if not autotag.lock_quotas(p_workspace_id, v_user, false) then
     perform autotag.lock_quotas(p_workspace_id, v_user);
     -- Meanwhile others may have enqueued any of these images, and some may have got their tags.
-    p_suspects := array(select row(i.id, i.mark)::autotag.picture from unnest(p_images, p_marks) i (id, mark));
+    p_suspects := p_images;
   end if;
-  v_repeated := autotag.find_repeats(p_workspace_id, p_suspects);
-  v_skipped := cardinality(v_repeated);
+  v_repeated := autotag.find_repeats(p_workspace_id, p_suspects, p_images, p_marks);
+  v_skipped := cardinality(v_repeated.assets);
   if cardinality(p_images) < cardinality(p_asset_ids) then   -- filtered, or named twice
     v_skipped := v_skipped + (select count(distinct id)::integer from unnest(p_asset_ids) id) - cardinality(p_images);
   end if;
-  if v_skipped > 0 then
+  if cardinality(v_repeated.assets) = cardinality(p_images) then
+    p_asset_ids := null;
+  elsif v_skipped > 0 then
     select array_agg(a.id order by a.i), array_agg(a.visible_mark order by a.i) into p_asset_ids, p_visible_marks
     from unnest(p_asset_ids, p_visible_marks) with ordinality a (id, visible_mark, i)
-    where a.id in (select unnest(p_images)) and a.id not in (select r.asset_id from unnest(v_repeated) r);
+    where a.id in (select unnest(p_images)) and a.id not in (select unnest(v_repeated.assets));
   end if;
   if p_asset_ids is null then
-    v_jobs := array(select distinct r.job_id from unnest(v_repeated) r where r.job_id is not null);
+    v_jobs := array(select distinct id from unnest(v_repeated.jobs) id where id is not null);
     select * into v_job from autotag.jobs j where cardinality(v_jobs) = 1 and j.id = v_jobs[1];
     return autotag.describe_repeat(v_job, v_skipped);
   end if;
@@ -89,7 +101,8 @@ begin
   return v_reply;
 end $$;
 
--- Records the pictures of a new job. p_reply: of start_job(); p_images, p_marks: the images of its call, and the marks of their pictures.
+-- Records the pictures of a new job. p_reply: the reply of start_job(); p_images, p_marks: the images of the call, and the marks of
+-- their pictures.
 create or replace function autotag.record_pictures(p_workspace_id autotag.workspace_id, p_reply jsonb, p_images autotag.asset_id[], p_marks bigint[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off

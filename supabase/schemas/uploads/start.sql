@@ -1,6 +1,6 @@
 -- Starts the job of an upload: its strategy, batches and tasks.
 
--- Makes a job of those images that are not being tagged already. All belong to p_workspace_id.
+-- Makes a job of the images among these that are not being tagged already. All belong to p_workspace_id.
 -- p_visible_marks: as in enqueue(). Returns {job_id, strategy, image_count, skipped, batches, eta}.
 -- Locks: workspace, user (lock_quotas), assets (show); all rows of autotag are new.
 create or replace function autotag.start_job(
@@ -21,10 +21,15 @@ declare
 begin
   perform autotag.lock_quotas(p_workspace_id, p_user_id);
   -- The new images, each once, in the order of the upload.
-  v_live := array(select t.asset_id from autotag.tasks t where t.asset_id = any (p_asset_ids) and t.finished_at is null);
-  select coalesce(array_agg(a.id order by a.i), '{}'), array_agg(a.visible_mark order by a.i) into v_new, v_new_marks
-  from (select distinct on (u.id) u.* from unnest(p_asset_ids, p_visible_marks) with ordinality u (id, visible_mark, i) order by u.id, u.i) a
-  where a.id not in (select unnest(v_live));   -- hashed, where `<> all` compares each with each in a generic plan
+  v_live := array(select x.asset_id from autotag.live_tasks(p_asset_ids) x);
+  if v_live = '{}' and v_asked = cardinality(p_asset_ids) and array_lower(p_asset_ids, 1) = 1 then   -- nothing to leave out
+    v_new := p_asset_ids;
+    v_new_marks := p_visible_marks;
+  else
+    select coalesce(array_agg(a.id order by a.i), '{}'), array_agg(a.visible_mark order by a.i) into v_new, v_new_marks
+    from (select distinct on (u.id) u.* from unnest(p_asset_ids, p_visible_marks) with ordinality u (id, visible_mark, i) order by u.id, u.i) a
+    where a.id not in (select unnest(v_live));   -- hashed, where `<> all` compares each with each in a generic plan
+  end if;
   v_count := cardinality(v_new);
   if v_count = 0 then
     return autotag.describe_live(p_workspace_id, v_live, v_asked);
@@ -57,8 +62,8 @@ begin
     'skipped', v_asked - v_count, 'batches', v_plan.batches, 'eta', v_job.eta);
 end $$;
 
--- The reply to an upload whose images are all being tagged already: their job, or null if they belong to several. Only a job of
--- this workspace: an image that moved here while it is tagged belongs to a job of the workspace that it came from.
+-- The reply to an upload whose images are all being tagged already: their job, or null if they belong to several. It names only a job
+-- of this workspace. An image that moved here while it is being tagged belongs to a job of its former workspace.
 create or replace function autotag.describe_live(p_workspace_id autotag.workspace_id, p_live autotag.asset_id[], p_asked integer) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -67,9 +72,7 @@ declare
   v_job autotag.jobs;
 begin
   -- The call is probably a retry after its first reply was lost, so name the job.
-  select array_agg(distinct t.job_id) into v_live_jobs
-  from autotag.tasks t where t.asset_id = any (p_live) and t.workspace_id = p_workspace_id
-    and t.finished_at is null;
+  select array_agg(distinct x.job_id) into v_live_jobs from autotag.live_tasks(p_live) x where x.workspace_id = p_workspace_id;
   select * into v_job from autotag.jobs j
   where cardinality(v_live_jobs) = 1 and j.id = v_live_jobs[1];
   return jsonb_build_object('job_id', v_job.id, 'strategy', v_job.strategy, 'image_count', 0,
@@ -93,7 +96,7 @@ begin
     if (select p.has_batches from autotag.provider_limits p) = false then
       v_plan.fallback := case when p_images > v_settings.chunk_max_images
         then 'The AI provider has no Batch API, so these images are sent as single calls.' end;
-    -- A batch that has to wait for its workspace's window, or that takes longer than the wait, would make it worse.
+    -- A batch is no use if it has to wait for its workspace's window, or if it takes longer than the single calls would wait.
     elsif v_plan.wait > v_settings.realtime_max_wait
       and v_now + v_plan.wait > (autotag.predict_new_batch(p_workspace_id, p_images, v_now)).ends_at then
       v_plan.strategy := 'batch';
@@ -121,30 +124,33 @@ returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_batches uuid[];       -- by their ordinal
   v_first_task bigint;
   v_extra bigint := autotag.extra_tokens(p_job.brief_id);
 begin
   -- Ordinal 1 is the priority batch, which has the express images.
   if p_plan.batches > 0 then
-    insert into autotag.batches (job_id, workspace_id, ordinal, image_count, express_count, extra_tokens, created_at)
-    select p_job.id, p_job.workspace_id, b, n.images, n.express, (n.images - n.express) * v_extra, p_job.created_at
-    from generate_series(1, p_plan.batches) b
-    cross join lateral (
-      select (b::bigint * p_job.image_count / p_plan.batches - (b - 1)::bigint * p_job.image_count / p_plan.batches)::integer as images,
-        case when b = 1 then p_plan.express else 0 end as express) n;
+    with planned as (
+      insert into autotag.batches (job_id, workspace_id, ordinal, image_count, express_count, extra_tokens, created_at)
+      select p_job.id, p_job.workspace_id, b, n.images, n.express, (n.images - n.express) * v_extra, p_job.created_at
+      from generate_series(1, p_plan.batches) b
+      cross join lateral (
+        select (b::bigint * p_job.image_count / p_plan.batches - (b - 1)::bigint * p_job.image_count / p_plan.batches)::integer as images,
+          case when b = 1 then p_plan.express else 0 end as express) n
+      returning id, ordinal
+    )
+    select array_agg(x.id order by x.ordinal) into v_batches from planned x;
   end if;
 
   with placed as (
     insert into autotag.tasks (job_id, workspace_id, asset_id, visible_mark, lane, batch_id)
     select p_job.id, p_job.workspace_id, a.id, a.visible_mark,
       case when a.i <= p_plan.express then 'realtime' else 'batch' end,
-      case when a.i > p_plan.express then b.id end
+      case when a.i > p_plan.express then v_batches[((a.i * p_plan.batches + p_job.image_count - 1) / p_job.image_count)::integer] end
     from unnest(p_asset_ids, p_visible_marks) with ordinality a (id, visible_mark, i)
-    left join autotag.batches b on b.job_id = p_job.id
-      and b.ordinal = (a.i * p_plan.batches + p_job.image_count - 1) / p_job.image_count
     order by a.i
     returning id
   )
-  select min(id) into v_first_task from placed;
+  select min(x.id) into v_first_task from placed x;
   return v_first_task;
 end $$;

@@ -29,7 +29,7 @@ begin
   from autotag.settings s, autotag.provider_limits p);
 end $$;
 
--- Expected duration of an upload in seconds, if its workspace has no other work. Single calls wait for what the day has left.
+-- Expected duration of an upload in seconds, if its workspace has no other work. Single calls may have to wait for the next day.
 create or replace function autotag.estimate_seconds(p_images integer, p_batches integer) returns double precision
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -59,13 +59,13 @@ as $$
 begin
   select count(distinct q.workspace_id), coalesce(sum(q.queued), 0) into workspaces, images
   from autotag.queues q
-  -- a look-up per queue: a join may read all uploads that were ever finished
+  -- This is a look-up per queue. A join may read all uploads that ever finished.
   where q.queued > 0 and (select j.cancelled_at from autotag.jobs j where j.id = q.job_id) is null;
 end $$;
 
 -- How long the last of p_images more single calls of a workspace would wait for its window, for its fair share of the provider's
--- bucket and of what the day has left, and for the end of a block (retry-after). p_counted: use claim()'s count of what waits in
--- other workspaces if it is at most 2 s old, because counting takes longer the more workspaces there are.
+-- bucket and of the rest of the day's limit, and for the end of a block (retry-after). p_counted: use claim()'s count of calls that wait
+-- in other workspaces if it is at most 2 s old, because counting takes longer with more workspaces.
 create or replace function autotag.predict_wait(p_workspace_id autotag.workspace_id, p_images integer, p_counted boolean default false)
 returns interval
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -83,7 +83,7 @@ declare
 begin
   v_provider := autotag.refilled_provider(v_now);
   v_each := coalesce((
-    select b.tokens_per_image from autotag.jobs j join autotag.briefs b on b.id = j.brief_id
+    select br.tokens_per_image from autotag.jobs j join autotag.briefs br on br.id = j.brief_id
     where j.workspace_id = p_workspace_id and j.finished_at is null order by j.created_at desc limit 1), v_provider.tokens_per_image);
   v_queued := coalesce((select sum(q.queued) from autotag.queues q where q.workspace_id = p_workspace_id and q.queued > 0
       and (select j.cancelled_at from autotag.jobs j where j.id = q.job_id) is null), 0);
@@ -96,8 +96,8 @@ begin
   -- Fair share: for each of its own calls, the workspace waits for one call of every other workspace that still has some.
   v_everybody := v_own + least(greatest(v_provider.waiting_images - v_queued, 0),
     v_own * greatest(v_provider.waiting_workspaces - (v_queued > 0)::integer, 0));
-  select l.max_requests, l.max_units into v_max_requests, v_max_units
-  from autotag.windows l where l.workspace_id = p_workspace_id and l.request_type = 'realtime';
+  select wn.max_requests, wn.max_units into v_max_requests, v_max_units
+  from autotag.windows wn where wn.workspace_id = p_workspace_id and wn.request_type = 'realtime';
   v_max_requests := coalesce(v_max_requests, v_settings.realtime_requests_per_minute);
   v_max_units := coalesce(v_max_units, v_settings.realtime_tokens_per_minute);
   return greatest(autotag.wait_for_day(v_provider, v_everybody),

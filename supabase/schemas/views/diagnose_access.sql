@@ -30,8 +30,8 @@ declare
   v_now timestamptz := autotag.now();
   v_owners text;               -- logins of live workers that may do everything
 begin
-  select autotag.name_some(array_agg(distinct w.login::text)) into v_owners
-  from autotag.workers w where w.lease_until > v_now and autotag.is_owner(w.login);
+  select autotag.name_some(array_agg(distinct wk.login::text)) into v_owners
+  from autotag.workers wk where wk.lease_until > v_now and autotag.is_owner(wk.login);
   return case
     when p_logins = '{}' then autotag.finding('roles', 'warning',
       'No separate login has the role autotag_worker, so workers have to log in as the owner, which may do everything.',

@@ -6,8 +6,8 @@ create or replace function autotag.sample_image() returns jsonb
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object('bucket', d.bucket, 'path', d.path)
-  from (select j.workspace_id from autotag.jobs j order by j.created_at desc limit 1) j
-  cross join autotag.describe_assets(autotag.list_assets(j.workspace_id, false, null, 20)) d
+  from (select j.workspace_id from autotag.jobs j order by j.created_at desc limit 1) newest
+  cross join autotag.describe_assets(autotag.list_assets(newest.workspace_id, false, null, 20)) d
   where d.bucket is not null and d.path is not null limit 1
 $$;
 
@@ -45,8 +45,8 @@ begin
       then 'Add a policy that lets users insert only rows that name them as the uploader (… = (select auth.uid())).' end);
 end $$;
 
--- Whether a rule on the host's table prevents updates. Postgres rewrites `update … returning` by no rule but an unconditional one with
--- `returning` of its own, and cannot rewrite it at all within `with`: tags are paid for and cannot be stored.
+-- Whether a rule on the host's table prevents updates, so that tags are paid for and cannot be stored. Postgres rewrites
+-- `update … returning` only by an unconditional rule with its own `returning`, and not at all within `with`.
 create or replace function autotag.diagnose_rules() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -89,13 +89,13 @@ create or replace function autotag.update_triggers() returns text[]
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
   select array(
-    select t.tgname::text from pg_trigger t
-    where t.tgrelid = autotag.image_table() and not t.tgisinternal and t.tgenabled in ('O', 'A') and t.tgtype & 16 <> 0 order by 1)
+    select tg.tgname::text from pg_trigger tg
+    where tg.tgrelid = autotag.image_table() and not tg.tgisinternal and tg.tgenabled in ('O', 'A') and tg.tgtype & 16 <> 0 order by 1)
 $$;
 
--- Writes tags to the row of one image as a worker's report does, and takes that back, also what triggers did in this database. The image
--- is the last one whose row refused its tags, or any. p_tag: the first of ten tags. Returns the error; null: none. tried: false: there is no
--- image. kept: how many of the tags are in the row then, or were removed by people; null: its tags stay as they are.
+-- Writes tags to the row of one image as a worker's report does, and rolls that back, including what triggers did in this database. The
+-- image is the last one whose row refused its tags, or any. p_tag: the first of ten tags. error: null if there was none. tried: false if
+-- there is no image. kept: how many of the tags were in the row, or had been removed by people; null: the row's tags do not change.
 create or replace function autotag.try_write(p_tag text, out tried boolean, out state text, out error text, out kept integer)
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '1s'
 as $$
@@ -132,8 +132,8 @@ exception when others or assert_failure then
   end if;
 end $$;
 
--- Whether a row takes tags (try_write). p_triggers: also if triggers of the host run then. Not everything that a trigger does can be taken
--- back (a call of dblink, a request that it waits for), so the doctor does that only if it is asked to.
+-- Whether a row accepts tags (try_write). p_triggers: try it even if triggers of the host run then. The doctor does that only on request,
+-- because some effects of a trigger cannot be rolled back (a call of dblink, a request that it waits for).
 create or replace function autotag.diagnose_write(p_triggers boolean) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -187,15 +187,15 @@ begin
     'autotag doctor --try-write   (says why; then: autotag enqueue --workspace …)')) end;
 end $$;
 
--- Whether a workspace's profile allows only the tags of a vocabulary that is empty: then no tag is stored. No finding if none does.
+-- Whether a workspace's profile allows only the tags of its vocabulary, but that is empty: then no tag is stored. No finding if not.
 create or replace function autotag.diagnose_vocabulary() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_empty bigint := (
     select count(*) from (
-      select distinct on (x.workspace_id) x.workspace_id, x.vocabulary_mode
-      from autotag.profiles x order by x.workspace_id, x.version desc) p
+      select distinct on (pr.workspace_id) pr.workspace_id, pr.vocabulary_mode
+      from autotag.profiles pr order by pr.workspace_id, pr.version desc) p
     where p.vocabulary_mode = 'only' and not autotag.has_vocabulary(p.workspace_id));
 begin
   return case when v_empty = 0 then '[]' else jsonb_build_array(autotag.finding('vocabulary', 'warning',

@@ -37,7 +37,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return case
-    when exists (select from autotag.quotas q where q.max_cost is not null and q.scope = 'workspace' and q.workspace_id is null)
+    when exists (select from autotag.quotas qu where qu.max_cost is not null and qu.scope = 'workspace' and qu.workspace_id is null)
       then autotag.finding('spending', 'ok', 'Every workspace has a quota in dollars.')
     else autotag.finding('spending', 'warning', 'No quota limits what a workspace may spend.',
       'insert into autotag.quotas (scope, period, max_cost) values (''workspace'', ''month'', 20);   -- dollars, every workspace') end;
@@ -73,9 +73,9 @@ begin
         format('%s costs $%s and $%s per million tokens, about $%s for 1,000 images one by one.', v_model,
           to_char(m.input_price, 'FM9990.0099'), to_char(m.output_price, 'FM9990.0099'), to_char(1000 * autotag.expected_cost(), 'FM9990.009')))
       else autotag.finding('price',
-        case when exists (select from autotag.quotas q where q.max_cost is not null) then 'error' else 'warning' end,
+        case when exists (select from autotag.quotas qu where qu.max_cost is not null) then 'error' else 'warning' end,
         format('The price of %s is not known, so costs are shown as unknown%s.', v_model,
-          case when exists (select from autotag.quotas q where q.max_cost is not null)
+          case when exists (select from autotag.quotas qu where qu.max_cost is not null)
             then ' and no quota in dollars is enforced' else '' end),
         case when m.name is null
           then format('insert into autotag.models (name, input_price, output_price) values (%L, …, …);   -- dollars per million tokens', v_model)

@@ -53,8 +53,7 @@ begin
     else autotag.finding('clock', 'ok', 'autotag.tick() runs regularly.') end;
 end $$;
 
--- Sends a broadcast without a meaning, so that the doctor can check whether broadcasts arrive: at most five a second, more are
--- ignored.
+-- Sends a broadcast without a meaning, so that the doctor can check whether broadcasts arrive. More than five a second are ignored.
 create or replace function autotag.send_test_broadcast(p_nonce uuid) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -73,7 +72,7 @@ declare
   v_now timestamptz := autotag.now();
   v_waiting integer;
 begin
-  select count(*)::integer into v_waiting from autotag.outbox o where o.created_at < v_now - interval '1 min';
+  select count(*)::integer into v_waiting from autotag.outbox ob where ob.created_at < v_now - interval '1 min';
   return case
     when to_regprocedure('realtime.send(jsonb,text,text,boolean)') is not null then
       autotag.finding('realtime.send', 'ok', 'Broadcasts are sent when their transaction commits.')
@@ -94,9 +93,9 @@ declare
   v_polling integer;
   v_versions text;
 begin
-  select count(*)::integer, count(*) filter (where not w.listening)::integer, autotag.name_some(array_agg(distinct w.version))
+  select count(*)::integer, count(*) filter (where not wk.listening)::integer, autotag.name_some(array_agg(distinct wk.version))
   into v_workers, v_polling, v_versions
-  from autotag.workers w where w.lease_until > v_now;
+  from autotag.workers wk where wk.lease_until > v_now;
   return case
     when v_workers = 0 then autotag.finding('workers', 'error', 'No worker is alive, so nothing is tagged.', 'autotag worker')
     when v_polling > 0 then autotag.finding('workers', 'warning',
@@ -105,7 +104,7 @@ begin
     else autotag.finding('workers', 'ok', format('%s alive, version %s.', v_workers, v_versions)) end;
 end $$;
 
--- Whether something waits that only a change of limits can set free (list_waiting).
+-- Whether work waits that only a change of limits can release (list_waiting).
 create or replace function autotag.diagnose_waiting() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

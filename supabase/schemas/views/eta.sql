@@ -1,9 +1,8 @@
 -- Predicts when a job ends. Single calls: from their schedule under the present limits and queues. Batches: from the durations
 -- of earlier ones (by size and time of day, the newest weigh most), and once a batch makes progress, from its pace. Users see
--- the median; the 90th percentile is available too. Predictions are made inside uploads, reports and polls, and read what providers
--- and operators set, so none of them raises: predict_batch, batch_eta, predict_new_batch, predict_single_calls, predict_job,
--- predict_wait and estimate_seconds warn and return
--- null (about 5 µs, of the millisecond that a prediction takes).
+-- the median; the 90th percentile is available too. Predictions run inside uploads, reports and polls, and read values that providers
+-- and operators set. So they never raise: predict_batch, batch_eta, predict_new_batch, predict_single_calls, predict_job, predict_wait
+-- and estimate_seconds warn and return null instead (that takes 5 µs of the millisecond of a prediction).
 
 -- Possible durations of a batch of p_images images that starts at p_started, in seconds with weights: those of recent batches
 -- and a prior with a median of settings.batch_seconds (45 min), from a third (15 min) to 16 times that (12 h); OpenAI promises
@@ -65,8 +64,8 @@ as $$
 $$;
 
 -- Predicts the total duration of a batch in seconds: median and 90th percentile. p_running: when OpenAI began to work on it
--- (null: not yet); p_share: how much of it is done. Only durations longer than its age count, and from a third done on only its
--- own pace.
+-- (null: not yet); p_share: how much of it is done. Only durations longer than its age count. Once a third is done, only its own pace
+-- counts.
 create or replace function autotag.predict_batch(
   p_images integer, p_started timestamptz, p_now timestamptz, p_running timestamptz, p_share double precision,
   p_except uuid, out p50 double precision, out p90 double precision
@@ -84,9 +83,9 @@ begin
   select min(l.seconds) filter (where l.upto >= 0.5 * l.total), min(l.seconds) filter (where l.upto >= 0.9 * l.total)
   into p50, p90
   from (
-    select b.seconds, sum(b.weight) over (order by b.seconds) as upto, sum(b.weight) over () as total
-    from autotag.batch_lengths(p_images, p_started, p_now, p_except) b
-    where b.seconds > v_age) l;
+    select h.seconds, sum(h.weight) over (order by h.seconds) as upto, sum(h.weight) over () as total
+    from autotag.batch_lengths(p_images, p_started, p_now, p_except) h
+    where h.seconds > v_age) l;
   p50 := coalesce(p50, 1.5 * v_age);
   p90 := greatest(coalesce(p90, 3 * v_age), 1.1 * p50);
   if v_trust > 0 then
@@ -209,8 +208,8 @@ exception when others then
   p50 := null; p90 := null;
 end $$;
 
--- The predicted end of a job as it is shown: never in the past. A stored prediction that is over (or as good as) is made anew. Null: the
--- job has ended, or no prediction is possible.
+-- The predicted end of a job as it is shown, never in the past. A stored prediction that is over, or nearly so, is computed again. Null:
+-- the job has ended, or no prediction is possible.
 create or replace function autotag.current_eta(p_job autotag.jobs, out p50 timestamptz, out p90 timestamptz)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

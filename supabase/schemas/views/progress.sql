@@ -1,6 +1,6 @@
 -- What users see: stage, progress and eta of each image, and the counts of each upload. The adapter's show_stage and store_tags
--- write the rows: queued, one or two stages in between (submitted, processing), and the end. Everything finer goes by broadcast and
--- tagging_job(), because each write of a row fires the host's triggers, webhooks and Postgres Changes.
+-- write the rows: queued, one or two stages in between (submitted, processing), and the end. Broadcasts and tagging_job() report
+-- everything finer, because each write of a row fires the host's triggers, webhooks and Postgres Changes.
 
 -- The order of the seven stages. A pass moves only forward and ends with completed or failed.
 create or replace function autotag.stage_rank(stage text) returns integer
@@ -19,9 +19,9 @@ as $$
     when 'processing' then 30 when 'completing' then 90 when 'completed' then 100 end
 $$;
 
--- Shows a stage on the host's rows of images of one workspace, where the host lets it: a row that is held or that raises is left
--- out, because the image's outcome follows. It goes on in parts as finish() does, and waits for locks as long. autotag.quiet: shows
--- nothing (seal_uploads). The caller does not hold the provider row. Locks: assets.
+-- Writes a stage to the host's rows of images of one workspace. A row that is held or that raises is left out, because the image's
+-- outcome follows. It writes in parts and waits for locks as finish() does. While autotag.quiet is set, it writes nothing
+-- (seal_uploads). The caller does not hold the provider row. Locks: assets.
 create or replace function autotag.show(
   p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_stage text, p_progress integer, p_eta timestamptz
 ) returns void
@@ -73,7 +73,7 @@ exception when others or assert_failure then
   took := clock_timestamp() - v_began;
 end $$;
 
--- Those of these images whose rows no other transaction holds; none if it cannot be found out, because even the table is held.
+-- The images among these whose rows no other transaction holds; none if another transaction holds the whole table.
 create or replace function autotag.free_assets(p_asset_ids autotag.asset_id[]) returns autotag.asset_id[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -110,8 +110,8 @@ as $$
   ) / p_job.image_count)::integer))
 $$;
 
--- The images of a job whose rows have changed since its last message, more than once or once; null: more of them than a client should ask
--- for by id in one URL.
+-- The images of a job whose rows have changed since its last message, each once or several times; null: more than a client should
+-- request by id in one URL.
 create or replace function autotag.add_changed(p_changed autotag.asset_id[], p_more autotag.asset_id[]) returns autotag.asset_id[]
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -125,10 +125,10 @@ begin
   return case when cardinality(v_all) <= 100 and pg_column_size(v_all) <= 8000 then v_all end;
 end $$;
 
--- Counts finished images of a job, the last of which finishes it, and tells its workspace: job-progress at most once per
--- broadcast_interval, job-complete at the end. p_changed: the images whose rows this transaction has changed; null: many. Those that no
--- message has told of yet come with the next one (broadcast_held). p_eta: the job's eta, if it was just computed. One update of the job's row.
--- The caller holds the job's lock.
+-- Counts finished images of a job; the last one finishes the job. Broadcasts job-progress at most once per broadcast_interval, and
+-- job-complete at the end. p_changed: the images whose rows this transaction has changed; null: many. The next message includes those
+-- that no message has named yet (broadcast_held). p_eta: the job's eta, if it was just computed. Updates the job's row once. The caller
+-- holds the job's lock.
 create or replace function autotag.report_job(
   p_job_id uuid, p_completed integer, p_failed integer, p_changed autotag.asset_id[], p_eta timestamptz default null
 ) returns void
@@ -185,8 +185,8 @@ begin
   end if;
 end $$;
 
--- Broadcasts that a job has ended. p_told: the images whose rows changed since its last message. Where no batch-complete will follow,
--- clients that listen only to the public topic get one without a batch (broadcast_single_calls).
+-- Broadcasts that a job has ended. p_told: the images whose rows changed since its last message. If no batch-complete follows, clients
+-- that listen only to the public topic get one without a batch id (broadcast_single_calls).
 create or replace function autotag.broadcast_end(p_job autotag.jobs, p_told autotag.asset_id[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -221,8 +221,8 @@ begin
   perform autotag.report_job(p_job_id, 0, 0, p_changed, p_eta);
 end $$;
 
--- Broadcasts what no message has told of yet, because another had just been sent: of at most 100 uploads of a workspace; null: of all.
--- (A plan with seqscan may read all uploads that were ever finished.) Locks: jobs (skip locked).
+-- Broadcasts changes that no message has named yet, because another message had just been sent: those of at most 100 uploads of a
+-- workspace; null: of all workspaces. (A plan with seqscan may read all uploads that ever finished.) Locks: jobs (skip locked).
 create or replace function autotag.broadcast_held(p_workspace_id autotag.workspace_id) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
   set plan_cache_mode = 'force_custom_plan' set enable_seqscan = off set jit = off
@@ -282,9 +282,9 @@ declare
   v_error text;
   v_eta record := autotag.current_eta(p_job);
 begin
-  select jsonb_object_agg(s.stage, case s.stage when 'completed' then p_job.completed else coalesce(c.images, 0) end)
+  select jsonb_object_agg(st.stage, case st.stage when 'completed' then p_job.completed else coalesce(c.images, 0) end)
   into v_stages
-  from unnest(array['queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed']) s (stage)
+  from unnest(array['queued', 'preparing', 'submitted', 'processing', 'completing', 'completed', 'failed']) st (stage)
   left join (
     select o.stage, count(*) as images
     from autotag.tasks t left join autotag.batches b on b.id = t.batch_id

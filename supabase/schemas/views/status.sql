@@ -32,9 +32,9 @@ begin
       group by t.error_code order by count(*) desc limit p_max) x);
 end $$;
 
--- What waits, and why, at most p_max of each kind: [{kind, workspace_id, id, images, reason, until}]. until null: without a time, so
--- the owner has to change something. kind: batch and upload (id: of the batch, of the upload in automatic mode), workspace (its
--- single calls), outcomes (tags that wait for the host's rows).
+-- The work that waits, and why, at most p_max of each kind: [{kind, workspace_id, id, images, reason, until}]. until null: it waits
+-- until the owner changes something. kind: batch, upload (of automatic mode), workspace (its single calls), or outcomes (tags that wait
+-- for the host's rows). Only batch and upload have an id.
 create or replace function autotag.list_waiting(p_max integer, p_now timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -50,23 +50,23 @@ begin
       from autotag.batches b
       where b.state not in ('done', 'cancelled') and b.worker_id is null and b.not_before > p_now order by b.not_before desc, b.id limit p_max)
       union all
-      (select 'workspace', w.workspace_id, null, w.queued, w.ready_at,
-        case when w.ready_at = 'infinity' then format('One image reserves more than the workspace''s %s tokens a minute.', l.max_units)
+      (select 'workspace', ws.workspace_id, null, ws.queued, ws.ready_at,
+        case when ws.ready_at = 'infinity' then format('One image reserves more than the workspace''s %s tokens a minute.', l.max_units)
           else 'The workspace has used up its limit of this minute, or its next chunk is not due.' end
-      from autotag.workspaces w cross join lateral autotag.window_limits(w.workspace_id, 'realtime') l
-      where w.queued > 0 and not w.ready and w.ready_at > p_now order by w.ready_at desc, w.workspace_id limit p_max)
+      from autotag.workspaces ws cross join lateral autotag.window_limits(ws.workspace_id, 'realtime') l
+      where ws.queued > 0 and not ws.ready and ws.ready_at > p_now order by ws.ready_at desc, ws.workspace_id limit p_max)
       union all
-      (select 'upload', u.workspace_id, u.id::text, (select count(*) from autotag.arrivals a where a.upload_id = u.id), u.seal_at,
-        case when u.failures = 0 then 'A quota is used up, or the workspace has as many unfinished images as it may have.'
+      (select 'upload', up.workspace_id, up.id::text, (select count(*) from autotag.arrivals ar where ar.upload_id = up.id), up.seal_at,
+        case when up.failures = 0 then 'A quota is used up, or the workspace has as many unfinished images as it may have.'
           else 'Its rows are held, or the database refuses to write them; the log of the workers says why.' end
-      from autotag.uploads u where u.seal_at > p_now order by u.seal_at desc, u.id limit p_max)
+      from autotag.uploads up where up.seal_at > p_now order by up.seal_at desc, up.id limit p_max)
       union all
-      (select 'outcomes', u.workspace_id, null, count(*), min(u.next_at), 'Other transactions hold the rows of these images, or writing them takes too long.'
-      from autotag.unstored u group by u.workspace_id order by 4 desc limit p_max)) x);
+      (select 'outcomes', un.workspace_id, null, count(*), min(un.next_at), 'Other transactions hold the rows of these images, or writing them takes too long.'
+      from autotag.unstored un group by un.workspace_id order by 4 desc limit p_max)) x);
 end $$;
 
 -- The state of the system as one JSON object; lists are cut to p_max (at most 200). The README shows how it is printed.
--- It contains ids of workspaces, uploads, batches and workers, and no image. To know an id gives no right to anything.
+-- It contains ids of workspaces, uploads, batches and workers, and no image. Knowing an id gives no rights.
 create or replace function autotag.status(p_max integer default 20) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -87,12 +87,12 @@ begin
         from autotag.jobs j where j.finished_at is null order by j.created_at limit p_max) x),
     'batches', (
       select coalesce(jsonb_agg(to_jsonb(x) order by x.created_at, x.ordinal), '[]') from (
-        select b.id as batch, b.job_id, b.ordinal, b.openai_batch_id, b.state, b.openai_status,
-          b.image_count - b.express_count as images, b.request_done as done, b.created_at, b.submitted_at,
-          e.p50 as eta, e.p90 as eta_p90, b.failures, b.error
-        from (select * from autotag.batches l where l.state not in ('done', 'cancelled')
-              order by l.created_at, l.ordinal limit p_max) b
-        cross join lateral autotag.batch_eta(b::autotag.batches, v_now) e) x),
+        select live.id as batch, live.job_id, live.ordinal, live.openai_batch_id, live.state, live.openai_status,
+          live.image_count - live.express_count as images, live.request_done as done, live.created_at, live.submitted_at,
+          e.p50 as eta, e.p90 as eta_p90, live.failures, live.error
+        from (select * from autotag.batches b where b.state not in ('done', 'cancelled')
+              order by b.created_at, b.ordinal limit p_max) live
+        cross join lateral autotag.batch_eta(live::autotag.batches, v_now) e) x),
     'limits', jsonb_build_object(
       'requests_per_minute', v_provider.requests_per_minute,
       'requests_left', floor(greatest(v_provider.requests_left, 0)),
@@ -108,18 +108,18 @@ begin
       'account_error_at', v_provider.account_error_at),
     'model', autotag.describe_model(v_provider),
     'workers', (
-      select coalesce(jsonb_agg(jsonb_build_object('worker', w.id, 'host', w.host, 'version', w.version,
-        'listening', w.listening, 'started_at', w.started_at, 'last_heartbeat_at', w.last_heartbeat_at, 'alive', w.lease_until > v_now,
-        'held', cardinality(autotag.leased_tasks(w.id))) order by w.started_at), '[]')
-      from autotag.workers w),
+      select coalesce(jsonb_agg(jsonb_build_object('worker', wk.id, 'host', wk.host, 'version', wk.version,
+        'listening', wk.listening, 'started_at', wk.started_at, 'last_heartbeat_at', wk.last_heartbeat_at, 'alive', wk.lease_until > v_now,
+        'held', cardinality(autotag.leased_tasks(wk.id))) order by wk.started_at), '[]')
+      from autotag.workers wk),
     'errors', autotag.recent_errors(p_max, v_now),
     'waiting', autotag.list_waiting(p_max, v_now),
     'today', (
-      select jsonb_build_object('images', coalesce(sum(u.images), 0), 'requests', coalesce(sum(u.requests), 0),
-        'input_tokens', coalesce(sum(u.input_tokens), 0), 'output_tokens', coalesce(sum(u.output_tokens), 0),
-        'cost', coalesce(sum(u.cost), 0),
+      select jsonb_build_object('images', coalesce(sum(us.images), 0), 'requests', coalesce(sum(us.requests), 0),
+        'input_tokens', coalesce(sum(us.input_tokens), 0), 'output_tokens', coalesce(sum(us.output_tokens), 0),
+        'cost', coalesce(sum(us.cost), 0),
         -- requests to models without a price, whose cost is not included
-        'unpriced_requests', coalesce(sum(u.requests) filter (where u.cost is null), 0),
-        'unpriced_models', coalesce(jsonb_agg(distinct u.model) filter (where u.cost is null), '[]'))
-      from autotag.usage u where u.day = (v_now at time zone 'utc')::date));
+        'unpriced_requests', coalesce(sum(us.requests) filter (where us.cost is null), 0),
+        'unpriced_models', coalesce(jsonb_agg(distinct us.model) filter (where us.cost is null), '[]'))
+      from autotag.usage us where us.day = (v_now at time zone 'utc')::date));
 end $$;

@@ -1,5 +1,5 @@
--- Matching a model's tags with the vocabulary, when they are stored. Whatever the model answered and whenever it did: the vocabulary
--- of that moment decides, so with the mode `only` no other tag reaches a row of the host.
+-- Matches a model's tags with the vocabulary when they are stored. The vocabulary of that moment decides, whatever the model answered
+-- and however long ago. So with the mode `only`, no other tag reaches a row of the host.
 
 -- The results of images of one workspace as they are stored. write_outcomes(), the only caller of store_tags(), calls it.
 create or replace function autotag.match_results(p_workspace_id autotag.workspace_id, p_results jsonb[]) returns jsonb[]
@@ -16,9 +16,11 @@ end $$;
 
 -- Replaces the tags of results by those of the vocabulary. p_mode: `prefer` keeps tags that it does not know, every other mode drops
 -- them. p_parents: adds the tags above, with the confidence of the tag below. Tags that become the same keep the highest confidence.
--- The most confident come first, then in the model's order; at most 50. names: {tag: [key, …]}, by which a person may know a tag of the
--- vocabulary: its own, its aliases, and what the model gave (merge_tags, which also finds what is nearly the same). above: {tag: [tag, …]},
--- the tags for whose sake a parent was added; not one that the model gave itself (answered_tags).
+-- The most confident come first, then in the model's order; at most 50. Two keys are added to each result:
+--   names   {tag: [key, …]}: the keys under which a person may know a tag of the vocabulary: its own, those of its aliases, and that of
+--           the model's word. merge_tags() compares them with the tags of a row.
+--   above   {tag: [tag, …]}: for a tag that was added as a parent, the tags below it. A parent that the model gave itself has no entry
+--           (answered_tags).
 create or replace function autotag.match_tags(
   p_workspace_id autotag.workspace_id, p_results jsonb[], p_mode text, p_parents boolean
 ) returns jsonb[]
@@ -68,8 +70,7 @@ begin
     from unnest(p_results) with ordinality r (result, i) left join matched m on m.i = r.i order by r.i);
 end $$;
 
--- Results whose tags stay as they are (the mode `open`), with `names` as in match_tags(): a tag that the vocabulary knows is also known by
--- the other names that it has there.
+-- Adds `names` to results, as match_tags() does, for the mode `open`: their tags stay as they are.
 create or replace function autotag.name_tags(p_workspace_id autotag.workspace_id, p_results jsonb[]) returns jsonb[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set jit = off
 as $$
@@ -92,7 +93,8 @@ begin
     from unnest(p_results) with ordinality r (result, i) order by r.i);
 end $$;
 
--- The keys of all names that these entries have for a workspace: of general ones, not those that are names of the workspace's own.
+-- The keys of all names that these entries have for a workspace. A name of a general entry does not count if an entry of the workspace
+-- has it.
 create or replace function autotag.names_of(p_workspace_id autotag.workspace_id, p_entries bigint[]) returns table (id bigint, key text)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
@@ -100,12 +102,12 @@ as $$
 begin
   return query
     select n.vocabulary_id, n.key from unnest(p_entries) e cross join lateral (
-      select x.vocabulary_id, x.key, x.workspace_id from autotag.vocabulary_names x where x.vocabulary_id = e) n
+      select vn.vocabulary_id, vn.key, vn.workspace_id from autotag.vocabulary_names vn where vn.vocabulary_id = e) n
     where n.workspace_id is not null or not exists (
-      select from autotag.vocabulary_names o where o.workspace_id = p_workspace_id and o.key = n.key);
+      select from autotag.vocabulary_names own where own.workspace_id = p_workspace_id and own.key = n.key);
 end $$;
 
--- Those of these tags that the vocabulary knows: by their key, else because they are a tag with its description, else because exactly
+-- The tags among these that the vocabulary knows: by their key, else because they are a tag with its description, else because exactly
 -- one name is nearly the same.
 create or replace function autotag.know_tags(p_workspace_id autotag.workspace_id, p_tags text[]) returns autotag.known_tag[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -128,9 +130,9 @@ begin
     from unnest(p_tags, v_keys) t (tag, key) join unnest(v_names, v_ids) n (key, id) on n.key = t.key);
 end $$;
 
--- The entries that have these names for a workspace: its own, else the general ones, unless one of its own has their name. (The plan is
--- kept, as in read_reports(): planning would take longer than the search. By lateral, because the planner does not know how many keys
--- there are.)
+-- The entries that have these names for a workspace: its own, else general ones, unless one of its own has the general entry's tag. (The
+-- plan is kept, as in read_reports(), because planning would take longer than the search. The join is lateral, because the planner does
+-- not know the number of keys.)
 create or replace function autotag.find_names(p_workspace_id autotag.workspace_id, p_keys text[]) returns table (key text, id bigint)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
@@ -140,16 +142,17 @@ begin
     select k.key, f.id from unnest(p_keys) k (key)
     cross join lateral (
       select x.id from (
-        select n.vocabulary_id as id, 1 as rank from autotag.vocabulary_names n where n.workspace_id = p_workspace_id and n.key = k.key
+        select vn.vocabulary_id as id, 1 as rank from autotag.vocabulary_names vn where vn.workspace_id = p_workspace_id and vn.key = k.key
         union all
-        select n.vocabulary_id, 2 from autotag.vocabulary_names n join autotag.vocabulary g on g.id = n.vocabulary_id
-        where n.workspace_id is null and n.key = k.key and not exists (
-          select from autotag.vocabulary_names o where o.workspace_id = p_workspace_id and o.key = g.key)) x
+        select vn.vocabulary_id, 2 from autotag.vocabulary_names vn join autotag.vocabulary v on v.id = vn.vocabulary_id
+        where vn.workspace_id is null and vn.key = k.key and not exists (
+          select from autotag.vocabulary_names own where own.workspace_id = p_workspace_id and own.key = v.key)) x
       order by x.rank limit 1) f;
 end $$;
 
--- Those of these tags that are a name of an entry with (the beginning of) its description, which the prompt gives and a model may copy:
--- "barn: a building for hay", "barn (a building for hay)". Other words behind a name can mean something else: "jaguar (car)".
+-- The tags among these that are a name of an entry followed by (the beginning of) its description. The prompt has descriptions, and a
+-- model may copy them: "barn: a building for hay", "barn (a building for hay)". Other words after a name can mean something else:
+-- "jaguar (car)".
 create or replace function autotag.find_described(p_workspace_id autotag.workspace_id, p_tags text[]) returns table (key text, id bigint)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -166,12 +169,12 @@ begin
     where c.said <> '' and starts_with(autotag.tag_key(v.description), c.said) order by c.key;
 end $$;
 
--- For each of these keys, which no entry has, the entry with a name that is nearly the same: trigrams (of all that one or the other
--- has, 70 % are in both, as pg_trgm counts them, which need not be installed), and no other entry is within 10 % of it. The first three
--- letters have to be equal, and so do numbers and words of less than four letters (is_spelling). So it finds plurals and misspellings of
--- longer words.
--- Only the 20 names before and behind a key by the alphabet are compared. So a key takes as long in a vocabulary of any size, and one
--- whose names all begin alike holds nobody up.
+-- For each of these keys, which no entry has, the entry with a name that is nearly the same. So it finds plurals and misspellings of
+-- longer words. Two keys are nearly the same if they share 70 % of their trigrams, counted as pg_trgm does (which need not be
+-- installed); if no other entry is within 10 % of that; and if their first three letters, their numbers and their words of less than
+-- four letters are equal (is_spelling).
+-- A key is compared only with the 20 names before and after it in the alphabet. So it takes the same time in a vocabulary of any size,
+-- even if all names begin alike.
 create or replace function autotag.find_similar(p_workspace_id autotag.workspace_id, p_keys text[]) returns table (key text, id bigint)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
@@ -188,17 +191,17 @@ begin
     ), near as materialized (
       select a.key, a.grams, n.vocabulary_id as id, n.key as name, n.general, autotag.key_grams(n.key) as others
       from asked a cross join lateral (
-        (select x.vocabulary_id, x.key, false as general from autotag.vocabulary_names x
-         where x.workspace_id = p_workspace_id and x.key > a.key and x.key < a.last order by x.key limit 20)
+        (select vn.vocabulary_id, vn.key, false as general from autotag.vocabulary_names vn
+         where vn.workspace_id = p_workspace_id and vn.key > a.key and vn.key < a.last order by vn.key limit 20)
         union all
-        (select x.vocabulary_id, x.key, false from autotag.vocabulary_names x
-         where x.workspace_id = p_workspace_id and x.key < a.key and x.key >= a.first order by x.key desc limit 20)
+        (select vn.vocabulary_id, vn.key, false from autotag.vocabulary_names vn
+         where vn.workspace_id = p_workspace_id and vn.key < a.key and vn.key >= a.first order by vn.key desc limit 20)
         union all
-        (select x.vocabulary_id, x.key, true from autotag.vocabulary_names x
-         where x.workspace_id is null and x.key > a.key and x.key < a.last order by x.key limit 20)
+        (select vn.vocabulary_id, vn.key, true from autotag.vocabulary_names vn
+         where vn.workspace_id is null and vn.key > a.key and vn.key < a.last order by vn.key limit 20)
         union all
-        (select x.vocabulary_id, x.key, true from autotag.vocabulary_names x
-         where x.workspace_id is null and x.key < a.key and x.key >= a.first order by x.key desc limit 20)) n
+        (select vn.vocabulary_id, vn.key, true from autotag.vocabulary_names vn
+         where vn.workspace_id is null and vn.key < a.key and vn.key >= a.first order by vn.key desc limit 20)) n
       where length(n.key) between c_like * length(a.key) - 1 and length(a.key) / c_like + 2
         and length(n.key) - length(replace(n.key, ' ', '')) = length(a.key) - length(replace(a.key, ' ', ''))
     ), compared as (
@@ -207,8 +210,8 @@ begin
       select c.key, c.id, max(c.shared / (cardinality(c.grams) + cardinality(c.others) - c.shared)) as likeness from compared c
       where c.shared >= c_like * (cardinality(c.grams) + cardinality(c.others) - c.shared) and autotag.is_spelling(c.key, c.name)
         and not (c.general and exists (
-          select from autotag.vocabulary g join autotag.vocabulary_names o on o.workspace_id = p_workspace_id and o.key in (g.key, c.name)
-          where g.id = c.id))
+          select from autotag.vocabulary v join autotag.vocabulary_names own on own.workspace_id = p_workspace_id and own.key in (v.key, c.name)
+          where v.id = c.id))
       group by c.key, c.id
     ), ranked as (
       select b.key, b.id, b.likeness, lead(b.likeness) over w as next, row_number() over w as rank
@@ -227,7 +230,7 @@ begin
     where w.one is null or w.other is null or w.one <> w.other and least(length(w.one), length(w.other)) < 4);
 end $$;
 
--- Everything above these entries of a workspace's vocabulary, to p_depth. Above a parent that no entry has the name of is nothing.
+-- All entries above these in a workspace's vocabulary, up to p_depth. It ends at a parent that is not the name of an entry.
 create or replace function autotag.find_ancestors(p_workspace_id autotag.workspace_id, p_entries bigint[], p_depth integer) returns autotag.ancestor[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$

@@ -11,15 +11,15 @@ begin
   return (
     select coalesce(jsonb_agg(case when p.description is null then to_jsonb(p.tag) else jsonb_build_array(p.tag, p.description) end order by p.key), '[]')
     from (
-      select v.key, v.tag, case when length(v.description) > 80 then left(v.description, 79) || '…' else v.description end as description
+      select x.key, x.tag, case when length(x.description) > 80 then left(x.description, 79) || '…' else x.description end as description
       from (
-        (select o.*, 1 as rank from autotag.vocabulary o where o.workspace_id = p_workspace_id order by o.uses desc, o.key limit 500)
+        (select v.*, 1 as rank from autotag.vocabulary v where v.workspace_id = p_workspace_id order by v.uses desc, v.key limit 500)
         union all
-        (select g.*, 2 from autotag.vocabulary g
-         where g.workspace_id is null and not exists (
-           select from autotag.vocabulary_names n where n.workspace_id = p_workspace_id and n.key = g.key)
-         order by g.uses desc, g.key limit 500)) v
-      order by v.rank, v.uses desc, v.key limit 500) p);
+        (select v.*, 2 from autotag.vocabulary v
+         where v.workspace_id is null and not exists (
+           select from autotag.vocabulary_names vn where vn.workspace_id = p_workspace_id and vn.key = v.key)
+         order by v.uses desc, v.key limit 500)) x
+      order by x.rank, x.uses desc, x.key limit 500) p);
 end $$;
 
 -- The entries of a workspace (null: the general ones), by key: [{tag, aliases, description, parent, uses}]. For `autotag vocabulary
@@ -32,7 +32,7 @@ as $$
   from autotag.vocabulary v where v.workspace_id is not distinct from p_workspace_id
 $$;
 
--- tagging_vocabulary: what holds for a workspace, for its members: {mode, add_parents, may_edit, tags: [{tag, aliases, description,
+-- tagging_vocabulary: the vocabulary that holds for a workspace, for its members: {mode, add_parents, may_edit, tags: [{tag, aliases, description,
 -- parent, general}]}. general: an entry for all workspaces, which members cannot change.
 create or replace function autotag.describe_vocabulary(p_workspace_id autotag.workspace_id) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -50,13 +50,13 @@ begin
         'parent', v.parent, 'general', v.workspace_id is null) order by v.key), '[]')
       from autotag.vocabulary v
       where v.workspace_id = p_workspace_id or v.workspace_id is null and not exists (
-        select from autotag.vocabulary_names n where n.workspace_id = p_workspace_id and n.key = v.key)));
+        select from autotag.vocabulary_names vn where vn.workspace_id = p_workspace_id and vn.key = v.key)));
 end $$;
 
--- Changes the vocabulary of a workspace (null: the general one): adds or changes p_entries ([{tag, aliases, description, parent, uses}];
--- what an entry does not have stays), and deletes the tags p_removed; p_replace: deletes all others, too. A parent that is no name
--- becomes an entry. Entries with the same tag become one, unless they contradict each other. Returns {tags (in all), added, changed,
--- removed}. Locks: the workspace's vocabulary (advisory).
+-- Changes the vocabulary of a workspace (null: the general one). Adds or changes p_entries ([{tag, aliases, description, parent, uses}];
+-- absent keys stay as they are), and deletes the tags p_removed. p_replace: deletes all other entries, too. A parent that is not a name
+-- of an entry becomes an entry. Entries with the same tag become one, unless they contradict each other. Returns {tags (in all), added,
+-- changed, removed}. Locks: the workspace's vocabulary (advisory).
 create or replace function autotag.edit_vocabulary(
   p_workspace_id autotag.workspace_id, p_entries jsonb, p_removed text[] default '{}', p_replace boolean default false
 ) returns jsonb
@@ -98,7 +98,7 @@ begin
   return jsonb_build_object('tags', v_tags, 'added', v_written - v_changed, 'changed', v_changed, 'removed', cardinality(v_gone) - v_changed);
 end $$;
 
--- Refuses what is no list of entries. `entry` in the detail is the place of the one that is wrong.
+-- Refuses anything but a list of entries. `entry` in the detail is the place of the wrong one.
 create or replace function autotag.check_entries(p_entries jsonb) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
@@ -128,7 +128,7 @@ begin
   end if;
 end $$;
 
--- The entries as they will be stored: cleaned, one for each tag, with what they leave as it is, and with parents that are no entry yet.
+-- The entries as they will be stored: cleaned, one for each tag, completed from the stored ones, and with new entries for parents.
 create or replace function autotag.read_entries(p_workspace_id autotag.workspace_id, p_entries jsonb, p_replace boolean)
 returns autotag.vocabulary_entry[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -170,7 +170,7 @@ begin
   return v_entries || autotag.missing_parents(p_workspace_id, v_entries, p_replace);
 end $$;
 
--- An entry, or its refusal: it was given several times with different descriptions or parents.
+-- Returns an entry. Refuses one that was given several times with different descriptions or parents.
 create or replace function autotag.check_merged(p_entry autotag.vocabulary_entry, p_descriptions text[], p_parents text[], p_place bigint)
 returns autotag.vocabulary_entry
 language plpgsql stable set search_path = pg_catalog, pg_temp
@@ -183,7 +183,7 @@ begin
   return p_entry;
 end $$;
 
--- Entries for the parents that are no name of an entry, neither of p_entries nor of those that stay.
+-- New entries for the parents that are not a name of any entry, neither of p_entries nor of those that stay.
 create or replace function autotag.missing_parents(p_workspace_id autotag.workspace_id, p_entries autotag.vocabulary_entry[], p_replace boolean)
 returns autotag.vocabulary_entry[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'

@@ -1,15 +1,16 @@
--- The words of a vocabulary: the form in which they are compared, and what may not be in one.
+-- The words of a vocabulary: the form in which they are compared, and which words are refused.
 
--- Punctuation that separates words (a class of Unicode; those of ASCII but # % . @ and the apostrophe; the minus sign). Planning replaces the call by
--- its value.
+-- Matches punctuation that separates words: Unicode's, ASCII's except # % . @ and the apostrophe, and the minus sign. Planning replaces
+-- the call by its value.
 create or replace function autotag.punctuation() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
   select '[]!"&()*,/:;?[\\_{}`~\u00a1\u00a7\u00ab\u00b6-\u00b7\u00bb\u00bf\u055a-\u055f\u0589-\u058a\u05be\u05c0\u05c3\u05c6\u05f3-\u05f4\u0609-\u060a\u060c-\u060d\u061b\u061d-\u061f\u066a-\u066d\u06d4\u0700-\u070d\u07f7-\u07f9\u0830-\u083e\u085e\u0964-\u0965\u0970\u09fd\u0a76\u0af0\u0c77\u0c84\u0df4\u0e4f\u0e5a-\u0e5b\u0f04-\u0f0b\u0f0d-\u0f12\u0f14\u0f3a-\u0f3d\u0f85\u0fd0-\u0fd4\u0fd9-\u0fda\u104a-\u104f\u10fb\u1360-\u1368\u1400\u166e\u169b-\u169c\u16eb-\u16ed\u1735-\u1736\u17d4-\u17d6\u17d8-\u17da\u1800-\u180a\u1944-\u1945\u1a1e-\u1a1f\u1aa0-\u1aa6\u1aa8-\u1aad\u1b5a-\u1b60\u1b7d-\u1b7e\u1bfc-\u1bff\u1c3b-\u1c3f\u1c7e-\u1c7f\u1cc0-\u1cc7\u1cd3\u2010\u2012-\u2016\u2018-\u2023\u2027\u2030-\u2032\u2035\u2038-\u203b\u203d\u203f-\u2043\u2045-\u2046\u204a-\u2051\u2053-\u2056\u2058-\u205e\u2308-\u230b\u2768-\u2775\u27c5-\u27c6\u27e6-\u27ef\u2983-\u2998\u29d8-\u29db\u29fc-\u29fd\u2cf9-\u2cfc\u2cfe-\u2cff\u2d70\u2e00-\u2e2e\u2e30-\u2e4f\u2e52-\u2e5d\u3001-\u3003\u3008-\u3011\u3014-\u301f\u3030\u303d\u30a0\u30fb\ua4fe-\ua4ff\ua60d-\ua60f\ua673\ua67e\ua6f2-\ua6f7\ua874-\ua877\ua8ce-\ua8cf\ua8f8-\ua8fa\ua8fc\ua92e-\ua92f\ua95f\ua9c1-\ua9cd\ua9de-\ua9df\uaa5c-\uaa5f\uaade-\uaadf\uaaf0-\uaaf1\uabeb\ufd3e-\ufd3f\ufe45-\ufe46\u2212-]'
 $$;
 
--- The form in which tags are compared: "T-Shirts!" and "t shirts" are one tag, "c#", ".net" and "100%" keep what makes them a name.
--- "": there is nothing to compare. Characters that nobody sees do not count, nor how an emoji is drawn. The worker's form of a tag (autotag/tags.py) has the same key as the text that it was made of.
+-- The form in which tags are compared: "T-Shirts!" and "t shirts" are one tag, but "c#", ".net" and "100%" keep their signs. "": there is
+-- nothing to compare. Characters that nobody sees do not count, and neither does the style of an emoji. The worker changes the form of
+-- a tag (autotag/tags.py), but never its key.
 create or replace function autotag.tag_key(p_tag text) returns text
 language plpgsql immutable strict parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -20,12 +21,12 @@ begin
     return v_key;
   end if;
   v_key := lower(v_key);
-  if v_key !~ '^[a-z0-9\u00df-\u00f6\u00f8-\u00ff]+( [a-z0-9\u00df-\u00f6\u00f8-\u00ff]+)*$' then   -- and of people, but for capitals
+  if v_key !~ '^[a-z0-9\u00df-\u00f6\u00f8-\u00ff]+( [a-z0-9\u00df-\u00f6\u00f8-\u00ff]+)*$' then   -- nearly every tag of a person, except for capitals
     v_key := regexp_replace(p_tag, autotag.blanks(), ' ', 'g');
     v_key := regexp_replace(v_key, autotag.invisible() || '|[\u180b-\u180d\u180f\u200c\u200d\ufe00-\ufe0f\U000e0100-\U000e01ef]', '', 'g');
     -- the lower case of İ has a second dot, and a final sigma is a sigma
     v_key := normalize(replace(lower(replace(normalize(v_key, NFKC), 'İ', 'i')), 'ς', 'σ'), NFKC);
-    -- # and % belong to the word before them, a full stop and @ to the one behind them
+    -- # and % belong to the word before them, a full stop and @ to the word after them
     v_key := regexp_replace(v_key, '(?<![[:alnum:]])[#%]|[.@](?![[:alnum:]])|(?<=\.)\.', ' ', 'g');
     v_key := regexp_replace(v_key, '[''’‘ʼ]', '', 'g');
     v_key := regexp_replace(v_key, autotag.punctuation(), ' ', 'g');
@@ -53,7 +54,8 @@ begin
   perform autotag.refuse(400, p_code, p_message, 'Correct it and try again; nothing was saved.', p_detail);
 end $$;
 
--- A tag, alias or parent as it is stored, or refused. p_what: what it is. p_entry: the place of its entry in a list.
+-- Returns a tag, alias or parent in the form that is stored, or refuses it. p_what: `tag`, `alias` or `parent`. p_entry: the place of
+-- its entry in a list.
 create or replace function autotag.clean_word(p_word text, p_what text, p_entry bigint default null) returns text
 language plpgsql stable set search_path = pg_catalog, pg_temp
 as $$
@@ -98,7 +100,7 @@ end $$;
 create or replace trigger autotag_clean before insert or update of tag, key, aliases, description, parent, parent_key on autotag.vocabulary
   for each row execute function autotag.clean_vocabulary();
 
--- Keeps the names of new entries, and refuses a name that has two tags, and an entry that is above itself.
+-- Records the names of new entries. Refuses a name of two tags, and an entry that is above itself.
 create or replace function autotag.keep_names() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -116,7 +118,7 @@ declare
     select n.id from new_rows n left join old_rows o on o.id = n.id
     where (n.workspace_id, n.tag, n.aliases, n.parent_key) is distinct from (o.workspace_id, o.tag, o.aliases, o.parent_key));
 begin
-  delete from autotag.vocabulary_names n where n.vocabulary_id = any (v_changed);
+  delete from autotag.vocabulary_names vn where vn.vocabulary_id = any (v_changed);
   perform autotag.add_names(v_changed);
   return null;
 end $$;
@@ -126,7 +128,7 @@ create or replace trigger autotag_names after insert on autotag.vocabulary
 create or replace trigger autotag_names_changed after update on autotag.vocabulary
   referencing old table as old_rows new table as new_rows for each statement execute function autotag.keep_changed_names();
 
--- Adds the names of these entries and checks what is above them, or refuses.
+-- Adds the names of these entries, and checks the entries above them. Refuses as keep_names() says.
 create or replace function autotag.add_names(p_entries bigint[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -150,8 +152,8 @@ begin
     perform autotag.refuse_vocabulary(format('“%s” is a name of two tags: %s.', v_clash.key, (
       select autotag.name_some(array_agg(format('“%s”', v.tag) order by v.key)) from autotag.vocabulary v
       where v.id = v_clash.id or v.id = (
-        select n.vocabulary_id from autotag.vocabulary_names n
-        where n.workspace_id is not distinct from v_clash.workspace_id and n.key = v_clash.key))), 'two_tags',
+        select vn.vocabulary_id from autotag.vocabulary_names vn
+        where vn.workspace_id is not distinct from v_clash.workspace_id and vn.key = v_clash.key))), 'two_tags',
       jsonb_build_object('name', v_clash.key));
   end if;
   perform autotag.check_parents(p_entries);

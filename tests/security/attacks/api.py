@@ -179,78 +179,109 @@ def rpcs(scene: Scene, caller: str, *, own: bool = False) -> list[Attempt]:
 
 def rows(scene: Scene, caller: str) -> list[Attempt]:
     """Every table × every verb, filter and preference."""
-    token, found, own, columns_of = scene.token(caller), [], _own(scene, caller), columns(scene)
-    workspace, asset = scene.ids["workspace"], scene.ids["asset"]
+    columns_of, found = columns(scene), _hidden_rows(scene, caller)
+    for table in tables(scene, "public"):
+        name = table.removeprefix("public.")
+        key = workspace_key(name, columns_of[name])
+        found += [*_reads(scene, caller, name, key), *_writes(scene, caller, name, key)]
+    return found
+
+
+def _reads(scene: Scene, caller: str, name: str, key: str) -> list[Attempt]:
+    """Every filter of a table, and what nobody's rows answer; key: its column with the workspace."""
+    token, own, workspace = scene.token(caller), _own(scene, caller), scene.ids["workspace"]
     nothing = REFUSED if caller == "anon" else UNSEEN
+    found: list[Attempt] = []
 
     def add(how: str, expect: str, method: str, path: str, **request: Any) -> None:
         found.append(Attempt(f"{caller} {method} {how}", http(token, method, f"/rest/v1/{path}", **request), expect))
 
-    for table in tables(scene, "public"):
-        name = table.removeprefix("public.")
-        key = workspace_key(name, columns_of[name])
-        if key not in KEYS:  # a type of results: nobody's rows
-            add(f"{name} whole", MEANT, "GET", name)
-            add(f"{name} with {key}", MEANT, "POST", name, body={key: None})
-            add(f"{name} to no {key}", MEANT, "PATCH", name, body={key: None}, query=f"{key}=not.is.null")
-            add(f"{name} of any {key}", MEANT, "DELETE", name, query=f"{key}=not.is.null")
-        for query in (f"{key}=eq.{workspace}", f"{key}=eq.{workspace}&select={key}", f"{key}=in.({workspace})",
-                      f"{key}=not.is.null&{key}=neq.{own}", f"{key}=gt.00000000-0000-0000-0000-000000000000&{key}=neq.{own}"):  # fmt: skip
-            add(f"{name}?{query}", nothing + r"|206 \[\]", "GET", name, query=query)
+    if key not in KEYS:  # a type of results: nobody's rows
+        add(f"{name} whole", MEANT, "GET", name)
+        add(f"{name} with {key}", MEANT, "POST", name, body={key: None})
+        add(f"{name} to no {key}", MEANT, "PATCH", name, body={key: None}, query=f"{key}=not.is.null")
+        add(f"{name} of any {key}", MEANT, "DELETE", name, query=f"{key}=not.is.null")
+    for query in (f"{key}=eq.{workspace}", f"{key}=eq.{workspace}&select={key}", f"{key}=in.({workspace})",
+                  f"{key}=not.is.null&{key}=neq.{own}", f"{key}=gt.00000000-0000-0000-0000-000000000000&{key}=neq.{own}"):  # fmt: skip
+        add(f"{name}?{query}", nothing + r"|206 \[\]", "GET", name, query=query)
+        add(
+            f"{name}?{query} counted",
+            nothing + r"|206 \[\]",
+            "GET",
+            name,
+            query=query,
+            headers={"prefer": "count=exact"},
+        )
+    for query in ("select=*,workspaces(*)", "select=*,workspace_members(*)", "select=*,users(*)", "or=(id.not.is.null)",
+                  "select=tags->>0", "select=(select 1)", "order=tags;drop", "limit=-1", "offset=x", "id=eq.' or 1=1",
+                  "select=*&limit=1e9", "tags=cs.{x}", "id=fts.x", "select=pg_sleep(9)", "columns=tags",
+                  f"{key}=eq.{LONG[:5000]}", "%00=eq.1", "select=%00"):  # fmt: skip
+        add(f"{name}?{query[:30]}", ANY, "GET", name, query=query)
+    add(f"{name} heads", ANY, "HEAD", name, headers={"prefer": "count=exact"}, query=f"{key}=eq.{workspace}")
+    add(f"{name} options", ANY, "OPTIONS", name)
+    for schema in SCHEMAS:
+        if "\x00" not in schema and schema not in ("", "public"):
+            add(f"{name} of {schema}", r"406 PGRST106", "GET", name, headers={"accept-profile": schema})
+    return found
+
+
+def _writes(scene: Scene, caller: str, name: str, key: str) -> list[Attempt]:
+    """Every verb that changes a table's rows, with every preference; key: its column with the workspace."""
+    token, own, workspace = scene.token(caller), _own(scene, caller), scene.ids["workspace"]
+    nothing = REFUSED if caller == "anon" else UNSEEN
+    asset = scene.ids["asset"]
+    found: list[Attempt] = []
+
+    def add(how: str, expect: str, method: str, path: str, **request: Any) -> None:
+        found.append(Attempt(f"{caller} {method} {how}", http(token, method, f"/rest/v1/{path}", **request), expect))
+
+    for row in ({key: workspace}, {key: None}, [{key: workspace}] * 2, {}, [], {"nonsense": 1}, {key: INJECTIONS[0]},
+                {key: workspace, "tags": ["x"]}, {key: workspace, "user_id": scene.user(caller)},
+                {key: workspace, "storage_path": f"{workspace}/x.jpg"}, {key: own, "storage_path": scene.ids["path"]},
+                {key: own, "storage_path": f"{own}/x.jpg", "tags": ["x"]}, {"ctid": "(0,1)"}, {key: own, "max_requests": 10**9},
+                {key: own, "storage_path": f"{own}/x.jpg", "tagging_stage": "completed"}):  # fmt: skip
+        add(f"{name} a row {json.dumps(row)[:60]}", REFUSED + r"|201 -", "POST", name, body=row)
+        found[-1] = Attempt(found[-1].name, found[-1].do, REFUSED if row else ANY)
+    for prefer in (
+        "resolution=merge-duplicates",
+        "resolution=ignore-duplicates",
+        "return=representation",
+        "missing=default",
+    ):
+        add(f"{name} preferring {prefer}", REFUSED, "POST", name, body={key: workspace}, headers={"prefer": prefer},
+            query=f"on_conflict={key}")  # fmt: skip
+    add(f"{name} put", REFUSED, "PUT", name, body={key: workspace}, query=f"{key}=eq.{workspace}")
+    for change in ({"tags": ["x"]}, {key: own}, {"max_requests": 10**9}, {"tagging_stage": "completed"}, {"name": "x"},
+                   {"user_id": scene.user(caller)}, {}, {"nonsense": 1}):  # fmt: skip
+        add(
+            f"{name} to {json.dumps(change)[:60]}",
+            REFUSED + ("|204 -" if (name, *change) == ("assets", "tags") else ""),  # of one's own; here of no row
+            "PATCH",
+            name,
+            body=change,
+            query=f"{key}=eq.{workspace}",
+        )
+    for query in (f"{key}=eq.{workspace}", f"{key}=neq.{own}", f"id=eq.{asset}", f"or=({key}.neq.{own})"):
+        for prefer in ("return=representation", "return=minimal"):
             add(
-                f"{name}?{query} counted",
-                nothing + r"|206 \[\]",
-                "GET",
+                f"{name}?{query} {prefer}",
+                nothing + "|204 -",
+                "DELETE",
                 name,
                 query=query,
-                headers={"prefer": "count=exact"},
+                headers={"prefer": prefer},
             )
-        for query in ("select=*,workspaces(*)", "select=*,workspace_members(*)", "select=*,users(*)", "or=(id.not.is.null)",
-                      "select=tags->>0", "select=(select 1)", "order=tags;drop", "limit=-1", "offset=x", "id=eq.' or 1=1",
-                      "select=*&limit=1e9", "tags=cs.{x}", "id=fts.x", "select=pg_sleep(9)", "columns=tags",
-                      f"{key}=eq.{LONG[:5000]}", "%00=eq.1", "select=%00"):  # fmt: skip
-            add(f"{name}?{query[:30]}", ANY, "GET", name, query=query)
-        add(f"{name} heads", ANY, "HEAD", name, headers={"prefer": "count=exact"}, query=f"{key}=eq.{workspace}")
-        add(f"{name} options", ANY, "OPTIONS", name)
-        for row in ({key: workspace}, {key: None}, [{key: workspace}] * 2, {}, [], {"nonsense": 1}, {key: INJECTIONS[0]},
-                    {key: workspace, "tags": ["x"]}, {key: workspace, "user_id": scene.user(caller)},
-                    {key: workspace, "storage_path": f"{workspace}/x.jpg"}, {key: own, "storage_path": scene.ids["path"]},
-                    {key: own, "storage_path": f"{own}/x.jpg", "tags": ["x"]}, {"ctid": "(0,1)"}, {key: own, "max_requests": 10**9},
-                    {key: own, "storage_path": f"{own}/x.jpg", "tagging_stage": "completed"}):  # fmt: skip
-            add(f"{name} a row {json.dumps(row)[:60]}", REFUSED + r"|201 -", "POST", name, body=row)
-            found[-1] = Attempt(found[-1].name, found[-1].do, REFUSED if row else ANY)
-        for prefer in (
-            "resolution=merge-duplicates",
-            "resolution=ignore-duplicates",
-            "return=representation",
-            "missing=default",
-        ):
-            add(f"{name} preferring {prefer}", REFUSED, "POST", name, body={key: workspace}, headers={"prefer": prefer},
-                query=f"on_conflict={key}")  # fmt: skip
-        add(f"{name} put", REFUSED, "PUT", name, body={key: workspace}, query=f"{key}=eq.{workspace}")
-        for change in ({"tags": ["x"]}, {key: own}, {"max_requests": 10**9}, {"tagging_stage": "completed"}, {"name": "x"},
-                       {"user_id": scene.user(caller)}, {}, {"nonsense": 1}):  # fmt: skip
-            add(
-                f"{name} to {json.dumps(change)[:60]}",
-                REFUSED + ("|204 -" if (name, *change) == ("assets", "tags") else ""),  # of one's own; here of no row
-                "PATCH",
-                name,
-                body=change,
-                query=f"{key}=eq.{workspace}",
-            )
-        for query in (f"{key}=eq.{workspace}", f"{key}=neq.{own}", f"id=eq.{asset}", f"or=({key}.neq.{own})"):
-            for prefer in ("return=representation", "return=minimal"):
-                add(
-                    f"{name}?{query} {prefer}",
-                    nothing + "|204 -",
-                    "DELETE",
-                    name,
-                    query=query,
-                    headers={"prefer": prefer},
-                )
-        for schema in SCHEMAS:
-            if "\x00" not in schema and schema not in ("", "public"):
-                add(f"{name} of {schema}", r"406 PGRST106", "GET", name, headers={"accept-profile": schema})
+    return found
+
+
+def _hidden_rows(scene: Scene, caller: str) -> list[Attempt]:
+    """Tables and functions of schemas that the API does not have."""
+    token = scene.token(caller)
+    found: list[Attempt] = []
+
+    def add(how: str, expect: str, method: str, path: str, **request: Any) -> None:
+        found.append(Attempt(f"{caller} {method} {how}", http(token, method, f"/rest/v1/{path}", **request), expect))
+
     for table in [
         *tables(scene, "autotag", "storage", "auth", "realtime"),
         "supabase_migrations.schema_migrations",
@@ -373,17 +404,28 @@ def tokens(scene: Scene, caller: str) -> list[Attempt]:
     return found
 
 
+DENIED_OR_NONE = DENIED + "|rows 0"
+
+
 def statements(scene: Scene, caller: str) -> list[Attempt]:
     """SQL in the caller's role: every table × every verb, every function, and what only owners do."""
-    found, own, seen = [], _own(scene, caller), views(scene)
-    denied = DENIED + "|rows 0"
+    return [
+        *_statements_on_tables(scene, caller), *_statements_of_owners(scene, caller),
+        *_statements_on_rows(scene, caller),
+    ]  # fmt: skip
 
-    def add(statement: str, expect: str = denied, *arguments: object) -> None:
-        found.append(
-            Attempt(
-                f"{caller} SQL {statement[:110]} {arguments or ''}"[:200], sql(caller, statement, *arguments), expect
-            )
-        )
+
+def _statement(caller: str, statement: str, expect: str, *arguments: object) -> Attempt:
+    name = f"{caller} SQL {statement[:110]} {arguments or ''}"[:200]
+    return Attempt(name, sql(caller, statement, *arguments), expect)
+
+
+def _statements_on_tables(scene: Scene, caller: str) -> list[Attempt]:
+    own, seen = _own(scene, caller), views(scene)
+    found: list[Attempt] = []
+
+    def add(statement: str, expect: str = DENIED_OR_NONE, *arguments: object) -> None:
+        found.append(_statement(caller, statement, expect, *arguments))
 
     for table in tables(scene, "autotag", "public", "storage", "realtime", "auth", "cron"):
         mine = "" if caller in ("anon", "nobody") else f" t where strpos(to_jsonb(t)::text, '{own}') = 0"
@@ -392,7 +434,7 @@ def statements(scene: Scene, caller: str) -> list[Attempt]:
         # 42601: a view can have the same column twice
         add(
             f"insert into {table} overriding user value select * from {table}{mine}",
-            f"{denied}|42601" if table in seen else denied,
+            f"{DENIED_OR_NONE}|42601" if table in seen else DENIED_OR_NONE,
         )
         add(f"delete from {table}{mine}")
         column = scene.victim.sql(
@@ -414,6 +456,15 @@ def statements(scene: Scene, caller: str) -> list[Attempt]:
             # 42809: a view has none of what a table has
             refused = f"{DENIED}|42809" if table in seen else DENIED
             add(verb.format(table), ANY if may_lock else refused)
+    return found
+
+
+def _statements_of_owners(scene: Scene, caller: str) -> list[Attempt]:
+    found: list[Attempt] = []
+
+    def add(statement: str, expect: str, *arguments: object) -> None:
+        found.append(_statement(caller, statement, expect, *arguments))
+
     for schema in ("autotag", "public"):
         for name, types in functions(scene, schema):
             values = [theirs(scene, argument, kind) for argument, kind in types.items()]
@@ -439,28 +490,44 @@ def statements(scene: Scene, caller: str) -> list[Attempt]:
     for statement in ("vacuum public.assets", "alter default privileges grant all on functions to public",
                       "select pg_notify('autotag', 'realtime')", "listen autotag"):  # fmt: skip
         add(statement, ANY)  # Postgres lets everybody; it changes nothing
+    return found
+
+
+def _statements_on_rows(scene: Scene, caller: str) -> list[Attempt]:
+    own = _own(scene, caller)
+    found: list[Attempt] = []
+
+    def add(statement: str, expect: str = DENIED_OR_NONE, *arguments: object) -> None:
+        found.append(_statement(caller, statement, expect, *arguments))
+
     for topic in (f"tagging:{scene.ids['workspace']}", "batch-updates"):
         # The function of the real server turns a refusal into a warning.
         add("select realtime.send('{\"job_id\": \"forged\"}'::jsonb, 'job-complete', %s, true)", ANY, topic)
         add(
             "insert into realtime.messages (topic, extension, event, private, payload) values (%s, 'broadcast', 'x', true, '{}')",
-            denied,
+            DENIED_OR_NONE,
             topic,
         )
-        add("update realtime.messages set topic = %s", denied, topic)
+        add("update realtime.messages set topic = %s", DENIED_OR_NONE, topic)
     add(
-        "insert into storage.objects (bucket_id, name) values ('assets', %s)", denied, f"{scene.ids['workspace']}/x.jpg"
+        "insert into storage.objects (bucket_id, name) values ('assets', %s)",
+        DENIED_OR_NONE,
+        f"{scene.ids['workspace']}/x.jpg",
     )
-    add("update storage.objects set name = %s", denied, f"{own}/stolen.jpg")
+    add("update storage.objects set name = %s", DENIED_OR_NONE, f"{own}/stolen.jpg")
     add(
         "insert into public.workspace_members values (%s, %s)",
-        denied,
+        DENIED_OR_NONE,
         scene.ids["workspace"],
         scene.user(caller) or str(uuid.uuid4()),
     )
-    add("insert into public.assets (workspace_id, storage_path) values (%s, 'x')", denied, scene.ids["workspace"])
+    add(
+        "insert into public.assets (workspace_id, storage_path) values (%s, 'x')",
+        DENIED_OR_NONE,
+        scene.ids["workspace"],
+    )
     add("insert into public.assets (id, workspace_id, image_url) values (%s, %s, 'https://x') on conflict (id) do update set workspace_id = excluded.workspace_id",
-        denied, scene.ids["asset"], own)  # fmt: skip
+        DENIED_OR_NONE, scene.ids["asset"], own)  # fmt: skip
     return found
 
 

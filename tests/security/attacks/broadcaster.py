@@ -24,6 +24,7 @@ PAYLOADS: list[Any] = [
 ]  # fmt: skip
 
 
+# Long: a table of what a broadcaster may try.
 def attempts(scene: Scene) -> list[Attempt]:
     found = []
 

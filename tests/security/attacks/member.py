@@ -97,6 +97,7 @@ def _rpc(function: str, **body: Any) -> Do:
     return do
 
 
+# Long: the attempts of one member in their order; each depends on those before it.
 def limits(scene: Scene, assets: list[str]) -> list[Attempt]:
     """Ways around the quota, and the allowance that only the server takes."""
     own = scene.member.member.workspace

@@ -150,6 +150,7 @@ def _delivery(port: int, name: str, expect: str, headers: dict[str, str], body: 
     )
 
 
+# Long: a table of deliveries.
 def deliveries(ports: Ports, secret: str) -> list[Attempt]:
     """Deliveries that OpenAI has not signed; all of them are refused."""
     port, now = ports.webhook, str(int(time.time()))

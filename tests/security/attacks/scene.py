@@ -46,6 +46,8 @@ class Scene:
         self.secrets: dict[str, str] = {}
         self.ids: dict[str, str] = {}
         self.heard: list[str] = []
+        self.pictures: dict[str, bytes] = {}
+        self.http = httpx.AsyncClient(timeout=15)
         self._connections: dict[str, psycopg.Connection[Any]] = {}
 
     def token(self, caller: str) -> str:
@@ -197,7 +199,6 @@ class Scene:
         await socket.close()
 
     def __enter__(self) -> Scene:
-        self.http = httpx.AsyncClient(timeout=15)
         return self
 
     def __exit__(self, *_: object) -> None:

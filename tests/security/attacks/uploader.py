@@ -22,7 +22,7 @@ from lab.openai_sim.faults import Fault
 from lab.pictures import Drawing, draw
 from support import store_file
 
-BYTES_MOST, MEMORY = 2_000_000, 360  # bytes of a file and megabytes, of the worker that meets these
+MAX_BYTES, MEMORY = 2_000_000, 360  # bytes of a file and megabytes, of the worker that meets these
 FOUND = r"completed"
 NO_IMAGE = r"empty_file|not_an_image|unreadable_image|damaged_image|unsupported_format"
 LARGE = r"image_too_large|file_too_large"
@@ -115,7 +115,7 @@ def files() -> Iterator[tuple[str, bytes, str]]:
     for name, data in {
         "png of 60,000 a side": _png(60_000, 60_000), "png of 2^31 a side": _png(2**31 - 1, 2**31 - 1), "gif of 65,535 a side": gif[:6] + b"\xff\xff\xff\xff" + gif[10:],
         "bmp of 2^31 a side": bmp[:18] + huge + huge + bmp[26:], "jpeg of 65,500 a side": scan_bomb(1, 4000).replace(struct.pack(">HH", 4000, 4000), struct.pack(">HH", 65_500, 65_500)),
-        "file that is too large": jpeg + b"\0" * (BYTES_MOST + 1), "icon of 60,000 a side": _icon(_png(60_000, 60_000)), "one line of 30 million": _png(30_000_000, 1), "one column of 30 million": _png(1, 30_000_000),
+        "file that is too large": jpeg + b"\0" * (MAX_BYTES + 1), "icon of 60,000 a side": _icon(_png(60_000, 60_000)), "one line of 30 million": _png(30_000_000, 1), "one column of 30 million": _png(1, 30_000_000),
     }.items():  # fmt: skip
         yield name, data, LARGE + "|" + NO_IMAGE
     comment, text = PngImagePlugin.PngInfo(), PngImagePlugin.PngInfo()

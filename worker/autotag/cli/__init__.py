@@ -1,5 +1,5 @@
 """The command ``autotag``: one module for each of its commands.
 
-`app` assembles them. `options` has the options and settings that they share, `errors` their messages and exit codes,
-`console` how they print, `questions` what ``init`` and ``migrate`` ask, and `screen` the tables of ``status``.
+`app` assembles them. `options` has shared options and settings, `errors` has messages and exit codes, `console` prints,
+`questions` asks the questions of ``init`` and ``migrate``, and `screen` makes the tables of ``status``.
 """

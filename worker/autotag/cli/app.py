@@ -1,11 +1,17 @@
-"""The command ``autotag``: its subcommands, each from a module of its own."""
+"""The command ``autotag``: its subcommands, each from a module of its own.
+
+The clients of OpenAI, Realtime and HTTP take longer to import than everything else. So a command imports them when
+it runs, and the others start without them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import autotag
 from autotag.cli import (
@@ -22,9 +28,32 @@ from autotag.cli import (
     watch,
     worker,
 )  # fmt: skip
-from autotag.cli.console import tame_libraries
+from autotag.cli.console import note_json, output, tame_libraries, wrong_usage_as_json
+
+
+class Commands(TyperGroup):
+    """The group of all commands. It explains output that cannot be written and, with ``--json``, wrong options."""
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, **named: Any) -> Any:
+        """Runs a command."""
+        # The parser can fail before the callback of `--json` runs. The callback corrects this if `--json` was a value.
+        note_json("--json" in (sys.argv[1:] if args is None else args))
+        with output():
+            return super().main(args, *more, **named)
+
+    def make_context(self, *args: Any, **named: Any) -> Any:
+        """Parses the options before the command's name."""
+        with wrong_usage_as_json():
+            return super().make_context(*args, **named)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Parses a command's options, and runs it."""
+        with wrong_usage_as_json():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",

@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -28,17 +28,21 @@ from autotag.cli.options import (
     help_end,
     read_settings,
 )
-from autotag.compare.ask import Comparison, open_comparison
 from autotag.compare.figures import lines, model_name, price, summarise
 from autotag.compare.page import make_page
-from autotag.config import Settings
+from autotag.config import CompareSettings, Settings
 from autotag.db import Operator
-from autotag.db.messages import Brief, make
+from autotag.db.messages import Brief
 from autotag.db.operator_messages import ComparisonPreview
+from autotag.db.readers import make
 from autotag.texts import printable
+
+if TYPE_CHECKING:
+    from autotag.compare.ask import Comparison
 
 DEFAULT_PAGE = Path("comparison.html")
 STOPPED = "stopped by Ctrl-C."
+STOPPING = "Ctrl-C: finishing the calls in flight. Ctrl-C again stops at once."
 #: Why a call waits, by ``reason`` of ``autotag.admit_comparison``. Other reasons are shown as they are.
 WAITS = {
     "retry_after": "the provider asks to wait", "live": "live uploads go first",
@@ -89,7 +93,7 @@ def compare(
     uploads go first, and records its usage. Writes a page with every image and
     both answers. Ctrl-C ends it early and shows the answers so far.
     """
-    settings = read_settings(Settings)
+    settings = read_settings(CompareSettings)
     page = html or (None if as_json else DEFAULT_PAGE)
     if page and not (os.access(page.parent, os.W_OK) and (not page.exists() or os.access(page, os.W_OK))):
         raise fail(f"{page} cannot be written; name another file with --html.", WRONG_USAGE)
@@ -149,6 +153,8 @@ async def _ask(
     Raises:
         KeyboardInterrupt: the second Ctrl-C.
     """
+    from autotag.compare.ask import open_comparison
+
     chosen = await operator.comparison_sample(workspace, sample)
     console = Console(stderr=True)
     bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), console=console,
@@ -163,6 +169,7 @@ async def _ask(
         def interrupt() -> None:
             loop.remove_signal_handler(signal.SIGINT)
             comparison.stop(STOPPED)
+            console.print(STOPPING, highlight=False)
 
         loop.add_signal_handler(signal.SIGINT, interrupt)
         try:
@@ -174,7 +181,8 @@ async def _ask(
 
 
 def _progress_shower(bar: Progress, total: int) -> Callable[[int, str | None], None]:
-    """What shows the progress of a comparison: in the bar, and where there is no bar, each new wait as a line."""
+    """Returns the function that shows the progress of a comparison: in the bar or, without a bar, each new wait as a
+    line."""
     task = bar.add_task("asking", total=total)
     last: str | None = None
 

@@ -14,7 +14,6 @@ from rich.text import Text
 from autotag.cli.console import cell, say_json
 from autotag.cli.options import PROVIDER_AND_STORAGE, WORKER_URL, Json, help_end, read_settings
 from autotag.config import DoctorSettings
-from autotag.doctor.examine import examine
 from autotag.doctor.findings import Finding, worst_level
 from autotag.observability.logs import configure_logs
 
@@ -41,6 +40,8 @@ def doctor(try_write: TryWrite = False, as_json: Json = False) -> None:
     It writes tags to one row in a transaction that is rolled back, unless
     triggers of yours would run: what they do outside the database would stay.
     """
+    from autotag.doctor.examine import examine
+
     settings = read_settings(DoctorSettings)
     configure_logs("error", "console")
     findings = asyncio.run(examine(settings, try_write=try_write))

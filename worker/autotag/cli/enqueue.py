@@ -56,7 +56,7 @@ def enqueue(
     It waits while the workspace's limits have no room. The workers do the
     tagging; this command ends when every image is enqueued.
     """
-    untagged = untagged and not outdated  # an image that is outdated has tags
+    untagged = untagged and not outdated  # outdated images have tags
     preview = run_as_operator(
         lambda operator: operator.preview_backfill(workspace, untagged, after, limit, outdated=outdated)
     )

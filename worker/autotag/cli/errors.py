@@ -1,4 +1,4 @@
-"""What the commands say when they cannot go on, and their exit codes.
+"""Messages and exit codes of commands that cannot continue.
 
 A message is one sentence: what is wrong, and what to do about it.
 """
@@ -33,14 +33,14 @@ NO_SCHEMA = (
 
 
 def unreachable(error: BaseException, *, local: bool = False) -> str:
-    """The message when the database does not answer; ``local``: no one named a database, so it is the local stack's."""
+    """The message for a database that does not answer. ``local``: no database was named, so it is the local stack's."""
     reason = printable(safe_message(error), MAX_REASON).rstrip(".")
     fix = "start it with supabase start, or set DATABASE_URL" if local else how_to_reach(str(error))
     return f"The database cannot be reached ({reason}); {fix}."
 
 
 def not_permitted(error: psycopg.Error, role: str) -> str:
-    """The message when the login lacks a privilege that ``role`` has."""
+    """The message for a login without a privilege that ``role`` has."""
     reason = error.diag.message_primary
     return f"The login may not do this ({reason}); run as the database's owner: grant {role} to <login>;"
 
@@ -76,11 +76,11 @@ def explain_errors(role: str) -> Iterator[None]:
 
 @contextmanager
 def explain_install_errors(url: str, failed: str = "The migrations were not applied") -> Iterator[None]:
-    """The same for the commands that install the schema or drop it, as the database's owner.
+    """Like `explain_errors`, for commands that install or drop the schema as the database's owner.
 
     Args:
         url: the connection URL.
-        failed: what is true if Postgres refuses.
+        failed: the state after Postgres has refused, as a sentence.
 
     Raises:
         typer.Exit: with the exit code of the error. The message has been printed.

@@ -16,11 +16,12 @@ from autotag.cli.questions import ask_spending_limit, on_terminal, say_examples,
 from autotag.install.changes import CHANGE
 from autotag.install.described import describe
 from autotag.install.host import Choices
-from autotag.install.migrations import HOST_ADAPTER, SPENDING_LIMIT, project_folder, write_migrations
+from autotag.install.migrations import SPENDING_LIMIT, project_folder, write_migrations
 from autotag.install.origin import push_command
 from autotag.install.preview import show_examples
 from autotag.install.survey import Survey, plan_extra, plan_spending_limit
 from autotag.install.tag_index import offer_index
+from autotag.install.written import HOST_ADAPTER
 
 HELP_END = options.help_end(
     environment=[options.OWNER_URL],
@@ -68,7 +69,8 @@ def init(
         limit = plan_spending_limit(spending_limit, found.facts, folder, ask_limit)
         extra = [*plan_extra(found), *limit]
         files = write_migrations(folder, found.host, found.facts.applied, adapter=found.facts.adapter, extra=extra)
-    if found.facts.adapter is not None:  # its file never changes: new answers are a migration of their own
+    # the adapter's file never changes, so new answers become a migration of their own
+    if found.facts.adapter is not None:
         files = {name: "there" if name.endswith(f"{HOST_ADAPTER}.sql") else state for name, state in files.items()}
     index = offer_index(found.host, found.facts)
     if as_json:

@@ -18,7 +18,7 @@ from autotag.install.described import describe
 from autotag.install.facts import read_facts
 from autotag.install.host import Choices, HostError
 from autotag.install.survey import plan_extra, plan_spending_limit
-from autotag.install.written import Written, written_migrations
+from autotag.install.written import HOST_ADAPTER, Written, written_migrations
 
 HELP_END = options.help_end(
     environment=[options.OWNER_URL],
@@ -30,7 +30,12 @@ Project = Annotated[
     typer.Argument(help="The Supabase project's folder. (default: the one that you are in, if any)", file_okay=False),
 ]
 StandAlone = Annotated[
-    bool, typer.Option("--stand-alone", help="Also create the tables of the images: workspaces, members, assets.")
+    bool,
+    typer.Option(
+        "--stand-alone",
+        help="For an empty Supabase project: also create the tables workspaces, workspace_members and assets, and the"
+        " private bucket assets.",
+    ),
 ]
 
 
@@ -78,9 +83,9 @@ def migrate(
 def _apply_answers(
     url: str, choices: Choices, spending_limit: float | None, *, interactive: bool, quiet: bool
 ) -> tuple[list[str], Sequence[str]]:
-    """Applies what autotag init would write. Returns the names of what it applied, and what a person should know."""
+    """Applies the migrations that `autotag init` would write. Returns their names, and notes for a person."""
     found = survey_project(url, choices, interactive=interactive)
-    if not quiet and (migrations.HOST_ADAPTER not in found.facts.applied or found.change):
+    if not quiet and (HOST_ADAPTER not in found.facts.applied or found.change):
         show_host(describe(found.host, found.facts))
         for note in found.notes:
             say(note)
@@ -91,7 +96,7 @@ def _apply_answers(
 
 
 def _files(project: Path | None) -> Mapping[str, Written]:
-    """The files that autotag init has written into the project; none, if this is no project's folder."""
+    """The files that `autotag init` has written into the project; empty if this is not a project's folder."""
     try:
         folder = migrations.project_folder(project or Path())
     except HostError:
@@ -102,10 +107,10 @@ def _files(project: Path | None) -> Mapping[str, Written]:
 
 
 def _refuse_options(files: Mapping[str, Written], choices: Choices, spending_limit: float | None) -> None:
-    """Refuses answers beside those in the files.
+    """Refuses options, because the files already contain the answers.
 
     Raises:
-        HostError: there are some.
+        HostError: an option was given.
     """
     if choices != Choices() or spending_limit is not None:
         raise HostError(

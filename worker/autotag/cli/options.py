@@ -1,9 +1,10 @@
-"""What the commands share: options, settings from the environment, and the last part of each help page."""
+"""Code that the commands share: options, settings from the environment, and the last part of each help page."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -20,8 +21,16 @@ S = TypeVar("S", bound=Settings)
 
 OFFERED_SPENDING_LIMIT = 20.0  # dollars a month
 
+
+def finite(value: float | None) -> float | None:
+    """The callback of every option with a fraction: ``nan`` and ``inf`` are numbers to Python, but not to JSON."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a number that can be stored; name one like 0.5.")
+    return value
+
+
 Json = Annotated[bool, typer.Option("--json", callback=note_json, help="Print JSON instead of text.")]
-#: Of commands that spend money.
+#: For commands that spend money.
 JsonWithYes = Annotated[
     bool, typer.Option("--json", callback=note_json, help="Print JSON instead of text. Starts only with --yes.")
 ]
@@ -48,10 +57,12 @@ DatabaseUrl = Annotated[
         " start.",
     ),
 ]
+
+
 SpendingLimit = Annotated[
     float | None,
     typer.Option(
-        metavar="DOLLARS", min=0,
+        metavar="DOLLARS", min=0, callback=finite,
         help="What each workspace may spend a month; 0: no limit. Default: asked on a terminal"
         f" ({OFFERED_SPENDING_LIMIT:g}), otherwise no limit.",
     ),
@@ -196,7 +207,7 @@ def read_database_url(value: str) -> str:
     """Reads the value of `DatabaseUrl`, or the file that it names, and keeps its password out of later messages.
 
     Raises:
-        typer.Exit: it is no connection string. The message has been printed.
+        typer.Exit: it is not a connection string. The message has been printed.
     """
     try:
         url = read_connection(value)

@@ -17,7 +17,7 @@ from autotag.cli.console import count, fail, say, say_json
 from autotag.cli.database import check_workspace, run_as_operator
 from autotag.cli.enqueue import MAX_IMAGES, cost_of
 from autotag.cli.errors import WRONG_USAGE
-from autotag.cli.options import OPERATOR_URL, Json, help_end
+from autotag.cli.options import OPERATOR_URL, Json, finite, help_end
 from autotag.db import Operator
 from autotag.db.operator_messages import BackfillPreview
 from autotag.db.profiles import Profile, ProfileChanges
@@ -64,7 +64,15 @@ Language = Annotated[
 ]
 TagCount = Annotated[int | None, typer.Option(help="Number of tags, 1 to 50.", rich_help_panel=_CHANGES)]
 MinConfidence = Annotated[
-    float | None, typer.Option(help="Less sure tags are not stored, 0 to 1.", rich_help_panel=_CHANGES)
+    float | None,
+    typer.Option(
+        metavar="NUMBER",
+        min=0,
+        max=1,
+        callback=finite,
+        help="Less sure tags are not stored, 0 to 1.",
+        rich_help_panel=_CHANGES,
+    ),
 ]
 VocabularyMode = Annotated[
     str | None, typer.Option(metavar="MODE", help="open, prefer or only.", rich_help_panel=_CHANGES)
@@ -95,7 +103,7 @@ def profile(
 ) -> None:
     """Show or change what the images of a workspace are asked.
 
-    A change makes a new version, which holds for uploads from then on. Images
+    A change makes a new version, which applies to later uploads. Images
     that were tagged before stay as they are; set and edit say how many, and what
     it costs to tag them again (autotag enqueue --outdated).
     """
@@ -126,7 +134,7 @@ def profile(
 
 
 def _changes(options: dict[str, object], file: Path | None) -> ProfileChanges:
-    """The changes that a file and options name; options go first. An empty text removes what is set."""
+    """The changes that a file and options name; options override the file. An empty text removes a value."""
     named = {name: value if value != "" else None for name, value in options.items() if value is not None}
     try:
         from_file = read_profile(file) if file else {}
@@ -206,7 +214,7 @@ def _show_history(versions: list[Profile], as_json: bool) -> None:
 
 
 def _date(moment: str | None) -> str:
-    """A moment as people read it: 2026-12-01 09:30 UTC."""
+    """A time for people: 2026-12-01 09:30 UTC."""
     return f"{datetime.fromisoformat(moment).astimezone(UTC):%Y-%m-%d %H:%M} UTC" if moment else ""
 
 

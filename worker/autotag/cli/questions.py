@@ -1,7 +1,8 @@
-"""What ``autotag init`` and ``autotag migrate`` ask and show on a terminal."""
+"""The questions and answers of ``autotag init`` and ``autotag migrate`` on a terminal."""
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from autotag.install.answers import Choices, HostError
 from autotag.install.survey import Survey, survey, survey_alone
 from autotag.install.tag_index import TagIndex
 
-#: Why a row is refused -> what a person is told.
+#: Why a row is refused -> the message for a person.
 REFUSED = {
     "foreign_file": "refused: the file rule does not let it name this file",
     "location_too_long": "refused: its location is too long",
@@ -35,7 +36,7 @@ def _ask(option: str, question: str, answers: Sequence[str]) -> str:
 
 
 def survey_project(url: str, choices: Choices, *, interactive: bool, folder: Path | None = None) -> Survey:
-    """Surveys a project (`install.survey`). A person whose answer cannot be used is asked that question again.
+    """Surveys a project (`install.survey`). If an answer cannot be used, the person is asked again.
 
     Raises:
         HostError: the tables or an option cannot be used, or a question has no answer.
@@ -64,7 +65,18 @@ def survey_project(url: str, choices: Choices, *, interactive: bool, folder: Pat
 def ask_spending_limit() -> float:
     """Asks for dollars a month; 0: no limit."""
     say("How many dollars may each workspace spend a month? 0: no limit. Change it at any time in autotag.quotas.")
-    return float(typer.prompt("spending-limit", default=OFFERED_SPENDING_LIMIT, type=float))
+    return float(typer.prompt("spending-limit", default=OFFERED_SPENDING_LIMIT, value_proc=_dollars))
+
+
+def _dollars(text: Any) -> float:
+    """An amount that somebody typed. nan would be a limit that nothing exceeds."""
+    try:
+        amount = float(text)
+    except ValueError:
+        amount = -1
+    if not (math.isfinite(amount) and amount >= 0):
+        raise typer.BadParameter("Type an amount in dollars, or 0.")
+    return amount
 
 
 def show_host(found: Mapping[str, str]) -> None:
@@ -74,7 +86,7 @@ def show_host(found: Mapping[str, str]) -> None:
 
 
 def say_examples(examples: Sequence[Mapping[str, Any]] | str, notes: Sequence[str]) -> None:
-    """Prints what the adapter answers for a few rows, and what else a person should know."""
+    """Prints the adapter's answers for a few rows, and notes for a person."""
     for note in notes:
         say(note)
     if isinstance(examples, str):
@@ -93,7 +105,7 @@ def say_examples(examples: Sequence[Mapping[str, Any]] | str, notes: Sequence[st
 
 
 def say_index(index: TagIndex) -> None:
-    """Prints the index for searching by tag, where one is missing."""
+    """Prints the statement for the index for searching by tag, if the index is missing."""
     if index.statement:
         say("To search by tag, create this index afterwards, with psql (it cannot run in a migration):")
         say(f"  {index.statement}")

@@ -26,16 +26,16 @@ from autotag.db.operator_messages import (
 from autotag.money import dollars, total
 from autotag.texts import printable_all
 
-#: Who refused (``account_error_from``), for a reader. Any other value means the AI provider.
+#: Names for readers of who refused (``account_error_from``). Any other value means the AI provider.
 ORIGINS = {"storage": "Storage", "host": "the host of an image", "worker": "the worker"}
 
-#: What waits (``Waiting.kind``), for a reader.
+#: Names for readers of what waits (``Waiting.kind``).
 WAITING = {"batch": "a batch", "workspace": "single calls", "upload": "an upload", "outcomes": "tags to store"}
-LONG_WAIT = 60.0  # seconds; a shorter wait for the workspace's window is the normal course
+LONG_WAIT = 60.0  # seconds; a shorter wait for the workspace's window is normal
 
 
 def render(status: SystemStatus) -> RenderableType:
-    """What ``autotag.status`` returned, as tables.
+    """Formats the result of ``autotag.status`` as tables.
 
     Its texts come from hosts, providers and users of the project, so all of them are made printable.
     """
@@ -96,7 +96,7 @@ def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
 
 
 def _model(model: ModelStatus, paused: bool) -> RenderableType:
-    """The model with its tokens and cost for an image, and what is special about it or its provider."""
+    """The model with its tokens and cost per image, and special properties of it or its provider."""
     table = _table("model", "name", "effort", "tier", "tokens an image", "reserved", "cap", "1,000 images",
                    right=("tokens an image", "reserved", "cap", "1,000 images"))  # fmt: skip
     table.add_row(
@@ -118,7 +118,7 @@ def _model(model: ModelStatus, paused: bool) -> RenderableType:
 
 
 def missing_features(provider: ProviderStatus) -> list[str]:
-    """What a provider does not have, according to its answers."""
+    """The features that a provider lacks, according to its answers."""
     return [
         feature for feature, missing in (
             ("no Batch API", provider["batches"] is False),
@@ -190,7 +190,8 @@ def _batches(batches: list[BatchStatus], now: datetime) -> Table:
 
 
 def _is_long(wait: Waiting, now: datetime) -> bool:
-    """Whether something waits longer than for a window of a minute; outcomes wait for a row that is held."""
+    """Whether something waits longer than a window of a minute explains. Outcomes wait for a locked row, so they
+    count."""
     if wait["kind"] == "outcomes" or wait["until"] is None:
         return True
     return (datetime.fromisoformat(wait["until"]) - now).total_seconds() > LONG_WAIT

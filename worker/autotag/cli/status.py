@@ -14,6 +14,7 @@ from autotag.cli.console import say_json
 from autotag.cli.database import run_as_operator
 from autotag.cli.options import WORKER_URL, Json, help_end
 from autotag.cli.screen import render
+from autotag.config import DoctorSettings
 from autotag.db import Operator
 
 REFRESH = 2.0  # seconds between two refreshes of --watch
@@ -33,9 +34,9 @@ def status(watch: Watch = False, as_json: Json = False) -> None:
     """
     if watch:
         with suppress(KeyboardInterrupt):
-            run_as_operator(lambda operator: _show_forever(operator, as_json))
+            run_as_operator(lambda operator: _show_forever(operator, as_json), DoctorSettings)
         return
-    current = run_as_operator(lambda operator: operator.status())
+    current = run_as_operator(lambda operator: operator.status(), DoctorSettings)
     if as_json:
         say_json(current)
     else:

@@ -71,7 +71,7 @@ def uninstall(
         if drops:
             try:
                 plan = drop_autotag(url, keep_stages=keep_stages, drop_results=drop_results, also=cascade)
-            except InUse as error:  # made since the plan was shown
+            except InUse as error:  # the objects were created after the plan was shown
                 raise fail(f"Your database uses what would be dropped: {error}; nothing was dropped.", FAILED) from None
     if as_json:
         say_json({**asdict(plan), "blocked_by": blocked, "dropped": drops})
@@ -90,7 +90,7 @@ def uninstall(
 
 
 def _show(plan: Plan, blocked: list[str]) -> None:
-    """Prints what will be dropped, what stays, and what is in the way."""
+    """Prints what will be dropped, what stays, and what prevents uninstalling."""
     if plan.empty:
         say("There is nothing of autotag in this database.")
         return

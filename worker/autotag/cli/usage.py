@@ -1,9 +1,9 @@
-"""``autotag usage``: shows who used how much of a workspace."""
+"""``autotag usage``: shows the usage of a workspace by user, day and model."""
 
 from __future__ import annotations
 
 import csv
-import sys
+import io
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated
@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from autotag.cli.console import cell, say, say_json
+from autotag.cli.console import cell, fail, say, say_json
 from autotag.cli.database import check_workspace, run_as_operator
+from autotag.cli.errors import WRONG_USAGE
 from autotag.cli.options import OPERATOR_URL, Json, Workspace, help_end
 from autotag.db.operator_messages import UsageRow
 from autotag.money import dollars, plain, round_dollars
@@ -27,7 +28,7 @@ COLUMNS = {
     "output_tokens": "output", "reasoning_tokens": "reasoning", "cost": "cost",
 }  # fmt: skip
 TEXTS = ("user_id", "day", "model", "service_tier")
-#: The columns that a narrow terminal does without, the first to go first.
+#: The columns that are left out on a narrow terminal, least important first.
 LEAST_IMPORTANT = (
     "cache_write_tokens", "cached_tokens", "reasoning_tokens", "requests", "service_tier", "output_tokens",
     "input_tokens", "model",
@@ -62,15 +63,21 @@ def usage(
     The cost is unknown while the model has no price in autotag.models: then the
     cell is empty in CSV, and null in JSON.
     """
+    if as_csv and as_json:
+        raise fail("--csv and --json exclude each other; name one.", WRONG_USAGE)
+    if since > until:
+        raise fail("--since is after --until, so there are no days between them; swap them.", WRONG_USAGE)
     rows = run_as_operator(lambda operator: operator.usage(workspace, since.date(), until.date()))
     if not rows:
         check_workspace(workspace, stop=False)
     if as_json:
         say_json([_json_row(row) for row in rows])
     elif as_csv:
-        writer = csv.DictWriter(sys.stdout, list(COLUMNS))
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, list(COLUMNS))
         writer.writeheader()
         writer.writerows(csv_row(row) for row in rows)
+        typer.echo(table.getvalue().encode(), nl=False)  # UTF-8, whatever the terminal's encoding is
     elif not rows:
         say("This workspace has no usage on these days.")
     else:
@@ -78,7 +85,7 @@ def usage(
 
 
 def csv_row(row: UsageRow) -> dict[str, object]:
-    """A row for CSV. No spreadsheet takes its texts for formulas, and an unknown cost is an empty cell."""
+    """A row for CSV. Spreadsheets do not run its texts as formulas, and an unknown cost is an empty cell."""
     texts = {name: spreadsheet_cell(value) for name, value in row.items() if name in TEXTS and value is not None}
     return {**row, **texts, "cost": None if row["cost"] is None else plain(row["cost"])}
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -19,7 +19,8 @@ from autotag.cli.database import check_workspace, run_as_operator
 from autotag.cli.errors import FAILED, WRONG_USAGE
 from autotag.cli.options import OPERATOR_URL, Json, help_end
 from autotag.db import Operator, Refused
-from autotag.db.vocabulary import Entry, VocabularyChange
+from autotag.db.errors import Refusal
+from autotag.db.vocabulary import Entry, UsesCounted, VocabularyChange
 from autotag.operate.count_tags import count_tags
 from autotag.operate.vocabulary_file import FileError, VocabularyFile, read_vocabulary, write_csv
 from autotag.texts import name_some, printable
@@ -154,7 +155,7 @@ def _read(path: Path) -> VocabularyFile:
         raise fail(f"{error} Nothing was imported.", FAILED) from None
 
 
-def _places(found: VocabularyFile, detail: dict[str, Any]) -> str:
+def _places(found: VocabularyFile, detail: Refusal) -> str:
     """Where the entries of a refusal are in the file, to begin the message with."""
     places: Sequence[str] = []
     with suppress(KeyError, IndexError, TypeError):
@@ -166,14 +167,14 @@ def _places(found: VocabularyFile, detail: dict[str, Any]) -> str:
 
 
 def _import_from_tags(workspace: str | None, min_count: int, dry_run: bool, may_add: bool, as_json: bool) -> None:
-    """may_add: whoever sees the vocabulary may see the tags of these images."""
+    """may_add: everybody who sees the vocabulary may see the tags of these images."""
     with _progress(as_json) as bar:
         task = bar.add_task("counting images", total=None)
 
         def show(images: int, tags: int) -> None:
             bar.update(task, completed=images, description=f"{count(tags, 'tag')} of images")
 
-        async def work(operator: Operator) -> tuple[Counter[str], Any]:
+        async def work(operator: Operator) -> tuple[Counter[str], UsesCounted]:
             counts = await count_tags(operator, workspace, show)
             if not may_add and not dry_run:
                 _refuse_to_show((await operator.count_uses(None, counts, min_count, dry_run=True))["new"])
@@ -193,10 +194,10 @@ def _import_from_tags(workspace: str | None, min_count: int, dry_run: bool, may_
 
 
 def _refuse_to_show(new: Sequence[Entry]) -> None:
-    """Refuses to add tags of images to the vocabulary for all, which everybody's members see.
+    """Refuses to add tags of images to the general vocabulary, which members of every workspace see.
 
     Raises:
-        typer.Exit: there are any. They have been printed.
+        typer.Exit: there are new tags. They have been printed.
     """
     if new:
         for entry in new:

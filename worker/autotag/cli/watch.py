@@ -16,7 +16,6 @@ from autotag.cli.errors import FAILED, WRONG_USAGE
 from autotag.cli.options import SUPABASE_SECRET_KEY, SUPABASE_URL, WORKER_URL, Json, help_end, read_settings
 from autotag.config import DoctorSettings
 from autotag.db import Operator
-from autotag.operate.follow import CannotFollow, follow
 from autotag.texts import printable
 
 MAX_VALUES, MAX_VALUE = 20, 100  # values of a message that are shown, and characters of each
@@ -39,6 +38,8 @@ def watch(workspace: PrivateTopic = None, as_json: Json = False) -> None:
     meanwhile is lost, so it says when the connection was lost and is back
     (with --json as the events "lost" and "back" without a topic).
     """
+    from autotag.operate.follow import CannotFollow, follow
+
     settings = read_settings(DoctorSettings)
     if workspace:
         asyncio.run(_warn_if_unknown(str(settings.database_url), workspace))
@@ -63,7 +64,7 @@ def watch(workspace: PrivateTopic = None, as_json: Json = False) -> None:
                 " lost; autotag status shows what has happened.")  # fmt: skip
         sys.stdout.flush()
 
-    logging.getLogger("realtime").setLevel(logging.CRITICAL)  # it logs every try
+    logging.getLogger("realtime").setLevel(logging.CRITICAL)  # it logs every try to connect
     try:
         asyncio.run(follow(settings.supabase_url, key, workspace, show_message, show_connection))
     except KeyboardInterrupt:
@@ -73,11 +74,11 @@ def watch(workspace: PrivateTopic = None, as_json: Json = False) -> None:
 
 
 async def _warn_if_unknown(url: str, workspace: str) -> None:
-    """Warns of a workspace that nothing belongs to, where the database can be asked: a worker's login may not."""
+    """Warns if nothing belongs to the workspace. A worker's login may not query that, so it gets no warning."""
     try:
         async with await Operator.connect(url) as operator:
             known = await operator.knows_workspace(workspace)
-    except psycopg.DataError:  # it is no id at all
+    except psycopg.DataError:  # it is not a valid id
         known = False
     except psycopg.Error:
         return

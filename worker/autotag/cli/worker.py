@@ -13,7 +13,6 @@ from autotag.cli.options import PROVIDER_AND_STORAGE, WORKER_URL, help_end, read
 from autotag.config import Settings
 from autotag.observability.logs import configure_logs
 from autotag.observability.traces import TracesError, configure_traces
-from autotag.worker.run import run_worker
 
 HELP_END = help_end(
     environment=(WORKER_URL, *PROVIDER_AND_STORAGE, ("OPENAI_WEBHOOK_SECRET", "for --webhook, or @FILE")),
@@ -39,6 +38,8 @@ def worker(http: Http = None, webhook: Webhook = None) -> None:
     It takes images from the database, asks the AI provider, and stores the tags.
     Start as many as you like, on as many machines as you like.
     """
+    from autotag.worker.run import run_worker
+
     given = {name: value for name, value in (("http", http), ("webhook", webhook)) if value}
     settings = read_settings(Settings, given)
     configure_logs(settings.log_level, settings.log_format)

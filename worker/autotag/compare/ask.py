@@ -31,16 +31,16 @@ MIN_WAIT = 0.05  # seconds between two requests for admission
 THUMBNAIL = 480  # pixels of a picture's longer side on the page
 MAX_STORED_TAGS = 1000  # of one image
 
-#: Gets the number of images that are done, and what the next one waits for (None: nothing).
+#: Called with the number of images that are done, and the reason why the next one waits (None: it does not wait).
 OnProgress = Callable[[int, str | None], None]
 
 
 @dataclass
-class Outcome:
+class ComparedOutcome:
     """The outcome for one image. With neither a result nor an error, no call was made.
 
     Attributes:
-        sample: the image.
+        sample: the image, with its stored answer.
         result: the answer, as `read_completion` returns it.
         error: why there is no answer.
         seconds: duration of each call that was answered.
@@ -76,7 +76,7 @@ class Comparison:
 
     Attributes:
         question: what is asked; it changes when the provider refuses a parameter.
-        outcomes: one for each image of the sample, also when the run stops early.
+        outcomes: one for each image of the sample, even if the run stops early.
         stopped: why the run stopped early; None: it did not.
     """
 
@@ -91,7 +91,7 @@ class Comparison:
             images: reads the pictures.
             workspace: the workspace's id.
             question: what to ask (``autotag.question_for``).
-            brief: what the workspace's profile asks beside it.
+            brief: what the workspace's profile asks in addition.
             on_progress: called for every image that is done and every wait.
             thumbnails: keep the pictures.
         """
@@ -107,7 +107,7 @@ class Comparison:
         self._done = 0
         self._proven = False  # one answer was usable
         self.question = question
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[ComparedOutcome] = []
         self.stopped: str | None = None
 
     def stop(self, reason: str) -> None:
@@ -121,7 +121,7 @@ class Comparison:
         Raises:
             psycopg.Error: the database failed.
         """
-        self.outcomes = [Outcome(one) for one in sample]
+        self.outcomes = [ComparedOutcome(one) for one in sample]
         waiting = iter(self.outcomes)
         try:
             async with asyncio.TaskGroup() as callers:
@@ -130,7 +130,7 @@ class Comparison:
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
 
-    async def _work(self, waiting: Iterator[Outcome]) -> None:
+    async def _work(self, waiting: Iterator[ComparedOutcome]) -> None:
         for outcome in waiting:
             if self._stop.is_set():
                 return
@@ -139,7 +139,7 @@ class Comparison:
             except Refused as refused:
                 self.stop(f"{refused} {refused.hint or ''}".strip())
 
-    async def _ask_until_done(self, outcome: Outcome) -> None:
+    async def _ask_until_done(self, outcome: ComparedOutcome) -> None:
         jpeg: bytes | None = None
         while not self._stop.is_set():
             question = self.question
@@ -166,7 +166,7 @@ class Comparison:
             if await self._settle(question, outcome, report, observed):
                 return
 
-    async def _load(self, outcome: Outcome) -> bytes:
+    async def _load(self, outcome: ComparedOutcome) -> bytes:
         side = max_side(self.question["image_detail"], self.question["image_side"])
         jpeg = (await self._images.load(outcome.sample.image, side)).jpeg
         if self._thumbnails:
@@ -188,7 +188,9 @@ class Comparison:
                 await self._pause(answer["wait"])
         return None
 
-    async def _call(self, question: ModelQuestion, jpeg: bytes, outcome: Outcome, report: ComparisonReport) -> Limits:
+    async def _call(
+        self, question: ModelQuestion, jpeg: bytes, outcome: ComparedOutcome, report: ComparisonReport
+    ) -> Limits:
         """Makes one call, and fills ``outcome`` and ``report``; returns the provider's limits from the headers.
 
         Raises:
@@ -212,7 +214,7 @@ class Comparison:
         return completion.limits
 
     async def _settle(
-        self, question: ModelQuestion, outcome: Outcome, report: ComparisonReport, observed: ObservedLimits
+        self, question: ModelQuestion, outcome: ComparedOutcome, report: ComparisonReport, observed: ObservedLimits
     ) -> bool:
         """Reports one call to the database; returns whether the image is done."""
         step = await self._operator.settle_comparison(self._workspace, question, report, observed or None)
@@ -247,7 +249,7 @@ async def open_comparison(
     operator: Operator, settings: Settings, workspace: str, question: ModelQuestion, brief: Brief | None,
     on_progress: OnProgress, *, thumbnails: bool,
 ) -> AsyncIterator[Comparison]:  # fmt: skip
-    """A comparison with the provider of the settings; the other arguments are those of `Comparison`."""
+    """Opens a comparison with the provider in the settings. For the other arguments, see `Comparison`."""
     images = Images(
         supabase_url=settings.supabase_url, supabase_key=settings.secret_key(), hosts=settings.image_hosts,
         max_bytes=settings.image_max_bytes, memory=settings.memory_bytes(),

@@ -6,15 +6,17 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from autotag.compare.ask import Outcome
 from autotag.db.operator_messages import ComparisonPreview, ModelQuestion
 from autotag.money import dollars
 
-MAX_SHOWN_TAGS = 10  # of the tags that were added or are missing most often
-MIN_ANSWERS = 10  # that an estimate needs (``autotag.estimate_tokens``)
-PER = 1000  # images that a cost is given for
+if TYPE_CHECKING:
+    from autotag.compare.ask import ComparedOutcome
+
+MAX_SHOWN_TAGS = 10  # how many of the most frequent added and missing tags are shown
+MIN_ANSWERS = 10  # the answers that an estimate needs (``autotag.estimate_tokens``)
+PER = 1000  # costs are given for this many images
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,11 @@ class Difference:
 
     @property
     def jaccard(self) -> float:
-        """The tags that both have, as a share (0 to 1) of the tags that either has."""
+        """The number of common tags, as a share (0 to 1) of all different tags."""
         return len(self.both) / max(1, len(self.both) + len(self.missing) + len(self.added))
 
 
-def compare_tags(outcome: Outcome) -> Difference | None:
+def compare_tags(outcome: ComparedOutcome) -> Difference | None:
     """The difference between the stored and the new tags; None: there is no new answer."""
     if outcome.result is None:
         return None
@@ -55,14 +57,14 @@ def percentile(values: Sequence[float], share: float) -> float | None:
 
 
 def summarise(
-    outcomes: Sequence[Outcome], preview: ComparisonPreview, question: ModelQuestion, stopped: str | None
+    outcomes: Sequence[ComparedOutcome], preview: ComparisonPreview, question: ModelQuestion, stopped: str | None
 ) -> dict[str, Any]:
     """All figures as one JSON object (docs/models.md).
 
     Args:
         outcomes: of `Comparison`.
-        preview: what ``autotag.preview_comparison`` returned.
-        question: what was asked in the end.
+        preview: the result of ``autotag.preview_comparison``.
+        question: the question at the end of the run.
         stopped: why the comparison ended early; None: it did not.
     """
     differences = [difference for one in outcomes if (difference := compare_tags(one))]
@@ -95,7 +97,7 @@ def summarise(
     }  # fmt: skip
 
 
-def describe(outcome: Outcome) -> dict[str, Any]:
+def describe(outcome: ComparedOutcome) -> dict[str, Any]:
     """One image as a JSON object."""
     sample, difference = outcome.sample, compare_tags(outcome)
     answer = {name: outcome.result[name] for name in ("tags", "confidence", "caption")} if outcome.result else None
@@ -141,7 +143,7 @@ def model_name(model: str, effort: str | None) -> str:
 
 
 def basis(figures: Mapping[str, Any]) -> str:
-    """What the cost of the model in use is based on. With fewer than `MIN_ANSWERS` answers it is a guess."""
+    """The basis for the cost of the model in use. With fewer than `MIN_ANSWERS` answers, the cost is a guess."""
     answers = figures["current_answers"]
     return f"from {answers:,} answers" if answers >= MIN_ANSWERS else "a first guess"
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from autotag.compare.ask import Outcome
 from autotag.compare.figures import Difference, basis, compare_tags, latency, model_name, price, share
 from autotag.images.sent import data_url
+
+if TYPE_CHECKING:
+    from autotag.compare.ask import ComparedOutcome
 
 STYLE = """
 :root { color-scheme: light dark; --ground: #f6f7f9; --card: #fff; --ink: #1a1f2b; --soft: #5b6475; --line: #dfe3ea;
@@ -65,11 +67,11 @@ li.less::before { content: "− "; font-weight: 700; }
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def make_page(figures: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
+def make_page(figures: Mapping[str, Any], outcomes: Sequence[ComparedOutcome]) -> str:
     """The page as HTML. Images without an answer come first, then those whose tags differ most.
 
     Args:
-        figures: what `figures.summarise` returned.
+        figures: the result of `figures.summarise`.
         outcomes: of `Comparison`.
     """
     title = f"{figures['model']} compared with {_stored_by(figures)}"
@@ -98,7 +100,7 @@ def _stored_by(figures: Mapping[str, Any]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and others"
 
 
-def _agreement(outcome: Outcome) -> tuple[bool, float, str]:
+def _agreement(outcome: ComparedOutcome) -> tuple[bool, float, str]:
     difference = compare_tags(outcome)
     return difference is not None, difference.jaccard if difference else 0.0, outcome.sample.asset_id
 
@@ -158,7 +160,7 @@ def _legend() -> str:
     )
 
 
-def _card(outcome: Outcome, figures: Mapping[str, Any]) -> str:
+def _card(outcome: ComparedOutcome, figures: Mapping[str, Any]) -> str:
     sample, difference = outcome.sample, compare_tags(outcome)
     picture = (
         f'<img src="{data_url(outcome.thumbnail)}" alt="{text(sample.caption or "")}">'
@@ -174,13 +176,13 @@ def _card(outcome: Outcome, figures: Mapping[str, Any]) -> str:
     )
 
 
-def _stored(outcome: Outcome, difference: Difference | None) -> str:
+def _stored(outcome: ComparedOutcome, difference: Difference | None) -> str:
     sample = outcome.sample
     marked = dict.fromkeys(difference.missing, "less") if difference else {}
     return _answer(sample.model or "stored", sample.caption, _chips(outcome.stored_tags, sample.confidence, marked))
 
 
-def _new(outcome: Outcome, difference: Difference | None, figures: Mapping[str, Any]) -> str:
+def _new(outcome: ComparedOutcome, difference: Difference | None, figures: Mapping[str, Any]) -> str:
     if outcome.result is None or difference is None:
         reason = outcome.error.message if outcome.error else ""
         return _answer(figures["model"], None, f'<p class="failed">{text(reason)}</p>')
@@ -197,7 +199,8 @@ def _answer(title: str, caption: str | None, inside: str) -> str:
 
 
 def _chips(tags: Iterable[str], confidence: object, marked: Mapping[str, str]) -> str:
-    """Tags with their confidence in percent. The host's column can hold any JSON, so only numbers from 0 to 1 count."""
+    """Tags with their confidence in percent. The host's column can hold any JSON, so only numbers from 0 to 1 are
+    used."""
     by_tag = confidence if isinstance(confidence, dict) else {}
     chips = []
     for tag in tags:

@@ -1,4 +1,4 @@
-"""What uploads are asked beside the question: each brief is read once, because it never changes."""
+"""Briefs: what uploads are asked in addition to the question. Each brief is read once, because it never changes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections import OrderedDict
 
 from autotag.db.connections import Connections
 from autotag.db.errors import NotHeld
-from autotag.db.messages import Brief, make
+from autotag.db.messages import Brief
+from autotag.db.readers import maybe
 
 READ_TIMEOUT = 10.0  # seconds; it reads only tables of autotag
-KEPT = 200  # briefs; one with 500 tags has some 20 kB
+KEPT = 200  # briefs; a brief with 500 tags has about 20 kB
 
 
 class Briefs:
@@ -23,10 +24,11 @@ class Briefs:
         self._reading: dict[int, asyncio.Lock] = {}
 
     async def get(self, number: int | None) -> Brief | None:
-        """The brief with this number; None: the question alone is asked. Images that need the same one wait for it.
+        """The brief with this number; None: only the question is asked. If several images need the same brief, it is
+        read once.
 
         Raises:
-            NotHeld: the worker does not hold an image that is asked this (any more).
+            NotHeld: the worker no longer holds an image with this brief.
             psycopg.Error, Busy, TooSlow: the database failed.
         """
         if number is None:
@@ -43,9 +45,9 @@ class Briefs:
         return brief
 
     async def _load(self, number: int) -> Brief:
-        row = await self._connections.call(
-            "other", "select autotag.describe_brief(%s, %s) as brief", self._worker, number, within=READ_TIMEOUT
+        brief = await self._connections.call(
+            "other", maybe(Brief), "select autotag.describe_brief(%s, %s)", self._worker, number, within=READ_TIMEOUT
         )
-        if row["brief"] is None:
+        if brief is None:
             raise NotHeld("This worker holds no image that is asked this.")
-        return make(Brief, row["brief"])
+        return brief

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any, cast
+from dataclasses import asdict, replace
+from typing import TypeVar
 
 import psycopg
 import structlog
@@ -24,6 +24,7 @@ from autotag.db.messages import (
     Batch,
     BatchAnswer,
     BatchClaim,
+    BatchNote,
     Beat,
     Broadcast,
     Claim,
@@ -41,20 +42,22 @@ from autotag.db.messages import (
     Settled,
     Sought,
     StageReport,
-    make,
 )  # fmt: skip
 from autotag.db.operator_messages import Metrics
-from autotag.db.rows import BatchClaimRow, ClaimRow
+from autotag.db.readers import Reader, make, many, maybe, nothing, one
+from autotag.db.rows import BatchClaimRow, BeatRow, ClaimRow
 
-# Seconds that a call may take before it is cancelled. They bound what the host's triggers and locks can cost.
+# Seconds that a call may take before it is cancelled. They limit the time that the host's triggers and locks can take.
 LEASE_TIMEOUT = 10.0  # heartbeat, release_lost
-DESCRIBE_TIMEOUT = 10.0  # describe_tasks, batch_images: a transaction of the host's can hold its whole table
-SETTLE_TIMEOUT = 2.0  # settle: then the outcomes are kept for the store lane
-STAGES_TIMEOUT = 2.0  # report_stages, show_batch: then the stages are dropped
+DESCRIBE_TIMEOUT = 10.0  # describe_tasks, batch_images: a transaction of the host can lock its whole table
+SETTLE_TIMEOUT = 2.0  # settle; after this time, the outcomes are kept for the store lane
+STAGES_TIMEOUT = 2.0  # report_stages, show_batch; after this time, the stages are dropped
 STORE_TIMEOUT = 10.0  # pick_unstored, store_waiting, postpone_stores, batch_answers
-KEEP_TIMEOUT = 10.0  # settle and batch_answers that only keep outcomes: they touch no row of the host's
+KEEP_TIMEOUT = 10.0  # settle and batch_answers, if they only keep outcomes and write no row of the host
 BATCH_TIMEOUT = 30.0  # other steps of a batch
-SEAL_TIMEOUT = 5.0  # seal_uploads: then that upload is postponed; 50,000 images take about two
+SEAL_TIMEOUT = 5.0  # seal_uploads; after this time, the upload is postponed; 50,000 images take about two seconds
+
+R = TypeVar("R")
 
 log = structlog.get_logger(__name__)
 
@@ -85,8 +88,8 @@ class Database:
         """The question for the images of a claim.
 
         Args:
-            sent: the question whose version was sent with the claim. ``self._question`` may be newer, because the
-                other lane may have received it meanwhile.
+            sent: the question whose version was sent with the claim. ``self._question`` may be newer, because the other
+                lane may have received a new one meanwhile.
             changed: the question in the database's result; None: ``sent`` is still the current one.
         """
         if changed is None and sent is not None:
@@ -118,11 +121,10 @@ class Database:
         Raises:
             VersionsDiffer: the schema has another version.
         """
-        row = await self._connections.call(
-            "lease", "select autotag.register_worker(%s, %s, %s, %s, %s, %s) as settings",
+        self._registered = await self._connections.call(
+            "lease", one(Registered), "select autotag.register_worker(%s, %s, %s, %s, %s, %s)",
             self.worker, host, version, listening, base_url, fingerprint,
         )  # fmt: skip
-        self._registered = make(Registered, row["settings"])
         return self._registered
 
     async def heartbeat(self, claims: Sequence[int], batch_claims: Sequence[int]) -> Beat:
@@ -136,64 +138,64 @@ class Database:
             VersionsDiffer: the schema has been upgraded.
         """
         row = await self._connections.call_once(
-            "lease", "select alive, lost, tick_due, settings from autotag.heartbeat(%s, %s::integer[], %s::integer[])",
+            "lease", one(BeatRow),
+            "select alive, lost, tick_due, settings from autotag.heartbeat(%s, %s::integer[], %s::integer[])",
             self.worker, list(claims), list(batch_claims), within=LEASE_TIMEOUT,
         )  # fmt: skip
         self._registered = make(Registered, row["settings"])
-        return make(Beat, {**row, "settings": self._registered})
+        return Beat(row["alive"], row["lost"], row["tick_due"], self._registered)
 
     async def release_lost(self, claims: Sequence[int], batch_claims: Sequence[int]) -> int:
         """Releases what this worker holds by other claims than these, because their replies were lost; returns the
         number of tasks and batches. Not retried: the next heartbeat says so again."""
-        row = await self._connections.call_once(
-            "lease", "select autotag.release_lost(%s, %s::integer[], %s::integer[]) as n",
+        return await self._connections.call_once(
+            "lease", int, "select autotag.release_lost(%s, %s::integer[], %s::integer[])",
             self.worker, list(claims), list(batch_claims), within=LEASE_TIMEOUT,
         )  # fmt: skip
-        return int(row["n"])
 
     async def tick_if_due(self) -> bool:
         """Runs the periodic work that is overdue. True: call again, because another lease has ended. Not retried."""
-        return bool((await self._connections.call_once("other", "select autotag.tick_if_due() as more"))["more"])
+        return await self._connections.call_once("other", bool, "select autotag.tick_if_due()")
 
     async def release(self) -> int:
         """Releases everything that the worker holds, and ends its lease; returns the number of tasks and batches."""
-        return int((await self._connections.call("lease", "select autotag.release_worker(%s) as n", self.worker))["n"])
+        return await self._connections.call("lease", int, "select autotag.release_worker(%s)", self.worker)
 
     async def claim(self, number: int, slots: int) -> Claim:
         """Claims images for single calls. With the same number, it returns the same images (`Claims.number`)."""
         question = self._question
-        row: ClaimRow = await self._connections.call(
-            "claim", "select tasks, wait, bound, question from autotag.claim(%s, %s, %s, %s)",
+        row = await self._connections.call(
+            "claim", one(ClaimRow), "select tasks, wait, bound, question from autotag.claim(%s, %s, %s, %s)",
             self.worker, slots, number, _version(question),
         )  # fmt: skip
         return Claim(row["tasks"], row["wait"], row["bound"], self._settings(question, row["question"]))
 
     async def seal_uploads(self, *, quiet: bool = False) -> Sealed:
-        """Makes a job of one upload of automatic mode that is complete. Not retried. quiet: does not show it on rows.
+        """Makes a job of one complete upload of automatic mode. Not retried. quiet: do not show the stage on the rows.
 
         Raises:
             Busy, TooSlow: writing the host's rows takes too long; the upload was postponed.
         """
-        row = await self._connections.call_once(
-            "seal", "select sealed, more, wait, notices from autotag.seal_uploads(%s, %s)", self.worker, quiet,
-            within=SEAL_TIMEOUT)  # fmt: skip
-        return make(Sealed, row)
+        return await self._connections.call_once(
+            "seal", one(Sealed), "select sealed, more, wait, notices from autotag.seal_uploads(%s, %s)",
+            self.worker, quiet, within=SEAL_TIMEOUT)  # fmt: skip
 
     async def describe_tasks(self, number: int, tasks: Sequence[int]) -> list[Image]:
-        """Describes images of the claim with this number. Those that the worker does not hold any more are missing.
+        """Describes images of the claim with this number. Images that the worker no longer holds are missing.
 
         Raises:
-            Busy, TooSlow: the host's table is held.
+            Busy, TooSlow: the host's table is locked.
         """
-        row = await self._connections.call(
-            "describe", "select autotag.describe_tasks(%s, %s::bigint[]) as images",
+        images = await self._connections.call(
+            "describe", many(Image), "select autotag.describe_tasks(%s, %s::bigint[])",
             self.worker, list(tasks), within=DESCRIBE_TIMEOUT,
         )  # fmt: skip
-        return [make(Image, {**image, "claim": number}) for image in row["images"]]
+        return [replace(image, claim=number) for image in images]
 
     async def report_unreadable(self, tasks: list[int]) -> None:
         """Reports images whose description raised `Lost` by itself."""
-        await self._connections.call("other", "select autotag.report_unreadable(%s, %s::bigint[])", self.worker, tasks)
+        statement = "select autotag.report_unreadable(%s, %s::bigint[])"
+        await self._connections.call("other", nothing, statement, self.worker, tasks)
 
     async def report_stages(self, workspace: str | None, stages: list[StageReport], sent: Sent | None) -> list[Notice]:
         """Reports stages of images of one workspace, and calls that were sent (also without a workspace); returns
@@ -202,11 +204,10 @@ class Database:
         Raises:
             Busy, TooSlow: the workspace's rows are held, or writing them takes too long.
         """
-        row = await self._connections.call_once(
-            "stages", "select autotag.report_stages(%s, %s, %s, %s) as notices",
+        return await self._connections.call_once(
+            "stages", many(Notice), "select autotag.report_stages(%s, %s, %s, %s)",
             self.worker, workspace, Jsonb(stages), Jsonb(sent) if sent else None, within=STAGES_TIMEOUT,
         )  # fmt: skip
-        return cast("list[Notice]", row["notices"])
 
     async def settle(
         self, workspace: str, reports: list[Report], observed: ObservedLimits | None, *, keep: bool
@@ -222,30 +223,26 @@ class Database:
         Raises:
             Busy, TooSlow: the workspace's rows are held, or writing them takes too long.
         """
-        row = await self._connections.call(
-            "settle", "select autotag.settle(%s, %s, %s, %s, %s) as result",
+        return await self._connections.call(
+            "settle", one(Settled), "select autotag.settle(%s, %s, %s, %s, %s)",
             self.worker, workspace, Jsonb(reports), Jsonb(observed) if observed else None, keep,
             within=KEEP_TIMEOUT if keep else SETTLE_TIMEOUT,
         )  # fmt: skip
-        return make(Settled, row["result"])
 
     async def list_unstored(self) -> Unstored:
         """What waits for the host's rows."""
-        row = await self._connections.call(
-            "other", "select workspaces::text[] as workspaces, wait from autotag.list_unstored(%s)", self.worker
-        )
-        return make(Unstored, row)
+        statement = "select workspaces::text[] as workspaces, wait from autotag.list_unstored(%s)"
+        return await self._connections.call("other", one(Unstored), statement, self.worker)
 
     async def pick_unstored(self, workspace: str, limit: int) -> list[int]:
         """At most ``limit`` outcomes of a workspace that are due, by their tasks.
 
         Raises:
-            Busy, TooSlow: as below.
+            Busy, TooSlow: as in `store_waiting`.
         """
-        row = await self._connections.call(
-            "store", "select autotag.pick_unstored(%s, %s, %s) as tasks", self.worker, workspace, limit,
+        return await self._connections.call(
+            "store", many(int), "select autotag.pick_unstored(%s, %s, %s)", self.worker, workspace, limit,
             within=STORE_TIMEOUT)  # fmt: skip
-        return cast("list[int]", row["tasks"])
 
     async def store_waiting(self, workspace: str, tasks: Sequence[int]) -> Stored:
         """Stores outcomes of a workspace that waited for the host's rows.
@@ -253,29 +250,27 @@ class Database:
         Raises:
             Busy, TooSlow: writing the rows takes too long; call `postpone_stores` with the same tasks next.
         """
-        row = await self._connections.call(
-            "store", "select autotag.store_waiting(%s, %s, %s::bigint[]) as result",
+        return await self._connections.call(
+            "store", one(Stored), "select autotag.store_waiting(%s, %s, %s::bigint[])",
             self.worker, workspace, list(tasks), within=STORE_TIMEOUT,
         )  # fmt: skip
-        return make(Stored, row["result"])
 
     async def postpone_stores(self, workspace: str, tasks: Sequence[int], *, lost: bool = False) -> list[Notice]:
-        """Delays the outcomes that `store_waiting` could not store; returns notices. lost: it raised `Lost`.
+        """Delays outcomes that `store_waiting` could not store; returns notices. lost: `store_waiting` raised `Lost`.
 
         Raises:
-            Busy, TooSlow: as above.
+            Busy, TooSlow: as in `store_waiting`.
         """
-        row = await self._connections.call(
-            "store", "select autotag.postpone_stores(%s, %s, %s::bigint[], %s) as notices",
+        return await self._connections.call(
+            "store", many(Notice), "select autotag.postpone_stores(%s, %s, %s::bigint[], %s)",
             self.worker, workspace, list(tasks), lost, within=STORE_TIMEOUT,
         )  # fmt: skip
-        return cast("list[Notice]", row["notices"])
 
     async def claim_batches(self, number: int, slots: int) -> BatchClaim:
         """Claims batches and polls. With the same number, it returns the same batches (`Claims.number`)."""
         question = self._question
-        row: BatchClaimRow = await self._connections.call(
-            "claim", "select c.* from autotag.claim_batches(%s, %s, %s, %s) c",
+        row = await self._connections.call(
+            "claim", one(BatchClaimRow), "select c.* from autotag.claim_batches(%s, %s, %s, %s) c",
             self.worker, slots, number, _version(question),
         )  # fmt: skip
         return BatchClaim(
@@ -289,85 +284,85 @@ class Database:
             look_up=row["look_up"],
         )
 
-    # The calls of a batch raise `Busy` (its rows are held) and `TooSlow` (the host's); `BatchSlots.retry` calls again.
+    # The calls of a batch raise `Busy` (locked rows) and `TooSlow` (slow rows). `BatchSlots.retry` repeats them.
 
     async def batch_images(self, batch: Batch, after: int, limit: int) -> list[Image]:
         """The next images of a batch: at most ``limit``, with task ids greater than ``after``."""
-        row = await self._batch(
-            "select autotag.batch_images(%s, %s, %s, %s, %s) as result", batch, after, limit, within=DESCRIBE_TIMEOUT
-        )  # fmt: skip
-        return [make(Image, image) for image in row["result"]]
+        statement = "select autotag.batch_images(%s, %s, %s, %s, %s)"
+        return await self._batch(many(Image), statement, batch, after, limit, within=DESCRIBE_TIMEOUT)
 
     async def batch_step(self, batch: Batch, state: str, input_file_id: str | None = None) -> None:
         """Records that the next step of submitting a batch starts."""
-        await self._batch("select autotag.batch_step(%s, %s, %s, %s, %s) as result", batch, state, input_file_id)
+        await self._batch(nothing, "select autotag.batch_step(%s, %s, %s, %s, %s)", batch, state, input_file_id)
 
-    async def note_images(self, batch: Batch, notes: list[dict[str, Any]]) -> None:
-        """Notes what was done to images of a batch's file, [{task, image}], until its answers are stored."""
-        await self._batch("select autotag.note_images(%s, %s, %s, %s) as result", batch, Jsonb(notes))
+    async def note_images(self, batch: Batch, notes: list[BatchNote]) -> None:
+        """Notes what was done to images of a batch's file, until its answers are stored."""
+        await self._batch(nothing, "select autotag.note_images(%s, %s, %s, %s)", batch, Jsonb(notes))
 
     async def batch_split(self, batch: Batch, last_task: int) -> None:
         """Moves the images after ``last_task``, which did not fit into the file, to another batch."""
-        await self._batch("select autotag.batch_split(%s, %s, %s, %s) as result", batch, last_task)
+        await self._batch(nothing, "select autotag.batch_split(%s, %s, %s, %s)", batch, last_task)
 
     async def batch_submitted(self, batch: Batch, openai_batch_id: str, status: str, input_file_id: str) -> None:
         """Records that the batch was created at the provider."""
         await self._batch(
-            "select autotag.batch_submitted(%s, %s, %s, %s, %s, %s) as result",
+            nothing, "select autotag.batch_submitted(%s, %s, %s, %s, %s, %s)",
             batch, openai_batch_id, status, input_file_id,
         )  # fmt: skip
 
     async def report_batch_failure(self, batch: Batch, error: ErrorReport) -> None:
         """Reports that a step of a batch failed, and releases the batch."""
-        await self._batch("select autotag.report_batch_failure(%s, %s, %s, %s) as result", batch, Jsonb(error))
+        await self._batch(nothing, "select autotag.report_batch_failure(%s, %s, %s, %s)", batch, Jsonb(error))
 
     async def batch_answers(self, batch: Batch, answers: list[BatchAnswer], *, keep: bool = False) -> Settled:
         """Stores answers of a batch; returns how many images have ended without a retry. keep: as in `settle`."""
-        row = await self._batch(
-            "select autotag.batch_answers(%s, %s, %s, %s, %s) as result", batch, Jsonb(answers), keep,
+        return await self._batch(
+            one(Settled), "select autotag.batch_answers(%s, %s, %s, %s, %s)", batch, Jsonb(answers), keep,
             within=KEEP_TIMEOUT if keep else STORE_TIMEOUT,
         )  # fmt: skip
-        return make(Settled, row["result"])
 
     async def batch_finish(self, batch: Batch) -> None:
         """Ends a batch after its last answer, or without a submission."""
-        await self._batch("select autotag.batch_finish(%s, %s, %s) as result", batch)
+        await self._batch(nothing, "select autotag.batch_finish(%s, %s, %s)", batch)
 
-    async def _batch(self, statement: str, batch: Batch, *arguments: object, within: float = BATCH_TIMEOUT) -> Any:
+    async def _batch(
+        self, read: Reader[R], statement: str, batch: Batch, *arguments: object, within: float = BATCH_TIMEOUT
+    ) -> R:
         return await self._connections.call(
-            "batch", statement, self.worker, batch.batch, batch.attempt, *arguments, within=within
+            "batch", read, statement, self.worker, batch.batch, batch.attempt, *arguments, within=within
         )
 
     async def show_batch(self, batch: str, after: int, limit: int) -> int | None:
         """Shows the stage of a batch on its next images: at most ``limit``, with task ids greater than ``after``.
-        Returns the last one; None: there are no more. Not retried: raises `Busy` and `TooSlow` (rows are held or slow).
+        Returns the last one; None: there are no more.
+
+        Raises:
+            Busy, TooSlow: the upload's row is held, or writing the images' rows takes too long.
         """
-        row = await self._connections.call_once(
-            "stages", "select autotag.show_batch(%s, %s, %s, %s) as last",
+        return await self._connections.call(
+            "stages", maybe(int), "select autotag.show_batch(%s, %s, %s, %s)",
             self.worker, batch, after, limit, within=STAGES_TIMEOUT,
         )  # fmt: skip
-        return cast("int | None", row["last"])
 
     async def record_poll(self, polled: list[PolledBatch]) -> list[str]:
         """Reports the state of batches at the provider; returns those whose stage has changed (`show_batch`)."""
-        row = await self._connections.call(
-            "other", "select autotag.record_poll(%s, %s)::text[] as batches", self.worker, Jsonb(polled))  # fmt: skip
-        return cast("list[str]", row["batches"])
+        statement = "select autotag.record_poll(%s, %s)::text[]"
+        return await self._connections.call("other", many(str), statement, self.worker, Jsonb(polled))
 
     async def provider_checked(self, facts: ProviderFacts) -> str | None:
         """Reports facts about the provider; returns a warning for the log if the model shuts down soon."""
-        row = await self._connections.call(
-            "other", "select autotag.provider_checked(%s, %s) as notice", self.worker, Jsonb(facts))  # fmt: skip
-        return cast("str | None", row["notice"])
+        statement = "select autotag.provider_checked(%s, %s)"
+        return await self._connections.call("other", maybe(str), statement, self.worker, Jsonb(facts))
 
     async def report_poll_failure(self, error: ErrorReport) -> None:
         """Reports that a poll failed, so that the next one is delayed."""
-        await self._connections.call("other", "select autotag.report_poll_failure(%s, %s)", self.worker, Jsonb(error))
+        statement = "select autotag.report_poll_failure(%s, %s)"
+        await self._connections.call("other", nothing, statement, self.worker, Jsonb(error))
 
     async def files_deleted(self, files: Sequence[str], batches: Sequence[str] = ()) -> None:
         """Reports files that no longer exist at the provider, and batches that have no unrecorded files there."""
         statement = "select autotag.files_deleted(%s, %s::text[], %s::uuid[])"
-        await self._connections.call("other", statement, self.worker, list(files), list(batches))
+        await self._connections.call("other", nothing, statement, self.worker, list(files), list(batches))
 
     async def receive_webhook(self, webhook_id: str, event_type: str, openai_batch_id: str) -> str:
         """Records a delivery of the webhook; returns ``accepted``, ``replayed``, ``unknown`` or ``ignored``.
@@ -376,24 +371,21 @@ class Database:
             Refused: an id is not valid.
         """
         try:
-            row = await self._connections.call(
-                "other", "select autotag.receive_webhook(%s, %s, %s) as result", webhook_id, event_type, openai_batch_id
+            return await self._connections.call(
+                "other", str, "select autotag.receive_webhook(%s, %s, %s)", webhook_id, event_type, openai_batch_id
             )
         except psycopg.DatabaseError as error:
             if (refusal(error) or {}).get("code") != "bad_webhook":
                 raise
             raise Refused(str(error.diag.message_primary), error.diag.message_hint, None) from None
-        return str(row["result"])
 
     async def metrics(self) -> Metrics:
         """Counts and ages of the whole system. Not retried."""
-        row = await self._connections.call_once("other", "select autotag.metrics() as metrics")
-        return cast("Metrics", row["metrics"])
+        return await self._connections.call_once("other", one(Metrics), "select autotag.metrics()")
 
     async def take_outbox(self, limit: int) -> list[Broadcast]:
         """Takes at most ``limit`` messages from the outbox."""
-        row = await self._connections.call("other", "select autotag.take_outbox(%s) as messages", limit)
-        return cast("list[Broadcast]", row["messages"])
+        return await self._connections.call("other", many(Broadcast), "select autotag.take_outbox(%s)", limit)
 
 
 def _version(question: Question | None) -> int | None:

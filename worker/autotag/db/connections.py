@@ -1,10 +1,10 @@
-"""The connections of a worker, which every purpose has its own share of, and the retries of its calls."""
+"""The connections of a worker, divided by purpose, and the retries of its calls."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import orjson
 import psycopg
@@ -15,26 +15,28 @@ from psycopg_pool import AsyncConnectionPool
 
 from autotag.db.errors import CALL_ERRORS, Busy, Lost, NotHeld, TooSlow, VersionsDiffer, refusal
 from autotag.db.listening import KEEPALIVES, MAX_RETRY_DELAY
+from autotag.db.readers import Reader, row_value
 from autotag.redact import safe_message
 
 Purpose = Literal["lease", "claim", "describe", "settle", "seal", "store", "batch", "stages", "other"]
 
-#: Connections that a purpose may use at the same time. A call that writes or reads the host's rows takes as long as the
-#: host's triggers and locks do; so no purpose can use those of another. Nor would that be fast: a connection plans the
-#: statements of each function once, which takes 0.1 s for a claim.
+#: The number of connections that each purpose may use at the same time. A call that writes or reads the host's rows
+#: takes as long as the host's triggers and locks take, so no purpose may use the connections of another. Sharing would
+#: also be slow: each connection plans the statements of a function once, which takes 0.1 s for a claim.
 SHARES: dict[Purpose, int] = {
     "lease": 1, "claim": 1, "describe": 1, "settle": 3, "seal": 1, "store": 2, "batch": 2, "stages": 1, "other": 1,
 }  # fmt: skip
-#: Triggers, functions and policies of the host's run in the sessions of these purposes.
+#: Triggers, functions and policies of the host's run in the sessions of these purposes. Their callers handle `Busy`,
+#: `TooSlow` and `Lost`; the other calls are retried.
 FOREIGN_CODE: tuple[Purpose, ...] = ("describe", "settle", "seal", "store", "batch", "stages")
-#: These purposes share HOST_SHARE connections: what they do can wait.
+#: These purposes share HOST_SHARE connections, because their calls can wait.
 HOST_PURPOSES: tuple[Purpose, ...] = ("store", "batch", "stages")
 HOST_SHARE = 3
 POOL_SIZE = sum(n for purpose, n in SHARES.items() if purpose not in HOST_PURPOSES) + HOST_SHARE  # 11, if all are busy
 FIRST_RETRY_DELAY = 0.2  # max seconds until the first retry; twice as long each time, up to MAX_RETRY_DELAY
 MAX_LOSSES = 3  # how often a call may lose a connection that was usable just before, until it raises `Lost`
-#: Their callers handle `Busy`, `TooSlow` and `Lost`; the other calls are retried.
-_RAISING: tuple[Purpose, ...] = ("describe", "settle", "seal", "store", "batch", "stages")
+
+R = TypeVar("R")
 
 log = structlog.get_logger(__name__)
 
@@ -43,16 +45,16 @@ set_json_loads(orjson.loads)
 
 
 def _log_retry(error: BaseException) -> None:
-    log.warning("database_retry", error=safe_message(error))
+    log.warning("database_call_retried", error=safe_message(error))
 
 
 async def _reset(connection: psycopg.AsyncConnection[Any]) -> None:
-    """Undoes what the host's code has set for the session, a `statement_timeout` for example."""
+    """Resets parameters that the host's code has set for the session, for example `statement_timeout`."""
     await connection.execute("reset all", prepare=False)
 
 
 class Connections:
-    """Pools of connections, opened as they are needed and closed when they have been idle."""
+    """Pools of connections, which are opened when needed and closed when idle."""
 
     def __init__(self, url: str, *, prepare: bool = True) -> None:
         """
@@ -98,22 +100,24 @@ class Connections:
         for pool in set(self._pools.values()):
             await pool.close()
 
-    async def call(self, purpose: Purpose, statement: str, *arguments: object, within: float | None = None) -> Any:
-        """Executes one statement and returns its row. Retries after a broken connection; see `call_once`.
+    async def call(
+        self, purpose: Purpose, read: Reader[R], statement: str, *arguments: object, within: float | None = None
+    ) -> R:
+        """Executes one statement and returns what it says. Retries after a broken connection; see `call_once`.
 
         Raises:
             Busy, TooSlow, Lost: only for the purposes whose callers handle them; the others are retried.
         """
-        retried = _is_broken if purpose in _RAISING else _is_temporary
+        retried = _is_broken if purpose in FOREIGN_CODE else _is_temporary
         delay = FIRST_RETRY_DELAY
-        broken = False  # the last connection; then the next one is tried first
+        broken = False  # the last connection was broken, so the next one is tested first
         losses = 0
         while True:
             try:
-                return await self._call(purpose, statement, arguments, within, check=broken)
+                return read(await self._call(purpose, statement, arguments, within, check=broken))
             except Lost as error:
                 losses += 1
-                if losses == MAX_LOSSES and purpose in _RAISING:
+                if losses == MAX_LOSSES and purpose in FOREIGN_CODE:
                     raise
                 _log_retry(error)
             except CALL_ERRORS as error:
@@ -124,26 +128,29 @@ class Connections:
             await asyncio.sleep(random.uniform(0, delay))
             delay = min(2 * delay, MAX_RETRY_DELAY)
 
-    async def call_once(self, purpose: Purpose, statement: str, *arguments: object, within: float | None = None) -> Any:
-        """Executes one statement and returns its row.
+    async def call_once(
+        self, purpose: Purpose, read: Reader[R], statement: str, *arguments: object, within: float | None = None
+    ) -> R:
+        """Executes one statement and returns what it says.
 
         Args:
             purpose: whose share of the connections it uses; it waits for a free one.
+            read: makes a typed value of the row (`autotag.db.readers`).
             statement: calls one function.
             arguments: of the statement.
             within: seconds that the statement may take. Then it is cancelled in the server, and the connection can be
                 used again.
 
         Raises:
-            Busy, TooSlow, NotHeld, VersionsDiffer: see there.
+            Busy, TooSlow, NotHeld, VersionsDiffer: see these classes.
             psycopg.Error: any other error.
         """
-        return await self._call(purpose, statement, arguments, within, check=False)
+        return read(await self._call(purpose, statement, arguments, within, check=False))
 
     async def _call(
         self, purpose: Purpose, statement: str, arguments: tuple[object, ...], within: float | None, *, check: bool
-    ) -> Any:
-        """`call_once`. check: try the connection first; if the statement loses it then, raise `Lost`."""
+    ) -> object:
+        """`call_once`, unread. check: try the connection first; if the statement loses it then, raise `Lost`."""
         async with self._shares[purpose], self._pools[purpose].connection() as connection:
             if check:
                 await AsyncConnectionPool.check_connection(connection)
@@ -159,15 +166,15 @@ class Connections:
                 raise (error if meaning is None else meaning) from None
 
 
-async def _execute(connection: psycopg.AsyncConnection[Any], statement: str, arguments: tuple[object, ...]) -> Any:
-    """Executes one statement and returns its row. If the host's code has changed the session's prepared statements
-    (`deallocate all`), nothing was done, and it is executed again without them."""
+async def _execute(connection: psycopg.AsyncConnection[Any], statement: str, arguments: tuple[object, ...]) -> object:
+    """Executes one statement and returns what a reader gets. If the host's code has changed the session's prepared
+    statements (`deallocate all`), nothing was done, and it is executed again without them."""
     try:
         cursor = await connection.execute(statement, arguments)
     except (psycopg.errors.InvalidSqlStatementName, psycopg.errors.DuplicatePreparedStatement):
-        await connection.execute("deallocate all")  # then psycopg knows of none either
+        await connection.execute("deallocate all")  # makes psycopg forget them, too
         cursor = await connection.execute(statement, arguments, prepare=False)
-    return await cursor.fetchone()
+    return row_value(await cursor.fetchone())
 
 
 def _is_lost(error: psycopg.DatabaseError, connection: psycopg.AsyncConnection[Any]) -> bool:
@@ -176,7 +183,7 @@ def _is_lost(error: psycopg.DatabaseError, connection: psycopg.AsyncConnection[A
 
 
 def _meaning(error: psycopg.DatabaseError) -> Exception | None:
-    """The exception for an error that callers handle; None: they do not."""
+    """The exception for an error that callers handle; None: they do not handle it."""
     match (refusal(error) or {}).get("code"):
         case "batch_not_held":
             return NotHeld(str(error))

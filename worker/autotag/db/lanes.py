@@ -9,7 +9,8 @@ from autotag.db.messages import Notice
 
 @dataclass(frozen=True)
 class Unstored:
-    """Workspaces with due outcomes that wait for the host's rows, and seconds until the next are due (None: none)."""
+    """Workspaces with due outcomes that wait for the host's rows, and seconds until the next ones are due (None: no
+    more wait)."""
 
     workspaces: list[str]
     wait: float | None

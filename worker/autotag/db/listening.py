@@ -1,11 +1,11 @@
-"""Notifications: tests that they arrive, and receives them."""
+"""Tests that notifications arrive, and receives them."""
 
 from __future__ import annotations
 
 import asyncio
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import psycopg
 import structlog
@@ -16,10 +16,19 @@ from autotag.redact import safe_message
 MAX_RETRY_DELAY = 5.0  # seconds between retries while the database is unreachable
 CONNECT_TIMEOUT = 30.0  # seconds that a starting worker waits for an unreachable database
 LISTEN_TEST_TIMEOUT = 5.0  # seconds until the test notification must arrive
+
+
+class Keepalives(TypedDict):
+    """Parameters of libpq."""
+
+    keepalives_idle: int
+    keepalives_interval: int
+    keepalives_count: int
+    tcp_user_timeout: int
+
+
 #: Detect a lost peer within a minute. Seconds; tcp_user_timeout: milliseconds.
-KEEPALIVES: dict[str, Any] = {
-    "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000,
-}  # fmt: skip
+KEEPALIVES = Keepalives(keepalives_idle=30, keepalives_interval=10, keepalives_count=3, tcp_user_timeout=60_000)
 CHANNEL = "autotag"
 
 log = structlog.get_logger(__name__)
@@ -64,7 +73,7 @@ async def listen(url: str, on_wake: Callable[[str], None]) -> None:
     """Calls ``on_wake`` with the payload of each notification until it is cancelled. Reconnects after a broken
     connection.
 
-    After each connect it also calls ``on_wake("")``, which wakes all: notifications before the connect are lost.
+    After each connect, it also calls ``on_wake("")``, which wakes all lanes, because earlier notifications are lost.
     """
     delay = 0.1
     while True:

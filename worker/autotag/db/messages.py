@@ -1,18 +1,17 @@
 """The messages between a worker (or an operator's command) and the database.
 
-Messages that a worker acts on are frozen dataclasses, made by `make`, which ignores fields that a newer schema adds.
+Messages that a worker acts on are frozen dataclasses, made by `readers.make`, which ignores fields that a newer schema
+adds.
 Reports, and rows that are only shown or passed on, are TypedDicts. tests/integration/test_messages.py compares all of
 them with the SQL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from functools import cache
-from typing import Any, Literal, NotRequired, Required, TypedDict, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Literal, NotRequired, Required, TypedDict
 
-T = TypeVar("T")
+from autotag.images.sent import ImageNotes
 
 #: The error kinds (``autotag.error_kinds``).
 Kind = Literal["transient", "rate_limit", "account", "image"]
@@ -54,7 +53,7 @@ class Question:
 
 
 class Field(TypedDict):
-    """Something else that the model says about an image. ``values``: of an enum."""
+    """A field: something that the model says about an image in addition to tags and caption. ``values``: of an enum."""
 
     name: str
     kind: Literal["enum", "boolean", "integer", "text"]
@@ -64,14 +63,14 @@ class Field(TypedDict):
 
 @dataclass(frozen=True)
 class Brief:
-    """What an upload is asked beside the question (``autotag.describe_brief``); it never changes.
+    """What an upload is asked in addition to the question (``autotag.describe_brief``). It never changes.
 
     Attributes:
         version: of the profile.
-        instructions: in the owner's words.
+        instructions: the owner's words.
         language: of tags and caption; None: tags as the question says.
         tag_count: None: the question's ``max_tags``.
-        vocabulary: for the prompt, in its order: a tag, or a tag and its description.
+        vocabulary: the entries for the prompt, in their order: a tag, or a tag and its description.
     """
 
     id: int
@@ -97,7 +96,7 @@ class Registered:
 
 @dataclass(frozen=True)
 class DatabaseSettings:
-    """The settings for the images of a claim: the claim's question, and those of the last heartbeat (`Registered`)."""
+    """The settings for the images of a claim: its question, and the settings of the last heartbeat (`Registered`)."""
 
     question: Question
     batch_max_bytes: int
@@ -109,8 +108,8 @@ class Image:
 
     It has no location if the asset was deleted, or if its file is ``refused``: ``foreign_file`` (the file belongs to
     another workspace), ``location_too_long``, ``filtered`` (the project's row filter leaves it out), ``hidden_file``
-    (the caller may not see the file), ``unreadable_row`` (reading the asset raises) or ``unreadable_now`` (that may
-    pass).
+    (the caller may not see the file), ``unreadable_row`` (reading the asset raises an error) or ``unreadable_now`` (the
+    same, but the error may pass).
     """
 
     task: int
@@ -125,18 +124,18 @@ class Image:
     traceparent: str | None = None  # of the HTTP request that made the job
     waited: float = 0.0  # seconds from the upload to the claim
     refused: str | None = None
-    brief: int | None = None  # what its upload is asked beside the question (`Brief.id`)
-    mark: str | None = None  # of this picture; its outcome names it, because the row may get another one meanwhile
+    brief: int | None = None  # what its upload is asked in addition to the question (`Brief.id`)
+    mark: str | None = None  # of this picture; the outcome contains it, because the row may get another picture
     claim: int = 0  # number of the claim that released it; the worker adds it
 
 
 @dataclass(frozen=True)
 class Beat:
-    """The answer to a heartbeat.
+    """The reply to a heartbeat.
 
     Attributes:
         alive: the worker has its lease; if not, it must register again.
-        lost: the worker holds work that it does not know of; it calls `Database.release_lost` next.
+        lost: the worker holds work unknown to it (a reply was lost); it calls `Database.release_lost` next.
         tick_due: `Database.tick_if_due` has something to do.
         settings: as they are now.
     """
@@ -174,7 +173,7 @@ class Notice(TypedDict):
 @dataclass(frozen=True)
 class Settled:
     """The number of accepted reports, and notices for the worker's log. busy: another call of this worker for the
-    workspace still runs; nothing was done. held: no broadcast has told of all rows yet (`Stages.follow_up`)."""
+    workspace still runs, so nothing was done. held: some changed rows are not broadcast yet (`Stages.follow_up`)."""
 
     accepted: int
     notices: list[Notice]
@@ -190,7 +189,7 @@ class Batch:
     attempt: int
     state: str
     image_count: int
-    since: float  # epoch seconds; its files and its batch at OpenAI were not created earlier
+    since: float  # epoch seconds; the earliest time at which its files and its batch at OpenAI were created
     cancelled: bool
     openai_batch_id: str | None
     input_file_id: str | None
@@ -202,7 +201,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Sought:
-    """A batch to look for at the provider: its id, and a time (epoch seconds) before which it was not created."""
+    """A batch to look for at the provider: its id, and the earliest time of its creation (epoch seconds)."""
 
     id: str
     since: float
@@ -237,7 +236,7 @@ class Broadcast(TypedDict):
 
     topic: str
     event: str
-    payload: object  # passed on as it is
+    payload: object  # passed on unchanged
     private: bool
 
 
@@ -277,7 +276,7 @@ class TagResult(TypedDict):
 
     tags: ordered by confidence. confidence: 0 to 1, by tag; missing for tags without one. caption: one sentence. model:
     the model that answered. fields: by name, if the brief has some (``autotag.clean_fields``); None: unknown. image:
-    what was done to the image that its user may want to know (``autotag.clean_image_notes``).
+    unusual properties of the image, for its user (``autotag.clean_image_notes``).
     """
 
     tags: list[str]
@@ -285,12 +284,12 @@ class TagResult(TypedDict):
     caption: str
     model: str
     fields: NotRequired[dict[str, Value]]
-    image: NotRequired[dict[str, Any]]
+    image: NotRequired[ImageNotes]
 
 
 class Outcome(TypedDict):
-    """The outcome of one single call: a result or an error. called: whether the provider was called. usage: set if it
-    answered."""
+    """The outcome of one single call: a result or an error. called: whether the provider was called. usage: set if the
+    provider answered."""
 
     called: bool
     usage: NotRequired[Usage | None]
@@ -319,6 +318,13 @@ class BatchAnswer(TypedDict):
     error: NotRequired[ErrorReport]
 
 
+class BatchNote(TypedDict):
+    """What is unusual about an image of a batch's file, in the form that ``autotag.note_images`` expects."""
+
+    task: int
+    image: ImageNotes
+
+
 class StageReport(TypedDict):
     """The stage of an image, in the form that ``autotag.report_stages`` expects."""
 
@@ -328,9 +334,9 @@ class StageReport(TypedDict):
 
 
 class Limits(TypedDict, total=False):
-    """The provider's limits from an answer's headers, what is left of them, and seconds to wait.
+    """The provider's limits from an answer's headers, how much of them is left, and the seconds to wait.
 
-    requests, tokens: per minute. day: requests per day. unclear: requests, but the headers do not say of what period.
+    requests, tokens: per minute. day: requests per day. unclear: requests of a period that the headers do not name.
     """
 
     requests_limit: int
@@ -386,14 +392,3 @@ class ProviderFacts(TypedDict):
     model: str
     shutdown_date: NotRequired[str | None]
     batches: NotRequired[bool]
-
-
-def make(kind: type[T], payload: Mapping[str, Any]) -> T:
-    """Makes a dataclass from the database's JSON. Unknown fields are ignored, because patch releases may add some."""
-    names = _names(cast("Any", kind))
-    return kind(**{name: value for name, value in payload.items() if name in names})
-
-
-@cache
-def _names(kind: Any) -> frozenset[str]:
-    return frozenset(field.name for field in fields(kind))

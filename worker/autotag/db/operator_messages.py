@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 from autotag.db.messages import ErrorReport, Image, Usage
 
@@ -77,7 +78,7 @@ class ModelStatus(TypedDict):
 
 
 class QueueStatus(TypedDict):
-    """Images that are being tagged (``live``), that are queued (in how many workspaces), and that will be retried
+    """Numbers of images: being tagged (``live``), queued (and in how many workspaces), and waiting for a retry
     (``delayed``)."""
 
     workspaces: int
@@ -87,8 +88,8 @@ class QueueStatus(TypedDict):
 
 
 class JobStatus(TypedDict):
-    """An unfinished upload. progress: percent. Times: ISO. fallback: why its images are not sent as its size would have
-    it, as a sentence for users."""
+    """An unfinished upload. progress: percent. Times: ISO. fallback: why its images are not sent in the way that its
+    size implies, as a sentence for users."""
 
     job_id: str
     workspace_id: str
@@ -124,8 +125,8 @@ class BatchStatus(TypedDict):
 
 
 class LimitsStatus(TypedDict):
-    """The provider's limits, and what is left of them. requests_per_day: None: no daily limit is known. blocked_until:
-    all calls wait until then. account_error: why tagging is paused; None: it is not."""
+    """The provider's limits, and how much of them is left. requests_per_day: None: no daily limit is known.
+    blocked_until: all calls wait until then. account_error: why tagging is paused; None: it is not."""
 
     requests_per_minute: int
     requests_left: float
@@ -177,7 +178,8 @@ class TodayStatus(TypedDict):
 
 
 class Waiting(TypedDict):
-    """What waits, and why. kind: ``batch``, ``workspace``, ``upload`` or ``outcomes``; until: ISO; None: no time."""
+    """Something that waits, and why. kind: ``batch``, ``workspace``, ``upload`` or ``outcomes``; until: ISO; None: no
+    known time."""
 
     kind: str
     workspace_id: str
@@ -267,7 +269,7 @@ class ComparisonPreview(TypedDict):
     """The prediction of a comparison (``autotag.preview_comparison``).
 
     cost: dollars for the sample; None: the model has no price. reserved: tokens per call. shutdown_date: ISO.
-    brief: of the workspace (`Brief`); None: it has no profile.
+    brief: of the workspace, for `make` (`Brief`); None: it has no profile.
     current_…: the model in use. current_answers: answers that it has given so far.
     """
 
@@ -275,7 +277,7 @@ class ComparisonPreview(TypedDict):
     cost: float | None
     reserved: int
     question: ModelQuestion
-    brief: dict[str, Any] | None
+    brief: Mapping[str, object] | None
     shutdown_date: str | None
     current_model: str
     current_effort: str | None

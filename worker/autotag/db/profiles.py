@@ -8,7 +8,7 @@ from autotag.db.messages import Field
 
 
 class ProfileChanges(TypedDict, total=False):
-    """What changes in a profile, in the form that ``autotag.save_profile`` expects; None: as by default."""
+    """Changes of a profile, in the form that ``autotag.save_profile`` expects. None: back to the default."""
 
     instructions: str | None
     language: str | None
@@ -22,9 +22,9 @@ class ProfileChanges(TypedDict, total=False):
 class Profile(TypedDict):
     """A version of a profile (``autotag.describe_profile``).
 
-    version: 0: nobody has saved one. own: it is the workspace's own, and not the one for all. created_at: ISO; None:
-    version 0. has_vocabulary: there are tags to use, of the workspace or general ones (not in a history). For the
-    others, see `ProfileChanges`.
+    version: 0: nobody has saved one. own: it is the workspace's own profile, not the one for all. created_at: ISO;
+    None: version 0. has_vocabulary: there are tags to use, the workspace's own or general ones (missing in a history).
+    For the other keys, see `ProfileChanges`.
     """
 
     version: int

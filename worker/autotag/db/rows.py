@@ -1,4 +1,4 @@
-"""Rows of functions of which `Database` makes messages."""
+"""Rows of functions, from which `Database` makes messages."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ class ClaimRow(TypedDict):
     wait: float | None
     bound: str | None
     question: Mapping[str, object] | None
+
+
+class BeatRow(TypedDict):
+    """The row of ``autotag.heartbeat``; the worker makes a `Beat` of it."""
+
+    alive: bool
+    lost: bool
+    tick_due: bool
+    settings: Mapping[str, object]
 
 
 class BatchClaimRow(TypedDict):

@@ -10,7 +10,7 @@ class _Tag(TypedDict):
 
 
 class Entry(_Tag, total=False):
-    """A tag of a vocabulary. What is missing stays as it is; None removes it.
+    """A tag of a vocabulary. A missing part stays as it is; None removes it.
 
     uses: number of images that have the tag, when they were last counted.
     """
@@ -22,7 +22,7 @@ class Entry(_Tag, total=False):
 
 
 class VocabularyChange(TypedDict):
-    """What a change has done (``autotag.edit_vocabulary``). tags: how many there are now."""
+    """The effect of a change (``autotag.edit_vocabulary``). tags: how many there are now."""
 
     tags: int
     added: int
@@ -31,8 +31,8 @@ class VocabularyChange(TypedDict):
 
 
 class UsesCounted(TypedDict):
-    """What a count has done (``autotag.count_uses``). counted: entries whose number of images has changed; new: those
-    that were added for tags of images, the most frequent first."""
+    """The effect of a count (``autotag.count_uses``). counted: entries whose number of images has changed. new: entries
+    that were added, most frequent first."""
 
     tags: int
     added: int

@@ -41,7 +41,7 @@ async def check(settings: DoctorSettings, database: db.Operator) -> Finding:
             return Finding(CHECK, "error", f"No broadcast from the database arrived within {TIMEOUT:g} s.", SETTINGS)
         return Finding(CHECK, "error", f"Realtime did not let the doctor join a topic within {TIMEOUT:g} s.", SETTINGS)
     except Exception as error:  # noqa: BLE001
-        # The client passes on every exception of its websocket library; each of them is the finding.
+        # The client raises every exception of its websocket library. Each of them becomes the finding.
         return _unreachable(error)
     finally:
         with suppress(Exception):
@@ -76,7 +76,7 @@ async def _probe(
 
 
 def _refused(refusal: Exception) -> Finding:
-    """Realtime refused the topic; its answer is JSON with a reason."""
+    """The finding if Realtime refused the topic. Its answer is JSON with a reason."""
     reason = str(refusal)
     with suppress(ValueError, TypeError, KeyError):
         reason = str(read_json(reason)["reason"])
@@ -91,7 +91,7 @@ def _refused(refusal: Exception) -> Finding:
 
 
 def _unreachable(error: Exception) -> Finding:
-    """The connection failed: refused by its status, or not made at all. A page of HTML is not shown."""
+    """The finding for a failed connection: the server refused it, or did not answer. Pages of HTML are not shown."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return Finding(CHECK, "error", f"Realtime refused the key ({status}).",

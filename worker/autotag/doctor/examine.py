@@ -1,7 +1,7 @@
-"""Checks every part of an installation from outside, and names a fix for what is wrong (``autotag doctor``).
+"""Checks every part of an installation from outside, and names a fix for each problem (``autotag doctor``).
 
-``autotag.diagnose`` checks what the database can see of itself. This module tries what only a client can try: the
-connection, notifications, a broadcast, Storage and the AI provider.
+``autotag.diagnose`` runs the checks that are possible inside the database. This module runs those that need a client:
+the connection, notifications, a broadcast, Storage and the AI provider.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from autotag.doctor.findings import Finding, compare_clocks, try_twice
 from autotag.errors import TaggingError
 from autotag.images.files import Download, Space
 from autotag.images.storage import Storage
+from autotag.install.facts import USE_SUPABASE, not_supabase, read_lacking_schemas
 from autotag.redact import safe_message
 from autotag.texts import name_some
 
 CONNECT_TIMEOUT = 10  # seconds
-WRITE_TIMEOUT = 5  # seconds; a worker waits no longer for a row's triggers
+WRITE_TIMEOUT = 5  # seconds; a worker does not wait longer for a row's triggers
 APPLY_MIGRATIONS = "autotag migrate   (or: supabase db push, with --remote for the linked project)"
 STORAGE_FIXES = {
     "storage_refused": "Set SUPABASE_SECRET_KEY to the project's secret key (Project Settings, API Keys).",
@@ -37,8 +38,8 @@ STORAGE_FIXES = {
 
 
 async def examine(settings: DoctorSettings, *, try_write: bool = False) -> list[Finding]:
-    """Runs all checks, and returns their findings in the order to show them. Failed checks are findings, too.
-    try_write: writes a row and takes it back, also if triggers of the project run then."""
+    """Runs all checks, and returns their findings in display order. Failed checks are findings, too. try_write: write a
+    row and roll back, even if that runs triggers of the project."""
     findings = []
     try:
         connection = await db.Operator.connect(str(settings.database_url), CONNECT_TIMEOUT)
@@ -53,7 +54,7 @@ async def examine(settings: DoctorSettings, *, try_write: bool = False) -> list[
     async with connection as database:
         findings.append(Finding("connection", "ok", f"Postgres {database.server_version} answers."))
         findings.append(await _pooler(settings))
-        version = await _version(database)
+        version = await _version(database, str(settings.database_url))
         findings.append(version)
         diagnosis: db.Diagnosis | None = None
         if version.level != "error":
@@ -85,10 +86,12 @@ async def _pooler(settings: DoctorSettings) -> Finding:
     )  # fmt: skip
 
 
-async def _version(database: db.Operator) -> Finding:
+async def _version(database: db.Operator, url: str) -> Finding:
     try:
         version = await database.schema_version()
     except (psycopg.errors.InvalidSchemaName, psycopg.errors.UndefinedFunction):
+        if "auth" in (lacking := await asyncio.to_thread(read_lacking_schemas, url)):
+            return Finding("schema", "error", not_supabase(lacking), USE_SUPABASE)
         return Finding("schema", "error", "autotag's schema is not (completely) in this database.", APPLY_MIGRATIONS)
     except psycopg.errors.InsufficientPrivilege:
         return Finding("schema", "error", "The login may not use autotag's schema.", "grant autotag_worker to <login>;")
@@ -117,13 +120,13 @@ async def _model(database: db.Operator, diagnosis: db.Diagnosis | None) -> db.Mo
         model: db.ModelStatus = (await database.status())["model"]
     except psycopg.Error:  # diagnose() has already reported what is wrong
         return None
-    # Workers may not have asked since the settings changed.
+    # Workers may not have read the settings since they changed.
     proven = model["proven"] and model["name"] == diagnosis["model"]
     return {**model, "name": diagnosis["model"], "proven": proven}
 
 
 async def _storage(settings: DoctorSettings, sample: db.StoredFile | None) -> Finding:
-    """Whether the key reads Storage, and the newest image (``sample``, with ``bucket`` and ``path``) if it is there."""
+    """Checks whether the key can read Storage, and the newest image if there is one (``sample``)."""
     check, key = "storage", settings.secret_key()
     if not settings.supabase_url or not key:
         return Finding(
@@ -151,7 +154,8 @@ async def _storage(settings: DoctorSettings, sample: db.StoredFile | None) -> Fi
 
 
 def _storage_hosts(settings: DoctorSettings, hosts: Sequence[str]) -> list[Finding]:
-    """A warning if SUPABASE_URL is none of the hosts whose Storage URLs the adapter reads as files: either is wrong."""
+    """A warning if SUPABASE_URL is not one of the hosts whose Storage URLs the adapter reads as files: one of them is
+    wrong."""
     own = urlsplit(settings.supabase_url or "").netloc.lower().rpartition("@")[2]
     if not hosts or not own or re.sub(r":(443|80)$", "", own) in hosts:
         return []
@@ -164,7 +168,8 @@ def _storage_hosts(settings: DoctorSettings, hosts: Sequence[str]) -> list[Findi
 
 
 def _unreadable_sample(error: TaggingError, sample: db.StoredFile, buckets: frozenset[str]) -> Finding:
-    """The key works, but the newest image cannot be read, because of its bucket or of this one file."""
+    """The finding if the key works, but the newest image cannot be read, because of its bucket or because of this
+    file."""
     check, bucket = "storage", sample["bucket"]
     if bucket not in buckets:
         names = name_some(sorted(buckets)) or "none"

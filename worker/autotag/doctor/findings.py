@@ -44,7 +44,7 @@ def worst_level(findings: list[Finding]) -> Level:
 
 
 def compare_clocks(check: str, other: str, other_time: float) -> Finding:
-    """Whether this machine's clock agrees with another one.
+    """Checks whether this machine's clock agrees with another one.
 
     Args:
         check: the name of the check.
@@ -62,10 +62,10 @@ def compare_clocks(check: str, other: str, other_time: float) -> Finding:
 
 
 async def try_twice(probe: Callable[[], Awaitable[T]]) -> T:
-    """What a probe returns, at the second try if the first one failed for the moment: one lost packet is no finding.
+    """Runs a probe, and runs it again after a transient error: a single lost packet is not worth a finding.
 
     Raises:
-        TaggingError: both failed, or the error is not transient.
+        TaggingError: both tries failed, or the error is not transient.
     """
     try:
         return await probe()

@@ -1,7 +1,7 @@
 """Checks the AI provider for ``autotag doctor``: its address, the key and the model.
 
-The checks cost nothing: they ask for the model and for the list of models. Some providers have neither endpoint, and
-some do not list every model that they serve (Azure's deployments). Calls that have worked prove more there.
+The checks cost nothing: they only request the model and the list of models. Some providers have neither endpoint, and
+some do not list all of their models (Azure's deployments). For these, calls that have worked are better evidence.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from autotag.openai.provider import Provider
 CHECK = "api"
 TIMEOUT = 10.0  # seconds
 MAX_LISTED = 8  # models; a longer list is not printed
-UNKNOWN_MODEL = (400, 403, 404)  # HTTP status of providers that do not know a model, or do not tell
+UNKNOWN_MODEL = (400, 403, 404)  # HTTP statuses of providers that do not know a model, or do not say whether they do
 KEY_CODES = frozenset({"wrong_key", "invalid_api_key"})
 
 
@@ -43,7 +43,7 @@ async def check(settings: DoctorSettings, model_status: ModelStatus | None) -> F
 
 
 async def _ask(provider: Provider, model_status: ModelStatus, works: bool) -> Finding:
-    """Asks for the model, and for the list of models if the provider refuses that.
+    """Requests the model or, if the provider refuses that, the list of models.
 
     Raises:
         TaggingError: the list was refused too, or the provider failed for a reason that a list does not explain.
@@ -68,7 +68,8 @@ async def _ask(provider: Provider, model_status: ModelStatus, works: bool) -> Fi
 
 
 def _answered(date: float | None, message: str) -> Finding:
-    """The provider answered: ok, unless the clocks differ. date: by the provider's clock (epoch seconds)."""
+    """The finding if the provider answered: ok, unless the clocks differ. date: by the provider's clock (epoch
+    seconds)."""
     if date is not None:
         skew = compare_clocks(CHECK, "the provider", date)
         if skew.level != "ok":
@@ -77,7 +78,7 @@ def _answered(date: float | None, message: str) -> Finding:
 
 
 def _unknown(model_status: ModelStatus, names: list[str], url: str) -> Finding:
-    """The account has models, but not this one."""
+    """The finding if the account has models, but not this one."""
     successor = model_status["shutdown"]["successor"] if model_status["shutdown"] else None
     others = f" It has: {', '.join(sorted(names))}." if 0 < len(names) <= MAX_LISTED else ""
     if successor:  # these statements are only printed
@@ -88,7 +89,7 @@ def _unknown(model_status: ModelStatus, names: list[str], url: str) -> Finding:
 
 
 def _refused(error: TaggingError, url: str, works: bool) -> Finding:
-    """The provider did not answer, or refused."""
+    """The finding if the provider did not answer, or refused."""
     status = error.status
     if status == 401 or error.code in KEY_CODES:
         return Finding(CHECK, "error", f"The key is not valid: {error.message}", "Set OPENAI_API_KEY to a valid key.")

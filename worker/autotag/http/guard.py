@@ -1,8 +1,8 @@
 """Protects a port against untrusted clients: deadlines, and limits on connections and sizes, in addition to uvicorn's.
 
-uvicorn's ``limit_concurrency`` does not help: above it, health checks get a 503 too. Instead, at `MAX_CONNECTIONS`, the
-connection that has been waiting for its request longest is closed, so clients that send their request at once are
-served.
+uvicorn's ``limit_concurrency`` does not help, because above the limit health checks get a 503, too. Instead, at
+`MAX_CONNECTIONS`, the connection that has waited longest for its request is closed. So clients that send their request
+at once are served.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 # per port; two ports and a worker's other files (calls, database, images) fit into the usual limit of 1,024
 MAX_CONNECTIONS = 128
-REQUEST_SECONDS = 10.0  # from the start of a connection, or its previous response, to the last byte of a request
+REQUEST_SECONDS = 10.0  # from the start of a connection, or from its previous response, to the last byte of a request
 RESPONSE_SECONDS = 30.0  # from the last byte of a request to the last byte of its response
-LINGER_SECONDS = 2.0  # to receive the rest of a refused body, so that the client reads the response
+LINGER_SECONDS = 2.0  # time to receive the rest of a refused body, so that the client reads the response
 KEEP_ALIVE_SECONDS = 5  # that an idle connection stays open
 MAX_HEADER_BYTES = 16_384  # bytes
-MAX_LINES = 1000  # of a request: headers and chunks; one body in chunks of one byte would take 0.3 s of CPU time
+#: Headers and chunks of a request; without a limit, a body in chunks of one byte would take 0.3 s of CPU time
+MAX_LINES = 1000
 MAX_BODY_BYTES = 65_536  # OpenAI's deliveries have a few hundred bytes
 
 
@@ -29,9 +30,9 @@ class GuardedProtocol(H11Protocol):
     """A connection that is closed when its request, or the delivery of its response, takes too long."""
 
     _deadline: asyncio.TimerHandle | None = None
-    _waiting = True  # for a request, or the rest of one
+    _waiting = True  # whether it waits for a request, or for the rest of one
     _lines = 0  # of the current request
-    _since = 0.0  # when the waiting, or the response, began (the loop's clock)
+    _since = 0.0  # when the wait or the response began (the loop's clock)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -61,7 +62,7 @@ class GuardedProtocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
-        else:  # a response has been started, and a second one is not allowed
+        else:  # a response has already started, and a second one is not allowed
             self.transport.abort()
 
     def _check_request_complete(self) -> None:

@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from autotag.observability.metrics import SystemMetrics
 
-MAX_MISSED_BEATS = 3  # heartbeats without any result, not even an error, until the process counts as stuck
+MAX_MISSED_BEATS = 3  # missed heartbeats (no result, not even an error) until the process counts as stuck
 
 
 class Health:
@@ -30,7 +30,8 @@ class Health:
         self._beat_at = time.monotonic()
 
     def beat(self, interval: float) -> None:
-        """Notes that a heartbeat has ended, with or without an error. ``interval``: seconds until the next one."""
+        """Notes that a heartbeat has ended, with or without an error. ``interval``: seconds until the next
+        heartbeat."""
         self._max_silence = interval * MAX_MISSED_BEATS
         self._beat_at = time.monotonic()
 

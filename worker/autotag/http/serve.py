@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from autotag.http.guard import KEEP_ALIVE_SECONDS, MAX_HEADER_BYTES, GuardedApp, GuardedProtocol
 
 BACKLOG = 1024  # max connections that wait to be accepted
-# connections accepted before any is read; far below MAX_CONNECTIONS, so they do not close each other
+# connections that are accepted before any is read; far below MAX_CONNECTIONS, so that they do not close each other
 ACCEPT_AT_ONCE = 16
 
 
@@ -26,7 +26,7 @@ class _Server(uvicorn.Server):
         self.stopping = asyncio.Event()
 
     async def main_loop(self) -> None:
-        while not await self.on_tick(0):  # the date of the answers' headers, which changes every second
+        while not await self.on_tick(0):  # the date for the responses' headers, which changes every second
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1):
                     await self.stopping.wait()

@@ -1,6 +1,6 @@
 """OpenAI's webhook: verifies deliveries and passes them to the database, which triggers a poll at once.
 
-A delivery is a hint. What it says about the batch is not used; the next poll only comes sooner.
+A delivery is only a hint: its contents are not used, but the next poll starts at once.
 """
 
 from __future__ import annotations

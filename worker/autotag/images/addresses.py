@@ -40,7 +40,7 @@ METADATA_HOSTS = frozenset({
 class GuardedBackend(httpcore.AsyncNetworkBackend):
     """Connects to public addresses only.
 
-    It connects to the address that was checked, without a second DNS look-up that could return another one.
+    It connects to the address that was checked. A second DNS look-up could return another one.
     """
 
     def __init__(self) -> None:

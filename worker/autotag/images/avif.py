@@ -1,4 +1,4 @@
-"""AVIF files. Pillow decodes them, but neither crops nor turns them, and knows no colours but an ICC profile's."""
+"""AVIF files. Pillow decodes them, but does not crop or rotate them, and ignores colours except for an ICC profile."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def open_avif(data: bytes, side: int) -> Opened:
     """Opens an AVIF: the primary picture, or the frames of a sequence."""
     opened = open_frames("AVIF", data, side, AvifImagePlugin.AvifImageFile)
     with AvifImagePlugin.AvifImageFile(io.BytesIO(data)) as image:
-        # Pillow puts the turns and mirrors of the file (irot, imir) there, in the place of EXIF's own.
+        # Pillow stores the file's rotation and mirroring (irot, imir) there, instead of EXIF's own.
         orientation = exif.orientation(image.info.get("exif", b""))
     properties = dict(primary_properties(data))
     crop = _crop(properties.get(b"clap", b""), opened.width, opened.height)
@@ -28,7 +28,7 @@ def open_avif(data: bytes, side: int) -> Opened:
     icc = by_numbers(*(int.from_bytes(colours[at : at + 2]) for at in (4, 6))) if colours[:4] == b"nclx" else None
     width, height = (crop[2] - crop[0], crop[3] - crop[1]) if crop else (opened.width, opened.height)
     return Opened(
-        "AVIF", width, height, opened.cost, partial(_decode, opened, crop, icc), orientation, held=opened.held
+        "AVIF", width, height, opened.need, partial(_decode, opened, crop, icc), orientation, held=opened.held
     )
 
 
@@ -45,7 +45,7 @@ def _decode(opened: Opened, crop: Box | None, icc: bytes | None, width: int, hei
 
 
 def _crop(clap: bytes, width: int, height: int) -> Box | None:
-    """The part that is shown (ISO/IEC 14496-12, 12.1.4): its size, and how far its middle is from that of the whole."""
+    """The part that is shown (ISO/IEC 14496-12, 12.1.4): its size, and the offset of its centre from the picture's."""
     parts = [int.from_bytes(clap[at : at + 4], signed=True) for at in range(0, 32, 4)]
     if len(clap) < 32 or any(below <= 0 for below in parts[1::2]):
         return None

@@ -1,6 +1,6 @@
-"""BMP files. Pillow decodes most of them; libvips those whose pixels are numbers of 16 or 32 bits.
+"""BMP files. Pillow decodes most of them; libvips decodes those whose pixels are numbers of 16 or 32 bits.
 
-In these, any bits of the number may be a colour or the transparency: the file has a mask for each.
+In these, each colour and the transparency may use any bits of the number. The file has a mask for each.
 """
 
 from __future__ import annotations
@@ -8,18 +8,18 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from PIL import BmpImagePlugin
 
 from autotag.images import vips
 from autotag.images.frames import open_frames
 from autotag.images.levels import scale_numbers
-from autotag.images.opened import FIXED_COST, Decoded, Opened, share
+from autotag.images.opened import FIXED_NEED, Decoded, Opened, share
+from autotag.images.sent import ImageNotes
 
 RGB, FIELDS, ALPHA_FIELDS = 0, 3, 6  # how the pixels are stored (wingdi.h: BI_RGB, BI_BITFIELDS, BI_ALPHABITFIELDS)
-INFO, WITH_ALPHA = 40, 56  # bytes of the header, and of the first one that has a mask for the transparency
-MASKS = {16: (0x7C00, 0x03E0, 0x001F), 32: (0xFF0000, 0x00FF00, 0x0000FF)}  # where the file has none
+INFO, WITH_ALPHA = 40, 56  # bytes of the basic header, and of the first header version with a mask for the transparency
+MASKS = {16: (0x7C00, 0x03E0, 0x001F), 32: (0xFF0000, 0x00FF00, 0x0000FF)}  # if the file has none
 KINDS = {16: "ushort", 32: "uint"}
 
 
@@ -40,16 +40,16 @@ class Fields:
 
 
 def open_bmp(data: bytes, side: int, *, icon: bool = False) -> Opened:
-    """Reads the headers of a BMP, or of one in an icon, where the bits that no colour needs are transparency."""
+    """Reads the headers of a BMP. In an icon, the bits that no colour uses are transparency."""
     fields = read_fields(data, icon=icon)
     if fields is None:
         return open_frames("BMP", data, side, BmpImagePlugin.BmpImageFile)
-    cost = FIXED_COST + 3 * len(data) + fields.width * 16 * 700
-    return Opened("BMP", fields.width, fields.height, cost, partial(_decode, data, fields))
+    need = FIXED_NEED + 3 * len(data) + fields.width * 16 * 700
+    return Opened("BMP", fields.width, fields.height, need, partial(_decode, data, fields))
 
 
 def read_fields(data: bytes, *, icon: bool) -> Fields | None:
-    """The headers, if the pixels are numbers. What counts as transparency is what Chromium takes for it."""
+    """The headers, if the pixels are numbers. Transparency is detected as in Chromium."""
     if len(data) < 14 + INFO:
         return None
     start, size, width, height, _, bits, stored = struct.unpack_from("<IIiiHHI", data, 10)
@@ -65,7 +65,7 @@ def read_fields(data: bytes, *, icon: bool) -> Fields | None:
 
 def _decode(data: bytes, fields: Fields, width: int, height: int) -> Decoded:
     rows = min(fields.height, max(0, len(data) - fields.start) // fields.stride)
-    notes: dict[str, Any] = share(rows, fields.height) if rows < fields.height else {}
+    notes = share(rows, fields.height) if rows < fields.height else ImageNotes()
     pixels = data[fields.start : fields.start + rows * fields.stride]
     across = fields.stride * 8 // fields.bits
     numbers = vips.from_memory(pixels, across, rows, KINDS[fields.bits])

@@ -30,7 +30,7 @@ class Response(Protocol):
 
 
 async def receive(response: Response, download: Download) -> ImageFile:
-    """Reads an image file into memory outside of the worker's heap, and no further than its limit.
+    """Reads an image file into memory outside of the worker's heap, up to its limit.
 
     Raises:
         TaggingError: the file is larger than is allowed, its content encoding is not supported, or the compressed data
@@ -57,12 +57,12 @@ async def receive(response: Response, download: Download) -> ImageFile:
 
 
 async def _decompress_into(download: Download, decoder: zlib._Decompress, data: bytes) -> zlib._Decompress:
-    """Decompresses piece by piece: httpx would decompress whole chunks, and 64 kB of gzip can become 64 MB. Returns
-    the decoder of what follows."""
+    """Decompresses piece by piece and returns the decoder for the next data. httpx would decompress whole chunks, and
+    64 kB of gzip can become 64 MB."""
     while True:
         if decoder.eof:
             if data[:1] != GZIP_BEGIN:
-                return decoder  # what comes after the file does not matter
+                return decoder  # ignore data after the end of the file
             decoder = zlib.decompressobj(GZIP_OR_ZLIB)  # a file in several parts
         try:
             part = decoder.decompress(data, PIECE)
@@ -75,8 +75,8 @@ async def _decompress_into(download: Download, decoder: zlib._Decompress, data: 
 
 
 async def read_up_to(response: Response, max_bytes: int) -> bytes:
-    """Reads a body that is no image. A longer body is cut, but not below ``max_bytes + 1`` bytes, so that callers
-    notice. One that cannot be decompressed counts as empty: it says nothing, and the status says enough."""
+    """Reads a body that is not an image. A longer body is cut, but keeps at least ``max_bytes + 1`` bytes, so that
+    callers notice. A body that cannot be decompressed counts as empty, because the status is enough."""
     encoding = response.headers.get("content-encoding", "").strip().lower()
     if encoding in ("", "identity"):
         return await _read_first(response.aiter_bytes(), max_bytes)

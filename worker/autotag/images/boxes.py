@@ -1,4 +1,4 @@
-"""Reads the boxes of HEIF and AVIF files (ISO/IEC 14496-12 and 23008-12). Nothing in them is believed."""
+"""Reads the boxes of HEIF and AVIF files (ISO/IEC 14496-12 and 23008-12). All values in them are untrusted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ Property = tuple[bytes, bytes]
 
 
 def primary_properties(data: bytes) -> list[Property]:
-    """The properties of the primary picture, types and contents, in their order; the colour profile in numbers last."""
+    """The properties of the primary picture in their order: types and contents. A colour profile by numbers comes
+    last."""
     meta = dict(_boxes(data)).get(b"meta", b"")
     parts = dict(_boxes(meta[4:]))
     large = parts.get(b"pitm", b"")[:1] != b"\0"

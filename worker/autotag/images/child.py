@@ -1,12 +1,13 @@
 """The processes that decode images: ``python -m autotag.images.child PARENT CONTROL``.
 
-Image files come from strangers, and decoders have bugs. So no file is decoded in the worker, which has the project's
-keys. The worker starts one *nursery*, this program, with an empty environment and no file but a socket. It imports the
-decoders, and forks a child for each order of the worker; so a new child costs 3 ms and few megabytes. A child gets
-files as descriptors over its own socket, and answers with bytes; `children` is the worker's side.
+Image files come from strangers, and decoders have bugs. So the worker, which has the project's keys, decodes no file
+itself. It starts one *fork server*, which is this program with an empty environment and a single socket. The fork
+server imports the decoders and forks a child for each order of the worker, so a new child takes only 3 ms and a few
+megabytes. A child gets files as descriptors over its own socket, and answers with bytes. `children` is the worker's
+side.
 
-Neither process can get more rights, write files, open many, or outlive the worker. A child has limits for memory and
-processor time, too. The worker watches both, and kills the child that exceeds them.
+Neither process can get more rights, write files, open many files, or outlive the worker. A child also has limits on
+memory and processor time. The worker watches both, and kills a child that exceeds them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 
 
 def main() -> None:
-    """Runs the nursery until the worker ends."""
+    """Runs the fork server until the worker ends."""
     parent, control = int(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))
     _restrict(parent)
     os.nice(NICENESS)
@@ -53,19 +54,19 @@ def main() -> None:
             control.sendall(b"{}\n")
             continue
         [descriptor] = descriptors
-        nursery = os.getpid()
+        fork_server = os.getpid()
         pid = os.fork()
         if pid == 0:
             control.close()
-            _become_child(nursery, socket.socket(fileno=descriptor), order)
+            _become_child(fork_server, socket.socket(fileno=descriptor), order)
         os.close(descriptor)
         control.sendall(json.dumps({"pid": pid}).encode() + b"\n")
 
 
 def _restrict(parent: int) -> None:
-    """Takes from this process what it does not need.
+    """Removes the rights and resources that this process does not need.
 
-    SIGTERM and SIGINT are the worker's: a service manager sends them to all its processes, and the worker still
+    SIGTERM and SIGINT are ignored: a service manager sends them to all processes of the worker, but the worker still
     decodes images while it stops.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -79,7 +80,7 @@ def _restrict(parent: int) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """Ends this process when its parent ends, also if that is killed."""
+    """Ends this process when its parent ends, even if the parent is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it has ended already
@@ -87,7 +88,7 @@ def _die_with(parent: int) -> None:
 
 
 def _warm_up() -> None:
-    """Imports the decoders, and what they import at their first image."""
+    """Imports the decoders, and the modules that they import with their first image."""
     import io
 
     from PIL import Image
@@ -98,11 +99,11 @@ def _warm_up() -> None:
     Image.new("RGB", (8, 8)).save(io.BytesIO(), "JPEG")
 
 
-def _become_child(nursery: int, line: socket.socket, order: dict[str, Any]) -> NoReturn:
-    """The child's life: answers requests until the worker closes the line."""
+def _become_child(fork_server: int, line: socket.socket, order: dict[str, Any]) -> NoReturn:
+    """Turns this process into a child, which answers requests until the worker closes its line."""
     code = 1
     try:
-        _die_with(nursery)
+        _die_with(fork_server)
         seconds, data = int(order["cpu"]), used_memory("self") + int(order["data"])
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
         while (request := _receive(line)) is not None:
@@ -115,7 +116,7 @@ def _become_child(nursery: int, line: socket.socket, order: dict[str, Any]) -> N
 
 
 def used_memory(process: int | str) -> int:
-    """Bytes of a process that RLIMIT_DATA counts; 0 where the system does not say."""
+    """Bytes of a process that RLIMIT_DATA counts; 0 if the system does not provide this."""
     try:
         with open(f"/proc/{process}/statm", "rb") as file:
             return int(file.read().split()[5]) * resource.getpagesize()
@@ -134,8 +135,9 @@ def _receive(line: socket.socket) -> tuple[int, dict[str, Any]] | None:
 def _answer(descriptor: int, request: dict[str, Any], data: int) -> tuple[dict[str, Any], bytes]:
     """Prepares an image. data: the bytes that this process may allocate.
 
-    A decoder that gets no memory may say that the file is damaged. So a file counts as damaged only if it is that
-    with much more, too. Meanwhile the worker bounds the memory: it kills a process that uses too much.
+    A decoder that runs out of memory may report that the file is damaged. So a file counts as damaged only if decoding
+    also fails with a much higher limit. During that second try, the worker limits the memory: it kills a process that
+    uses too much.
     """
     try:
         path = Path(f"/dev/fd/{descriptor}")
@@ -156,15 +158,15 @@ def _limit_memory(data: int) -> None:
 
 
 def _try(path: Path, request: dict[str, Any], data: int) -> tuple[dict[str, Any], bytes]:
-    """Prepares an image, if that costs no more than the request allows; otherwise only says what it costs."""
+    """Prepares an image if the request allows the memory that it needs; otherwise only returns that need."""
     from autotag.errors import TaggingError
     from autotag.images.prepare import measure, prepare_opened
 
     try:
         side = int(request["side"])
         opened = measure(path, side, int(request["most"]))
-        about = {"width": opened.width, "height": opened.height, "cost": opened.cost}
-        if opened.cost > int(request["max_cost"]):
+        about = {"width": opened.width, "height": opened.height, "need": opened.need}
+        if opened.need > int(request["max_need"]):
             return about | {"advice": opened.advice}, b""
         if opened.silent:
             _limit_memory(data + int(request["most"]))

@@ -1,6 +1,6 @@
 """The worker's side of the processes that decode images (`child`).
 
-A child is untrusted once it has read a file: its answers are data, of bounded size, and never code.
+A child is untrusted once it has read a file: its answers are data of bounded size, never code.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ import subprocess
 import sys
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import structlog
 
 from autotag.errors import TaggingError, image_error
 from autotag.images.child import HEADER
 from autotag.images.files import ImageFile
+from autotag.images.sent import ImageNotes
 from autotag.texts import clean_text
 
 WATCH_INTERVAL = 0.05  # seconds between two looks at a child that is decoding
 MAX_TEXT = 20_000  # bytes of an answer's JSON
 MAX_NOTES = 1000  # characters of the notes' JSON, as in ``autotag.clean_image_notes``
-#: All of the children's environment. Threads would multiply what a child may use, and a nursery with threads cannot
-#: fork.
-#: A child keeps up to 8 MB of free memory for its next image: to get it from the system again costs 2 ms of the 25 that
-#: a photograph takes. (`MAX_GROWTH` of decode.py allows more.)
+#: The complete environment of the children. Threads would multiply the memory of a child, and a fork server with
+#: threads cannot fork. A child keeps up to 8 MB of free memory for its next image: getting it from the system again
+#: takes 2 ms of a photograph's 25 ms. (`MAX_GROWTH` of decode.py allows more.)
 ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "4000000", "MALLOC_TRIM_THRESHOLD_": "8000000",
     "OMP_NUM_THREADS": "1", "VIPS_CONCURRENCY": "1",
 }  # fmt: skip
-START_TIMEOUT = 60.0  # seconds until the nursery has forked a child; it takes one with its imports
+START_TIMEOUT = 60.0  # seconds until the fork server has forked its first child; with its imports it takes about one
 MAX_MESSAGE = 300  # characters of an error's message
-#: Bytes beyond an image's cost that a child may allocate: stacks of threads, tables, pieces of the heap.
+#: Bytes that a child may allocate in addition to an image's need: stacks of threads, tables, fragments of the heap.
 DATA_MARGIN = 96_000_000
-#: Bytes beyond its cost that may be in memory at the same time.
+#: Bytes that may be in memory in addition to an image's need.
 MEMORY_MARGIN = 24_000_000
-MAX_LIFE = 600  # seconds of processor time, after which the system ends a child whatever the worker does
+MAX_LIFE = 600  # seconds of processor time, after which the system kills a child even if the worker does not
 PR_SET_DUMPABLE = 4  # of linux/prctl.h
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -61,26 +61,26 @@ class ChildDied(Exception):
 
 @dataclass(frozen=True)
 class Decoded:
-    """A prepared image. width, height: of the file. notes: as in `sent.Prepared`."""
+    """A prepared image. width, height: of the file. notes: on the file."""
 
     width: int
     height: int
     jpeg: bytes
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: ImageNotes = field(default_factory=ImageNotes)
 
 
 @dataclass(frozen=True)
-class Costly:
-    """An image whose decoding takes more memory than its child may use. cost: in bytes. advice: to its user."""
+class TooLarge:
+    """An image that needs more memory than its child may use. need: bytes. advice: what its user can do."""
 
     width: int
     height: int
-    cost: int
+    need: int
     advice: str = "Upload a smaller version of it"
 
 
-class Nursery:
-    """The process that forks the children; one per worker process, started when it is first needed."""
+class ForkServer:
+    """The process that forks the children. Each worker process has one, started when it is first needed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -91,7 +91,7 @@ class Nursery:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> socket.socket:
-        """Starts the process, if there is none; it is ready a fraction of a second later. Returns the line to it."""
+        """Starts the process if it is not running, and returns the line to it. The process is ready a moment later."""
         running = self._process is not None and self._owner == os.getpid() and self._process.poll() is None
         if self._control is not None and running:
             return self._control
@@ -108,7 +108,7 @@ class Nursery:
         return self._control
 
     def close(self) -> None:
-        """Ends the process, and with it all children."""
+        """Ends the process and all its children."""
         if self._control is not None:
             self._control.close()
         if self._process is not None and self._owner == os.getpid():
@@ -125,13 +125,13 @@ class Nursery:
         """Forks a child that may allocate ``data`` bytes; returns its process and its line.
 
         Raises:
-            ChildDied: the nursery has ended. The next call starts another one.
+            ChildDied: the fork server has ended. The next call starts another one.
         """
         line, other = socket.socketpair()
         line.setblocking(False)
         order = {"data": data, "cpu": MAX_LIFE}
         with other:
-            descriptor = os.dup(other.fileno())  # for the order, which goes on if its caller is cancelled
+            descriptor = os.dup(other.fileno())  # for the order, which continues even if its caller is cancelled
         ordered = self._start(self._order(order, [descriptor]))
         ordered.add_done_callback(lambda _: os.close(descriptor))
         try:
@@ -143,9 +143,10 @@ class Nursery:
         return int(answer["pid"]), line
 
     async def reap(self, pid: int, parent: int | None) -> None:
-        """Ends a child of the process ``parent``, unless it has ended with it.
+        """Ends a child of the process ``parent``; does nothing if ``parent`` has ended, because its children ended,
+        too.
 
-        As long as the nursery has not waited for a child, no other process gets its id.
+        Until the fork server waits for the child, no other process can get its id.
         """
         if parent != self.pid:
             return
@@ -155,7 +156,7 @@ class Nursery:
             await asyncio.shield(self._start(self._order({"reap": pid}, [])))
 
     def _start(self, order: Coroutine[Any, Any, dict[str, Any]]) -> asyncio.Task[dict[str, Any]]:
-        """Orders are not cancelled with their callers: the next one would get their answer."""
+        """Starts an order that is not cancelled with its caller: otherwise the next order would get its answer."""
         task = asyncio.create_task(order)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
@@ -189,55 +190,56 @@ class Nursery:
                 raise
 
 
-#: The nursery of this process. It has nothing of a worker's in it, so tests share it.
-NURSERY = Nursery()
-atexit.register(NURSERY.close)
+#: The fork server of this process. It knows nothing about a particular worker, so tests share it.
+FORK_SERVER = ForkServer()
+atexit.register(FORK_SERVER.close)
 
 
 class Child:
     """A process that decodes images, one at a time."""
 
-    def __init__(self, pid: int, line: socket.socket, max_cost: int) -> None:
+    def __init__(self, pid: int, line: socket.socket, max_need: int) -> None:
         self.pid = pid
-        self._parent = NURSERY.pid
-        self.max_cost = max_cost
+        self._parent = FORK_SERVER.pid
+        self.max_need = max_need
         self.images = 0
         self._line = line
         self._idle = anonymous_memory(pid)
         self._killed: str | None = None
 
     @classmethod
-    async def start(cls, max_cost: int) -> Child:
-        """A new child for images that cost at most ``max_cost`` bytes.
+    async def start(cls, max_need: int) -> Child:
+        """Starts a child for images that need at most ``max_need`` bytes.
 
         Raises:
             ChildDied: it could not be started.
         """
-        pid, line = await NURSERY.fork(max_cost + DATA_MARGIN)
-        return cls(pid, line, max_cost)
+        pid, line = await FORK_SERVER.fork(max_need + DATA_MARGIN)
+        return cls(pid, line, max_need)
 
     @property
     def broken(self) -> bool:
-        """Whether it was killed, at the moment of its answer."""
+        """Whether it was killed while it was sending its answer."""
         return self._killed is not None
 
     @property
     def grown(self) -> int:
-        """Bytes that it has kept of earlier images."""
+        """Bytes that it still holds from earlier images."""
         return anonymous_memory(self.pid) - self._idle
 
     async def close(self) -> None:
         """Ends the process."""
         self._line.close()
-        await NURSERY.reap(self.pid, self._parent)
+        await FORK_SERVER.reap(self.pid, self._parent)
 
-    async def decode(self, file: ImageFile, side: int, most: int, *, cpu: float, wall: float) -> Decoded | Costly:
+    async def decode(self, file: ImageFile, side: int, most: int, *, cpu: float, wall: float) -> Decoded | TooLarge:
         """Prepares an image.
 
         Args:
             file: the image's file.
             side: max pixels of its longer side.
-            most: bytes that the worker has for any image: of several ways to decode it, the best that fits is taken.
+            most: bytes that any image may need. If there are several ways to decode the image, the best that fits is
+                taken.
             cpu: seconds of processor time that it may take.
             wall: seconds that it may take.
 
@@ -249,7 +251,7 @@ class Child:
         watch = asyncio.create_task(self._watch(cpu, wall))
         try:
             text, image = await self._ask(
-                {"side": side, "max_cost": self.max_cost, "most": most}, file.descriptor, side
+                {"side": side, "max_need": self.max_need, "most": most}, file.descriptor, side
             )
         except (OSError, EOFError, ValueError) as error:
             raise ChildDied(self._killed or f"it ended: {type(error).__name__}") from None
@@ -286,9 +288,9 @@ class Child:
         """Kills the process when it exceeds a limit."""
         loop = asyncio.get_running_loop()
         end = loop.time() + wall
-        await asyncio.sleep(WATCH_INTERVAL)  # nearly every image is ready before
+        await asyncio.sleep(WATCH_INTERVAL)  # nearly every image is ready earlier
         cpu_end = cpu_seconds(self.pid) + cpu
-        limit = self._idle + self.max_cost + MEMORY_MARGIN
+        limit = self._idle + self.max_need + MEMORY_MARGIN
         while self._killed is None:
             if loop.time() > end:
                 self._killed = f"it took longer than {wall:g} s"
@@ -303,7 +305,7 @@ class Child:
                 os.kill(self.pid, signal.SIGKILL)
 
 
-def read_answer(text: dict[str, Any], image: bytes) -> Decoded | Costly:
+def read_answer(text: dict[str, Any], image: bytes) -> Decoded | TooLarge:
     """Reads a child's answer.
 
     Raises:
@@ -311,7 +313,7 @@ def read_answer(text: dict[str, Any], image: bytes) -> Decoded | Costly:
         KeyError, TypeError, ValueError: this is no answer.
     """
     if "bug" in text:
-        log.error("unexpected_error", error=clean_text(str(text["bug"])[:MAX_MESSAGE]))
+        log.error("unexpected_error_raised", error=clean_text(str(text["bug"])[:MAX_MESSAGE]))
         raise TaggingError("transient", "internal_error", "The image could not be prepared.")
     if "code" in text:
         code = str(text["code"])
@@ -320,17 +322,17 @@ def read_answer(text: dict[str, Any], image: bytes) -> Decoded | Costly:
         raise image_error(code, clean_text(str(text["message"])[:MAX_MESSAGE]))
     width, height = int(text["width"]), int(text["height"])
     if "notes" not in text:
-        return Costly(width, height, int(text["cost"]), clean_text(str(text["advice"])[:MAX_MESSAGE]))
+        return TooLarge(width, height, int(text["need"]), clean_text(str(text["advice"])[:MAX_MESSAGE]))
     notes = text["notes"]
     if not isinstance(notes, dict) or len(json.dumps(notes)) > MAX_NOTES:
         raise ValueError("not notes")
     if not image.startswith(b"\xff\xd8\xff"):
         raise ValueError("not a JPEG")
-    return Decoded(width, height, image, notes)
+    return Decoded(width, height, image, cast("ImageNotes", notes))
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time that a process has used; 0 if it has ended, or where the system does not say."""
+    """Processor time that a process has used; 0 if it has ended, or if the system does not provide this."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
@@ -340,7 +342,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def anonymous_memory(pid: int | str) -> int:
-    """Bytes in memory that belong to a process alone, more or less; 0 as above."""
+    """Roughly the bytes in memory that a process does not share; 0 as in `cpu_seconds`."""
     try:
         with open(f"/proc/{pid}/statm", "rb") as file:
             fields = file.read().split()
@@ -350,6 +352,7 @@ def anonymous_memory(pid: int | str) -> int:
 
 
 def hide_from_children() -> None:
-    """Keeps other processes of the worker's user, the children too, from reading its memory and its environment."""
+    """Prevents other processes of the worker's user, including the children, from reading its memory and
+    environment."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)

@@ -1,6 +1,7 @@
 """Colour profiles of files that describe their colours by numbers: ``nclx`` of HEIF, gAMA, cHRM and cICP of PNG.
 
-The numbers are those of ITU-T H.273. They become a small ICC profile, so that one way converts all colours to sRGB.
+The numbers are those of ITU-T H.273. They become a small ICC profile, so that the same code converts all colours to
+sRGB.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ PRIMARIES: dict[int, tuple[Point, Point, Point]] = {
 SRGB = PRIMARIES[1]
 LINEAR, PQ, HLG = 8, 16, 18
 GAMMAS = {4: 2.2, 5: 2.8, LINEAR: 1.0}
-WHITE = 203.0  # cd/m² of white in PQ and HLG (ITU-R BT.2408); what is brighter is compressed
+WHITE = 203.0  # cd/m² of white in PQ and HLG (ITU-R BT.2408); brighter values are compressed
 PEAK = 1000.0  # cd/m² of HLG's brightest
-KNEE = 0.7  # from here on, as a share of white
+KNEE = 0.7  # compression begins at this share of white
 STEPS = 1024  # of a curve
 BRADFORD: Matrix = ((0.8951, 0.2664, -0.1614), (-0.7502, 1.7135, 0.0367), (0.0389, -0.0685, 1.0296))
 
 
 def by_numbers(primaries: int, transfer: int) -> bytes | None:
-    """The ICC profile of H.273's numbers; None: they mean sRGB, or nothing that is known."""
+    """The ICC profile for H.273's numbers; None: they mean sRGB, or they are unknown."""
     corners = PRIMARIES.get(primaries, SRGB)
     if corners == SRGB and transfer not in (*GAMMAS, PQ, HLG):
         return None
@@ -40,10 +41,7 @@ def by_numbers(primaries: int, transfer: int) -> bytes | None:
 
 
 def by_points(white: Point, corners: Sequence[Point], gamma: float) -> bytes | None:
-    """The ICC profile of a display with these chromaticities, whose light is its value to the power of ``gamma``.
-
-    None: it is sRGB, more or less, or makes no sense.
-    """
+    """The ICC profile of a display with these chromaticities and this gamma. None: it is nearly sRGB, or invalid."""
     points = (white, *corners)
     if not 0.5 <= gamma <= 5 or not all(0 <= x < 1 and 0.001 < y < 1 and x + y <= 1.001 for x, y in points):
         return None

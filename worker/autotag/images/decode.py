@@ -1,12 +1,12 @@
-"""Decodes images in processes of their own, within the worker's memory.
+"""Decodes images in child processes, within the worker's memory.
 
-There are two lanes. In the *common lane*, two children decode ordinary images, which take milliseconds; tenants share
-them by time. An image that costs more memory than a child of this lane may use, takes longer than `COMMON_CPU`, or ends
-its child, goes to the *heavy lane*: one image at a time, in a new child of its own, in the place of one of the two. So
-ordinary images pass heavy ones, and a worker never decodes two heavy images at the same time.
+Two *common children* decode ordinary images, which take milliseconds. Tenants share them by time. An image is *heavy*
+if it needs more memory than a common child may use, takes longer than `COMMON_CPU`, or ends its child. Heavy images are
+decoded one at a time, each in a new child that replaces one of the two. So ordinary images pass heavy ones, and a
+worker never decodes two heavy images at the same time.
 
-A file that ends its child a second time fails as ``image_too_expensive``. The second try follows at once, in this
-process: as no file can end the worker, there is nothing that the database would have to remember.
+A file that ends its child a second time fails as ``image_too_expensive``. The same worker makes the second try at once.
+The database need not remember the first try, because no file can end the worker.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from collections.abc import AsyncIterator
 import structlog
 
 from autotag.errors import TaggingError, image_error
-from autotag.images.children import NURSERY, Child, ChildDied, Costly, Decoded
+from autotag.images.children import FORK_SERVER, Child, ChildDied, Decoded, TooLarge
 from autotag.images.files import POCKET, POCKETS, ImageFile
 from autotag.turns import Turns
 
-CHILDREN = 2  # processes that decode at the same time
+CHILDREN = 2  # common children
 COMMON_CPU, COMMON_WALL = 2.0, 20.0  # seconds of processor time, and of time; a photo takes milliseconds
 HEAVY_CPU, HEAVY_WALL = 20.0, 120.0
 TRIES = 2  # how often a file may end its child
 MAX_IMAGES = 500  # per child; then it is replaced
 MAX_GROWTH = 24_000_000  # bytes that a child may keep of earlier images; then it is replaced
 
-#: Bytes of a worker that decodes nothing, with its calls in flight; of the nursery; and of an idle child. Measured by
-#: ``./scripts/bench images``.
-WORKER_IDLE, NURSERY_IDLE, CHILD_IDLE = 140_000_000, 25_000_000, 12_000_000
-FILES = 64_000_000  # bytes of the files that are downloaded or prepared at the same time, if no single one is larger
-COMMON_COST = 64_000_000  # bytes that an image of the common lane may cost, if the worker has enough memory
-MIN_COMMON_COST = 44_000_000  # a photo of two megapixels as a PNG
+#: Bytes of a worker with its calls in flight, not counting images; of the fork server; and of an idle child. Measured
+#: by ``./scripts/bench images``.
+WORKER_IDLE, FORK_SERVER_IDLE, CHILD_IDLE = 140_000_000, 25_000_000, 12_000_000
+FILES = 64_000_000  # bytes of all files that are downloaded or prepared at the same time, unless one file may be larger
+COMMON_NEED = 64_000_000  # bytes that an image in a common child may need, if the worker has enough memory
+MIN_COMMON_NEED = 44_000_000  # enough for a photo of two megapixels as a PNG
 
-ROOM_PATIENCE = 60.0  # seconds that a heavy image waits for memory that calls in flight use
+ROOM_PATIENCE = 60.0  # seconds that a heavy image waits until calls in flight free memory
 ROOM_INTERVAL = 0.2  # seconds between two looks
 
 log = structlog.get_logger(__name__)
@@ -48,8 +48,8 @@ class Budget:
 
     Attributes:
         files: bytes for image files.
-        common: bytes that an image of the common lane may cost.
-        heavy: bytes that any image may cost.
+        common: bytes that an image in a common child may need.
+        heavy: bytes that any image may need.
     """
 
     def __init__(self, memory: int, max_bytes: int) -> None:
@@ -60,19 +60,19 @@ class Budget:
         """
         self.memory = memory
         self.files = max(FILES, max_bytes + POCKETS * POCKET)
-        self._idle = NURSERY_IDLE + CHILDREN * CHILD_IDLE
+        self._idle = FORK_SERVER_IDLE + CHILDREN * CHILD_IDLE
         left = memory - max(WORKER_IDLE, own_memory()) - self._idle - self.files
-        self.common = min(COMMON_COST, max(MIN_COMMON_COST, left // CHILDREN))
+        self.common = min(COMMON_NEED, max(MIN_COMMON_NEED, left // CHILDREN))
         self.heavy = max(self.common, left - self.common)
 
     @property
     def room(self) -> int:
-        """Bytes that a heavy image may cost now, while one child of the common lane goes on."""
+        """Bytes that a heavy image may need now, while one common child goes on."""
         return self.memory - own_memory() - self._idle - self.files - self.common
 
 
 def own_memory() -> int:
-    """Bytes of this process in memory; 0 where the system does not say."""
+    """Bytes of this process in memory; 0 if the system does not provide this."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
@@ -91,19 +91,19 @@ class Decoder:
         self._budget = budget
         self._places = Turns(CHILDREN, by_time=True)
         self._heavy = Turns(1, by_time=True)
-        self._children: set[Child] = set()  # of the common lane
-        self._idle: list[Child] = []  # those that wait for an image
+        self._children: set[Child] = set()  # the common children
+        self._idle: list[Child] = []  # common children without an image
 
     async def __aenter__(self) -> Decoder:
-        NURSERY.start()
+        FORK_SERVER.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         while self._idle:
             await self._end(self._idle.pop())
 
-    async def decode(self, file: ImageFile, side: int, tenant: str) -> Decoded | Costly | None:
-        """Decodes an image in the common lane, unless it costs too much for it. None: it ended its child.
+    async def decode(self, file: ImageFile, side: int, tenant: str) -> Decoded | TooLarge | None:
+        """Decodes an image in a common child, unless it needs too much memory for that. None: it ended its child.
 
         Raises:
             TaggingError: ``image``: the file is not an image that can be tagged.
@@ -119,24 +119,24 @@ class Decoder:
             except TaggingError:
                 await self._return(child)
                 raise
-            except BaseException:  # cancelled: its answer would be taken for the next image's
+            except BaseException:  # if cancelled: its answer would be taken for the next image's
                 await self._end(child)
                 raise
             await self._return(child)
             return decoded
 
-    def check(self, decoded: Costly | None) -> None:
+    def check(self, decoded: TooLarge | None) -> None:
         """Refuses an image that can never be decoded.
 
         Raises:
             TaggingError: ``image_too_large``.
         """
-        if decoded is not None and decoded.cost > self._budget.heavy:
+        if decoded is not None and decoded.need > self._budget.heavy:
             raise image_error(
                 "image_too_large",
-                f"The image has {decoded.width} × {decoded.height} pixels. Decoding it takes {_mb(decoded.cost)} of "
+                f"The image has {decoded.width} × {decoded.height} pixels. Decoding it takes {_mb(decoded.need)} of "
                 f"memory, and {_mb(self._budget.heavy)} are allowed. {decoded.advice}, or raise AUTOTAG_MEMORY by "
-                f"{_mb(decoded.cost - self._budget.heavy + 1_000_000)}.",
+                f"{_mb(decoded.need - self._budget.heavy + 1_000_000)}.",
             )
 
     @property
@@ -146,30 +146,30 @@ class Decoder:
 
     @contextlib.asynccontextmanager
     async def heavy_place(self, tenant: str) -> AsyncIterator[None]:
-        """Waits for the heavy lane, and has it for the body."""
+        """Waits for the only place for heavy images, and holds it for the body."""
         async with self._heavy.place(tenant):
             yield
 
-    async def decode_alone(self, file: ImageFile, side: int, tenant: str, first: Costly | None) -> Decoded:
-        """Decodes an image in the heavy lane, whose place the caller has.
+    async def decode_alone(self, file: ImageFile, side: int, tenant: str, first: TooLarge | None) -> Decoded:
+        """Decodes a heavy image. The caller holds `heavy_place`.
 
         Args:
             file: the image's file.
             side: max pixels of its longer side.
             tenant: its workspace.
-            first: the answer of the common lane.
+            first: the answer of the common child.
 
         Raises:
-            TaggingError: ``image``: as above, or ``image_too_expensive``; ``transient``: there is no memory now.
+            TaggingError: ``image``: as in `decode`, or ``image_too_expensive``; ``transient``: there is no memory now.
         """
-        cost = self._budget.common if first is None else first.cost
+        need = self._budget.common if first is None else first.need
         async with self._places.place(tenant):
             while self._idle and len(self._children) >= CHILDREN:
-                await self._end(self._idle.pop())  # this one takes its place and its memory
+                await self._end(self._idle.pop())  # the new child takes its place and its memory
             for tries in range(1 if first else 2, TRIES + 1):
-                await self._wait_for_room(cost)
+                await self._wait_for_room(need)
                 try:
-                    return await self._in_new_child(file, side, max(cost, self._budget.common))
+                    return await self._in_new_child(file, side, max(need, self._budget.common))
                 except ChildDied as died:
                     log.warning("image_child_ended", workspace=tenant, reason=died.reason, tries=tries)
         raise image_error(
@@ -178,20 +178,20 @@ class Decoder:
             "smaller version of it.",
         )
 
-    async def _in_new_child(self, file: ImageFile, side: int, cost: int) -> Decoded:
-        child = await Child.start(cost)
+    async def _in_new_child(self, file: ImageFile, side: int, need: int) -> Decoded:
+        child = await Child.start(need)
         try:
             decoded = await child.decode(file, side, self._budget.heavy, cpu=HEAVY_CPU, wall=HEAVY_WALL)
         finally:
             await child.close()
-        if isinstance(decoded, Costly):
-            raise ChildDied("it costs more than its headers said before")
+        if isinstance(decoded, TooLarge):
+            raise ChildDied("it needs more than its headers said before")
         return decoded
 
-    async def _wait_for_room(self, cost: int) -> None:
+    async def _wait_for_room(self, need: int) -> None:
         try:
             async with asyncio.timeout(ROOM_PATIENCE):
-                while cost > self._budget.room:  # noqa: ASYNC110 (nobody tells when memory becomes free)
+                while need > self._budget.room:  # noqa: ASYNC110 (there is no event for freed memory)
                     await asyncio.sleep(ROOM_INTERVAL)
         except TimeoutError:
             raise TaggingError(

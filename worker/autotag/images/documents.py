@@ -1,6 +1,6 @@
 """The first page of a PDF (PDFium), and SVG drawings (librsvg, by libvips).
 
-Neither runs scripts nor reads anything but the file: this PDFium has no JavaScript, and librsvg gets no address from
+Neither library runs scripts or reads other files: this PDFium has no JavaScript, and librsvg gets no base address from
 which it could open another file.
 """
 
@@ -23,26 +23,26 @@ from autotag.images.gif import open_gif
 from autotag.images.jpeg import open_jpeg
 from autotag.images.kinds import kind_of, without_utf16
 from autotag.images.levels import scale_numbers
-from autotag.images.opened import FIXED_COST, Decoded, Opened, damaged, oversampling, unsupported
+from autotag.images.opened import FIXED_NEED, Decoded, Opened, damaged, oversampling, unsupported
 from autotag.images.png import open_png
 from autotag.images.riff import open_webp
 from autotag.images.shape import fit
 
-#: Drawings have no pixels. Their size counts as this multiple of what is sent, so that they are never too small.
+#: Drawings have no pixels. Their size counts as this multiple of the sent size, so that they are never too small.
 SHARPER = 4
-MAX_OBJECTS = 20_000  # of a page, that are looked at for pictures
-PDF_COST, SVG_COST = 60_000_000, 60_000_000  # bytes beside the pictures in them
+MAX_OBJECTS = 20_000  # of a page, which are searched for pictures
+PDF_NEED, SVG_NEED = 60_000_000, 60_000_000  # bytes in addition to the pictures in them
 _UTF16 = re.compile(rb"\sencoding=[\"']utf-16(le|be)?[\"']", re.IGNORECASE)
 _ROOT = re.compile(rb"<(\w+:)?svg\s[^>]*")
 _SIZE = re.compile(rb"\s(width|height)\s*=\s*(\"[^\"]*\"|'[^']*')")
-#: Variables of CSS, which librsvg does not know: it would draw black instead. Their values and fallbacks are short, so
+#: CSS variables, which librsvg does not support: it would draw black instead. Only short values and fallbacks match, so
 #: that no drawing grows much.
 _VARIABLE = re.compile(rb"(--[\w-]{1,60})\s*:\s*([^;{}<>\"']{1,60})")
 _USED = re.compile(rb"var\(\s{0,9}(--[\w-]{1,60})\s{0,9}(?:,\s{0,9}([^()]{0,60}|[\w-]{1,30}\([^()]{0,60}\))\s{0,9})?\)")
-#: HTML, which librsvg does not draw; but it takes it for drawn, and leaves out what a ``switch`` has in its place.
+#: HTML. librsvg does not draw it, but treats it as supported, and so skips the alternative in a ``switch``.
 _HTML = re.compile(rb"<(/?)(?:\w{1,30}:)?foreignObject\b[^<>]*>")
 _EMBEDDED = re.compile(rb"data:[\w.+/;= -]{0,99};\s{0,9}base64\s{0,9},([A-Za-z0-9+/=\s]+)")
-#: Pictures in drawings that librsvg leaves out without a word, and browsers show.
+#: Pictures in drawings that librsvg silently leaves out, although browsers show them.
 CONVERTED: dict[str, Callable[[bytes, int], Opened]] = {
     "WebP": open_webp, "GIF": open_gif, "AVIF": open_avif, "BMP": open_bmp,
 }  # fmt: skip
@@ -50,7 +50,8 @@ SHOWN = {"JPEG": open_jpeg, "PNG": open_png}
 
 
 def _pdfium() -> Any:
-    """PDFium's bindings. They are imported with the first PDF: that takes 0.1 s, and most processes never see one."""
+    """PDFium's bindings. Importing them takes 0.1 s, and most processes never get a PDF, so the first PDF imports
+    them."""
     import pypdfium2
 
     return pypdfium2
@@ -84,9 +85,9 @@ def open_pdf(data: bytes, side: int) -> Opened:
                 break
         shape = fit(*size, side)
         drawn = math.ceil(shape.width * shape.height * oversampling(shape.width, shape.height) ** 2)
-        drawing = FIXED_COST + 3 * len(data) + 4 * drawn
-        cost = drawing + PDF_COST + pictures
-        return Opened("PDF", *size, cost, partial(_render_page, data, pages), silent=True, held=drawing)
+        drawing = FIXED_NEED + 3 * len(data) + 4 * drawn
+        need = drawing + PDF_NEED + pictures
+        return Opened("PDF", *size, need, partial(_render_page, data, pages), silent=True, held=drawing)
     finally:
         document.close()
 
@@ -102,7 +103,7 @@ def _render_page(data: bytes, pages: int, width: int, height: int) -> Decoded:
         document.init_forms()
         page = document[0]
         points = page.get_size()
-        # larger than it is sent: thin lines become smoother
+        # drawn larger than it is sent, so that thin lines become smoother
         scale = oversampling(width, height) * max(width / points[0], height / points[1])
         bitmap = page.render(scale=scale, no_smoothtext=False, may_draw_forms=True)
         image = bitmap.to_pil().convert("RGB")
@@ -124,20 +125,20 @@ def open_svg(data: bytes, side: int) -> Opened:
     data = _resolved(drawn)
     try:
         image = vips.load("svg", data)
-    except vips.VipsError:  # perhaps it has a size of zero: without one, it is as large as what it shows
+    except vips.VipsError:  # its size may be zero: without a size, it is as large as its content
         data = _ROOT.sub(lambda root: _SIZE.sub(b"", root[0]), data, count=1)
         try:
             image = vips.load("svg", data)
         except vips.VipsError:
             raise damaged() from None
     natural = (image.width, image.height)
-    cost = FIXED_COST + SVG_COST + 20 * len(data) + sum(_cost(encoded, side) for encoded in _EMBEDDED.findall(data))
+    need = FIXED_NEED + SVG_NEED + 20 * len(data) + sum(_need(encoded, side) for encoded in _EMBEDDED.findall(data))
     size = _nominal(image.width, image.height, side)
-    return Opened("SVG", *size, cost, partial(_draw, data, natural, has_html, side), held=FIXED_COST + 20 * len(data))
+    return Opened("SVG", *size, need, partial(_draw, data, natural, has_html, side), held=FIXED_NEED + 20 * len(data))
 
 
 def _without_html(data: bytes) -> bytes:
-    """The drawing without the HTML in it; as it is, if the tags of that do not fit together."""
+    """The drawing without its HTML; unchanged if the HTML's tags do not match."""
     kept, at, depth = [], 0, 0
     for tag in _HTML.finditer(data):
         if tag[0].endswith(b"/>"):
@@ -152,7 +153,7 @@ def _without_html(data: bytes) -> bytes:
 
 
 def _resolved(data: bytes) -> bytes:
-    """The drawing with the values of its variables, each of which has its first one everywhere."""
+    """The drawing with its variables replaced by their values. Each variable has its first value everywhere."""
     if b"var(" not in data:
         return data
     values: dict[bytes, bytes] = {}
@@ -161,7 +162,7 @@ def _resolved(data: bytes) -> bytes:
 
     def value_of(use: re.Match[bytes]) -> bytes:
         value = values.get(use[1])
-        if value and (inner := _USED.fullmatch(value)):  # one that stands for another one
+        if value and (inner := _USED.fullmatch(value)):  # its value is another variable
             value = values.get(inner[1], inner[2])
         value = use[2] if value is None else value
         return use[0] if value is None else value
@@ -180,13 +181,13 @@ def _picture(encoded: bytes, side: int) -> tuple[Opened | None, bool]:
         return None, False
 
 
-def _cost(encoded: bytes, side: int) -> int:
-    """Bytes that a picture in a drawing takes."""
+def _need(encoded: bytes, side: int) -> int:
+    """Bytes that a picture in a drawing needs."""
     opened, converted = _picture(encoded, side)
     if opened is None:
         return 0
     return (
-        opened.cost + 20 * min(side, opened.width) * min(side, opened.height)
+        opened.need + 20 * min(side, opened.width) * min(side, opened.height)
         if converted
         else 12 * opened.width * opened.height
     )

@@ -1,4 +1,4 @@
-"""Reads the directories of TIFF files, which EXIF also consists of. Nothing in them is believed.
+"""Reads the directories of TIFF files, which EXIF data also consists of. All values in them are untrusted.
 
 EXIF 2.32 and TIFF 6.0, with the tags of BigTIFF and of GDAL.
 """
@@ -48,7 +48,7 @@ class Directory:
     next: bytes
 
     def numbers(self, tag: int) -> tuple[int | float, ...]:
-        """The values of a field; empty if it is absent or makes no sense."""
+        """The values of a field; empty if it is missing or invalid."""
         entry = self.entries.get(tag)
         code = TYPES.get(entry.type) if entry else None
         if entry is None or code is None or not 0 < entry.count <= MAX_NUMBERS:
@@ -64,7 +64,7 @@ class Directory:
         return int(values[0]) if values and isinstance(values[0], int) else default
 
     def block(self, tag: int, most: int = 4_000_000) -> bytes:
-        """A field's bytes; empty if it is absent, damaged or longer than ``most``."""
+        """A field's bytes; empty if it is missing, damaged or longer than ``most``."""
         entry = self.entries.get(tag)
         if entry is None or entry.type not in (1, 2, 7) or entry.count > most:
             return b""
@@ -79,7 +79,7 @@ class Directory:
 
 
 def directories(data: bytes) -> Iterator[Directory]:
-    """The chain of directories of a TIFF file or of EXIF data. It ends where it makes no sense."""
+    """The chain of directories of a TIFF file or of EXIF data, up to the first invalid one."""
     order = {b"II": "<", b"MM": ">"}.get(bytes(data[:2]))
     if order is None or len(data) < 8:
         return

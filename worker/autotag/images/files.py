@@ -1,4 +1,5 @@
-"""Image files while they are downloaded and prepared: outside of the worker's heap, within a number of bytes."""
+"""Image files while they are downloaded and prepared: outside of the worker's heap, with a limit on their total
+bytes."""
 
 from __future__ import annotations
 
@@ -14,17 +15,17 @@ from types import TracebackType
 
 from autotag.errors import TaggingError, image_error
 
-#: Bytes of a small file, and how many of them there are: more than files that are fetched at the same time.
+#: Bytes of a pocket, and the number of pockets. There are more pockets than files that are fetched at the same time.
 POCKET, POCKETS = 300_000, 40
-MAX_SECONDS = 120.0  # total time of one file; otherwise a host that sends slowly could occupy its place endlessly
-MIN_RATE = 200_000  # bytes per second; where files may be so large that they take longer, they get more time
+MAX_SECONDS = 120.0  # total time of one file; without it, a slow host could occupy a place for ever
+MIN_RATE = 200_000  # bytes per second; files that are so large that they take longer get more time
 
 
 class ImageFile:
-    """A file that only its descriptor names: in memory, and sealed when it is complete.
+    """A file in memory without a name, which is sealed when it is complete.
 
-    Not on disk, because /tmp is in memory in many deployments, and then nobody would count it. Not in the worker's
-    heap, from where it would have to be copied to the process that decodes it.
+    It is not on disk, because /tmp is in memory in many deployments, where no limit would count it. It is not in the
+    worker's heap, because it would have to be copied to the process that decodes it.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class ImageFile:
         self.size += len(data)
 
     def seal(self) -> None:
-        """Nothing can change the file from now on: neither its reader nor who takes it over."""
+        """Makes the file unchangeable, even for the process that reads it."""
         if sys.platform == "linux":
             seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
             fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, seals)
@@ -54,12 +55,12 @@ class ImageFile:
 
 
 class Space:
-    """The bytes of all files of a worker, which its tenants share: each file reserves its own before it is read.
+    """The memory for all files of a worker. Each file reserves its bytes before it is read.
 
-    A download begins in a *pocket*, so small files wait neither for large ones nor for slow ones. What does not fit
-    into it reserves all that it may need of the rest at once, and gives its pocket back. So whoever reads more has what
-    it needs to end, and nobody waits for somebody who waits. A tenant may have half of the rest, or one file; those
-    that wait take turns.
+    A download begins in a *pocket*, so small files wait for neither large nor slow ones. A file that does not fit into
+    its pocket reserves all the bytes that it may need from the rest at once, and gives its pocket back. So a file that
+    is being read already has all its memory, and no two files can wait for each other. A tenant may have half of the
+    rest, or one file. Tenants that wait take turns.
     """
 
     def __init__(self, size: int, largest: int | None = None) -> None:
@@ -72,7 +73,7 @@ class Space:
         self._free = size - self._pockets * POCKET
         self._share = self._free // 2
         self._held: dict[str, int] = {}  # bytes of the rest, by tenant
-        #: Who waits for the rest, by tenant; the one whose turn is next comes first.
+        #: The files that wait for bytes of the rest, by tenant, in the order of the tenants' turns.
         self._waiting: dict[str, deque[tuple[int, asyncio.Future[None]]]] = {}
 
     def take_pocket(self) -> bool:
@@ -96,7 +97,7 @@ class Space:
             if turn.done() and not turn.cancelled():
                 self.give(size, tenant)
             else:
-                self._pass_on()  # those behind it may fit
+                self._pass_on()  # files behind it may fit
             raise
 
     def give(self, size: int, tenant: str) -> None:
@@ -111,8 +112,8 @@ class Space:
             del self._held[tenant]
 
     def _pass_on(self) -> None:
-        """Gives free bytes to those who wait. Nobody passes the one whose turn it is, because a large file would wait
-        for small ones for ever; but a tenant that has its share has no turn."""
+        """Gives free bytes to waiting files. No file may pass the next one, because otherwise a large file would wait
+        for small ones for ever. A tenant that already has its share is skipped."""
         for tenant, turns in [*self._waiting.items()]:
             while turns and turns[0][1].done():  # cancelled
                 turns.popleft()
@@ -144,7 +145,7 @@ class Download:
         self._space = space
         self._max_bytes = max_bytes
         self._tenant = tenant
-        self._most = 0  # bytes that this file may have
+        self._max_size = 0  # bytes that this file may have
         self._in_pocket = False
         self._reserved = 0  # bytes of the rest
         self._file: ImageFile | None = None
@@ -160,7 +161,7 @@ class Download:
 
     @contextlib.asynccontextmanager
     async def in_time(self) -> AsyncIterator[None]:
-        """Bounds the time of the body, in which the file is requested and read. Waiting for space does not count.
+        """Limits the time of its block, which requests and reads the file. Waiting for space does not count.
 
         Raises:
             TimeoutError: it took too long.
@@ -194,20 +195,21 @@ class Download:
         self.clear()
         if size is not None:
             self.expect(size)
-        self._most = self._max_bytes if size is None else size
+        self._max_size = self._max_bytes if size is None else size
         self._in_pocket = self._space.take_pocket()
         if not self._in_pocket:
             await self._reserve()
         self._file = ImageFile()
 
     async def _reserve(self) -> None:
-        """Waits for all bytes that the file may need. Nothing is read meanwhile, so it is not its host's time."""
+        """Waits for all bytes that the file may need. The host's time does not run meanwhile, because nothing is
+        read."""
         began = asyncio.get_running_loop().time()
         end = self._limit.when() if self._limit else None
         if self._limit:
             self._limit.reschedule(None)
-        await self._space.take(self._most, self._tenant)
-        self._reserved = self._most
+        await self._space.take(self._max_size, self._tenant)
+        self._reserved = self._max_size
         self._leave_pocket()
         if self._limit and end:
             self._limit.reschedule(end + asyncio.get_running_loop().time() - began)
@@ -218,10 +220,10 @@ class Download:
             self._space.give_pocket()
 
     def expect(self, size: int) -> None:
-        """Refuses a file that its host says to be too large, before it is read.
+        """Refuses a file before it is read, if its host says that it is too large.
 
         Raises:
-            TaggingError: it is.
+            TaggingError: the file is too large.
         """
         if size > self._max_bytes:
             raise self.too_large()
@@ -230,10 +232,10 @@ class Download:
         """Appends bytes; waits for space for them.
 
         Raises:
-            TaggingError: the file is larger than its host said, and than is allowed.
+            TaggingError: the file is larger than its host said, and larger than allowed.
         """
         size = len(data) + (self._file.size if self._file else 0)
-        if self._file is None or size > self._most:
+        if self._file is None or size > self._max_size:
             raise self.too_large()
         if size > POCKET and self._in_pocket:
             await self._reserve()

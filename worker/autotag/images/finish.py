@@ -1,4 +1,4 @@
-"""Makes a decoded picture what the model sees: of the right size, upright, in sRGB, on a background, as a JPEG."""
+"""Converts a decoded picture to what the model sees: a JPEG of the right size, upright, in sRGB, on a background."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from PIL import ImageChops, ImageCms, ImageFilter
 from autotag.images.opened import Decoded
 from autotag.images.shape import Shape, layout
 
-#: A 512 px image has 30–60 KB; at 90 it has 15 % more.
+#: A 512 px image has 30–60 KB with this quality, and 15 % more with 90.
 JPEG_QUALITY = 85
-#: How pictures are made smaller. With `SHARPER`, letters are read as well as after Lanczos, in half of its time.
+#: The filter for scaling down. Together with `SHARPER`, letters are as readable as after Lanczos, in half the time.
 SCALING = Pillow.Resampling.HAMMING
-#: For a picture that was made smaller: it gives back what scaling and JPEG take from small text and thin lines. A
-#: reader of letters of 3 to 7 pixels recognises 0.5 % more than in a Lanczos picture without loss, and 0.8 % less
-#: without this (tests/images/test_small_text.py). It takes as long as the scaling.
+#: Sharpens a picture that was scaled down, because scaling and JPEG blur small text and thin lines. A reader of letters
+#: of 3 to 7 pixels recognises 0.5 % more than in a lossless Lanczos picture, and without sharpening 0.8 % less
+#: (tests/images/test_small_text.py). Sharpening takes as long as scaling.
 SHARPER = ImageFilter.Kernel((3, 3), (0, -0.15, 0, -0.15, 1.6, -0.15, 0, -0.15, 0), scale=1)
 #: Backgrounds for transparency, the usual one first: shades of grey.
 BACKGROUNDS = (255, 0, 128, 192, 64)
-#: A share of the visible pixels that must differ from the background.
+#: The share of the visible pixels that must differ from the background.
 SEEN_SHARE = 0.02
 CLEARLY = 96  # a difference of grey that everybody sees
 MAX_ICC = 4_000_000  # bytes
-#: Colours that tell whether a profile changes anything, and the difference that nobody sees.
+#: Colours that show whether a profile changes anything, and the largest difference that nobody sees.
 PROBE = [(20, 20, 20), (64, 64, 64), (160, 160, 160), (220, 30, 30), (30, 160, 50), (30, 50, 210), (235, 220, 40)]
 MAX_SAME = 4
 #: How to turn a picture by its EXIF orientation.
@@ -41,9 +41,9 @@ def encode(decoded: Decoded, orientation: int, shape: Shape, *, smaller: bool) -
 
     Args:
         decoded: the picture.
-        orientation: how it is to be turned, as in EXIF.
+        orientation: how to turn it, as in EXIF.
         shape: the size of the upright picture, and into how many pieces it is cut.
-        smaller: whether that is less than the file has.
+        smaller: whether the picture was scaled down.
     """
     size = (shape.width, shape.height) if orientation < 5 else (shape.height, shape.width)
     image = scaled(decoded.image, size)
@@ -62,7 +62,7 @@ def encode(decoded: Decoded, orientation: int, shape: Shape, *, smaller: bool) -
 
 
 def plain(image: Pillow.Image) -> Pillow.Image:
-    """Without a palette, without single bits: scaling would drop thin lines, or mix up the palette's numbers."""
+    """The picture without a palette or single bits: scaling would drop thin lines or mix up the palette's numbers."""
     transparent = image.has_transparency_data
     if image.mode in ("RGB", "CMYK", "L", "LAB") and not transparent:
         return image
@@ -82,7 +82,7 @@ def scaled(image: Pillow.Image, size: tuple[int, int]) -> Pillow.Image:
 
 
 def to_srgb(image: Pillow.Image, icc: bytes | None) -> Pillow.Image:
-    """The picture in sRGB: L, LA, RGB or RGBA. A profile that makes no sense is ignored, as browsers do."""
+    """The picture in sRGB: L, LA, RGB or RGBA. An invalid profile is ignored, as in browsers."""
     if image.mode == "LAB":
         return ImageCms.profileToProfile(image, _lab(), _srgb(), outputMode="RGB") or image
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
@@ -110,7 +110,7 @@ def _by_profile(image: Pillow.Image, icc: bytes) -> Pillow.Image | None:
 
 
 def _is_same(transform: ImageCms.ImageCmsTransform) -> bool:
-    """Whether a profile is sRGB. Names do not tell: "Linear sRGB" is another one."""
+    """Whether a profile is sRGB. Its name does not show that: "Linear sRGB" is a different profile."""
     probe = Pillow.new("RGB", (len(PROBE), 1))
     probe.putdata(PROBE)
     changed = ImageChops.difference(probe, ImageCms.applyTransform(probe, transform) or probe)
@@ -128,7 +128,7 @@ def _lab() -> ImageCms.ImageCmsProfile:
 
 
 def flattened(image: Pillow.Image) -> Pillow.Image:
-    """The picture without transparency, on a background from which all that is visible differs."""
+    """The picture without transparency, on a background that differs from everything visible."""
     if image.mode not in ("LA", "RGBA"):
         return image.convert("RGB")
     alpha = image.getchannel("A")
@@ -138,7 +138,7 @@ def flattened(image: Pillow.Image) -> Pillow.Image:
 
 
 def _background(image: Pillow.Image, alpha: Pillow.Image) -> int:
-    """The shade that differs most from the visible shades; white if that is as good, or if nothing is visible."""
+    """The shade that differs most from the visible shades; white if it is as good, or if nothing is visible."""
     visible = alpha.point([255 if value >= 128 else 0 for value in range(256)])
     if visible.getextrema() == (0, 0):  # only a hint of something
         visible = alpha

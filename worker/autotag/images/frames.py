@@ -1,11 +1,11 @@
-"""JPEG 2000, animated PNG and WebP; and what AVIF, BMP, GIF and ICO have in common with them: Pillow decodes them."""
+"""JPEG 2000, animated PNG and WebP, and code that AVIF, BMP, GIF and ICO share with them: Pillow decodes all of
+these."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from PIL import (
     BmpImagePlugin,
@@ -21,14 +21,15 @@ from autotag.images import vips
 from autotag.images.finish import SCALING, flattened, plain, to_srgb
 from autotag.images.jpeg import rows_decoded
 from autotag.images.levels import scale_numbers
-from autotag.images.opened import FIXED_COST, Decoded, Opened, damaged, share
+from autotag.images.opened import FIXED_NEED, Decoded, Opened, damaged, share
+from autotag.images.sent import ImageNotes
 from autotag.images.shape import fit
 
-#: Bytes per pixel that Pillow needs at its peak: the frame, the one before it, and conversions.
+#: Bytes per pixel that Pillow needs at its peak: for the frame, the frame before it, and conversions.
 STILL, ANIMATED = 10, 20
-HELD = 8  # of these, what a still picture keeps: the decoded one and its copy
-MAX_FRAMES = 100  # frames that are looked at for one that is not blank
-CONTRAST = 8.0  # standard deviation of grey; a frame with less is taken for blank if another one has more
+HELD = 8  # bytes per pixel that a still picture keeps: the decoded picture and its copy
+MAX_FRAMES = 100  # frames that are searched for one that is not blank
+CONTRAST = 8.0  # standard deviation of grey; a frame with less counts as blank if another frame has more
 #: Plugins that fill the picture from top to bottom, so that the rows of a truncated file can be counted.
 COUNTED = (BmpImagePlugin.BmpImageFile, GifImagePlugin.GifImageFile, TiffImagePlugin.TiffImageFile)
 Opener = Callable[[io.BytesIO], ImageFile.ImageFile]
@@ -39,9 +40,9 @@ def open_frames(kind: str, data: bytes, side: int, opener: Opener, icc: bytes | 
     image = opener(io.BytesIO(data))
     animated = getattr(image, "n_frames", 1) > 1
     pixels = image.width * image.height
-    cost = FIXED_COST + 3 * len(data) + pixels * (ANIMATED if animated else STILL)
-    held = None if animated else FIXED_COST + len(data) + pixels * HELD
-    return Opened(kind, image.width, image.height, cost, partial(_decode, data, opener, animated, icc=icc), held=held)
+    need = FIXED_NEED + 3 * len(data) + pixels * (ANIMATED if animated else STILL)
+    held = None if animated else FIXED_NEED + len(data) + pixels * HELD
+    return Opened(kind, image.width, image.height, need, partial(_decode, data, opener, animated, icc=icc), held=held)
 
 
 def open_jpeg2000(data: bytes, side: int) -> Opened:
@@ -55,8 +56,8 @@ def open_jpeg2000(data: bytes, side: int) -> Opened:
     reduce = 0
     while reduce < min(levels, 32) and min(width / shape.width, height / shape.height) >= 2 ** (reduce + 2):
         reduce += 1
-    cost = FIXED_COST + 4 * len(data) + ((width * height * (4 * bands + 12)) >> 2 * reduce)
-    return Opened("JPEG 2000", width, height, cost, partial(_decode, data, partial(_reduced, reduce), False))
+    need = FIXED_NEED + 4 * len(data) + ((width * height * (4 * bands + 12)) >> 2 * reduce)
+    return Opened("JPEG 2000", width, height, need, partial(_decode, data, partial(_reduced, reduce), False))
 
 
 def _reduced(reduce: int, data: io.BytesIO) -> ImageFile.ImageFile:
@@ -83,7 +84,7 @@ def _decode(
         upwards = _is_upside_down(image)
         rows = rows_decoded(image, upwards=upwards)
         top = image.height - rows if upwards else 0
-    notes: dict[str, Any] = {}
+    notes: ImageNotes = {}
     picture = image.copy()
     if image.mode.startswith(("I", "F")):  # numbers of an unknown range
         picture = numbers(image, width, height)
@@ -94,13 +95,13 @@ def _decode(
 
 
 def _is_upside_down(image: ImageFile.ImageFile) -> bool:
-    """Whether the last row comes first in the file, as in most BMPs."""
+    """Whether the file stores the last row first, as most BMPs do."""
     arguments = image.tile[0].args
     return isinstance(image, BmpImagePlugin.BmpImageFile) and isinstance(arguments, tuple) and arguments[-1] == -1
 
 
 def numbers(image: Pillow.Image, width: int, height: int) -> Pillow.Image:
-    """A picture of large or floating-point numbers, with 8 bits per colour and scaled down."""
+    """A picture of large or floating-point numbers, converted to 8 bits per colour and scaled down."""
     data = image.convert("F").tobytes()
     kind = "ushort" if image.mode.startswith("I;16") else "float"
     if kind == "ushort":
@@ -109,7 +110,7 @@ def numbers(image: Pillow.Image, width: int, height: int) -> Pillow.Image:
 
 
 def frame_with_something(image: Pillow.Image, size: tuple[int, int]) -> tuple[Pillow.Image, int]:
-    """The first frame that is not blank, scaled down, and its number; the first one if all are."""
+    """The first frame that is not blank, scaled down, and its number; the first frame if all are blank."""
     best, best_frame, most = None, 0, -1.0
     for frame in range(MAX_FRAMES):
         try:

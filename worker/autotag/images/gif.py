@@ -1,4 +1,4 @@
-"""GIF files: without their comments and extensions, over which Pillow stumbles."""
+"""GIF files. Their comments and extensions are removed, because Pillow fails on some of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def open_gif(data: bytes, side: int) -> Opened:
 
 
 def _cleaned(data: bytes) -> bytes:
-    """The header, the palettes, the frames and how they are shown. From what makes no sense on, all is kept."""
+    """The header, the palettes, the frames and their display options. From the first invalid byte on, everything is
+    kept."""
     at = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)
     parts = [data[:at]]
     while at < len(data):

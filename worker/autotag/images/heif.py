@@ -1,4 +1,5 @@
-"""HEIC files, as iPhones save them: by tiles, or by a thumbnail if it is large enough; otherwise as a whole."""
+"""HEIC files, as iPhones save them. A large enough thumbnail is used; otherwise the picture is decoded by tiles, or as
+a whole."""
 
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ from pillow_heif.as_plugin import HeifImageFile
 from autotag.images import heif_tiles
 from autotag.images.colours import by_numbers
 from autotag.images.finish import plain
-from autotag.images.opened import FIXED_COST, Decoded, Opened, unsupported
+from autotag.images.opened import FIXED_NEED, Decoded, Opened, unsupported
 from autotag.images.shape import fit
 
-#: Bytes per pixel, of 8 and of more bits: YCbCr, RGB and Pillow's copy. Measured: 8.1 with 4:2:0.
+#: Bytes per pixel, with 8 and with more bits, for YCbCr, RGB and Pillow's copy. Measured: 8.1 with 4:2:0.
 PER_PIXEL, PER_WIDE_PIXEL = 10, 16
-#: Bytes per pixel of a tile, and of what is put together of the tiles, with Pillow's copy.
+#: Bytes per pixel of a tile, and of the picture that is assembled from the tiles, with Pillow's copy.
 PER_TILE_PIXEL, PER_SCALED_PIXEL = 40, 7
-HELD = 5  # of these, what a decoded picture keeps
-DRAFT = 1.25  # a thumbnail must be so much larger than what is sent
+HELD = 5  # bytes per pixel that a decoded picture keeps
+DRAFT = 1.25  # a thumbnail must be larger than the sent picture by this factor
 
 options.DECODE_THREADS = 1  # each thread would hold a tile
 options.DEPTH_IMAGES = options.AUX_IMAGES = False
@@ -41,7 +42,7 @@ def open_heif(data: bytes, side: int) -> Opened:
         raise
     width, height = image.size
     each = PER_WIDE_PIXEL if image.info.get("bit_depth", 8) > 8 else PER_PIXEL
-    fixed = FIXED_COST + 3 * len(data)
+    fixed = FIXED_NEED + 3 * len(data)
     small = min((size for size in image.info.get("thumbnails", [])), default=0)
     cheaper = None
     if small:
@@ -49,20 +50,20 @@ def open_heif(data: bytes, side: int) -> Opened:
         cheaper = Opened("HEIC", width, height, least, partial(_thumbnail, data, small))
     shape = fit(width, height, side)
     if image.draft("RGB", _draft(shape.width, shape.height)):  # a thumbnail is large enough
-        cost = fixed + image.width * image.height * each
-        return Opened("HEIC", width, height, cost, partial(_decode, data), cheaper=cheaper)
+        need = fixed + image.width * image.height * each
+        return Opened("HEIC", width, height, need, partial(_decode, data), cheaper=cheaper)
     tiles = heif_tiles.grid(data)
     if tiles is None:
-        cost, held = fixed + width * height * each, fixed + width * height * HELD
-        return Opened("HEIC", width, height, cost, partial(_decode, data), cheaper=cheaper, held=held)
+        need, held = fixed + width * height * each, fixed + width * height * HELD
+        return Opened("HEIC", width, height, need, partial(_decode, data), cheaper=cheaper, held=held)
     size = (shape.height, shape.width) if tiles.orientation >= 5 else (shape.width, shape.height)
     by = heif_tiles.scale(tiles, _draft(*size))
-    cost = fixed + tiles.tile_width * tiles.tile_height * PER_TILE_PIXEL
+    need = fixed + tiles.tile_width * tiles.tile_height * PER_TILE_PIXEL
     scaled = tiles.width * tiles.height // by**2
-    cost += scaled * PER_SCALED_PIXEL
+    need += scaled * PER_SCALED_PIXEL
     decode = partial(_decode_tiles, data, tiles, _icc(image))
     held = fixed + scaled * HELD
-    return Opened("HEIC", tiles.width, tiles.height, cost, decode, tiles.orientation, cheaper, held=held)
+    return Opened("HEIC", tiles.width, tiles.height, need, decode, tiles.orientation, cheaper, held=held)
 
 
 def _draft(width: int, height: int) -> tuple[int, int]:
@@ -80,7 +81,7 @@ def _decode_tiles(data: bytes, tiles: heif_tiles.Grid, icc: bytes | None, width:
 
 
 def _thumbnail(data: bytes, small: int, width: int, height: int) -> Decoded:
-    """A thumbnail that is smaller than wanted: better than nothing, where memory is short."""
+    """A thumbnail that is smaller than wanted, for when memory is short."""
     image = _image(data)
     image.draft("RGB", (min(small // 2, width), min(small // 2, height)))
     decoded = _loaded(image)

@@ -1,8 +1,8 @@
 """Decodes large HEIC pictures tile by tile, in the memory of one tile.
 
 Cameras save a picture as a grid of tiles of 512 × 512 pixels. pillow-heif decodes all of them at once: 24 megapixels
-take 240 MB. The libheif in its wheel can decode a single tile (libheif 1.18 and later, libheif/heif_tiling.h). Where
-that library is not found, `grid` says that there are no tiles.
+take 240 MB. The libheif in its wheel can decode a single tile (libheif 1.18 and later, libheif/heif_tiling.h). If that
+library is not found, `grid` returns that there are no tiles.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from autotag.images.finish import TURNS
 from autotag.images.opened import damaged
 
 RGB, INTERLEAVED_RGB, INTERLEAVED = 1, 10, 10  # heif_colorspace, heif_chroma and heif_channel of libheif/heif_image.h
-UNTURNED, TO_8_BITS = 1, 40  # where ignore_transformations and convert_hdr_to_8bit are in heif_decoding_options
+UNTURNED, TO_8_BITS = 1, 40  # offsets of ignore_transformations and convert_hdr_to_8bit in heif_decoding_options
 ANTICLOCKWISE = {1: Pillow.Transpose.ROTATE_90, 2: Pillow.Transpose.ROTATE_180, 3: Pillow.Transpose.ROTATE_270}
 MAX_TILES = 10_000
 MAX_TILE = 4096 * 4096  # pixels
@@ -44,7 +44,7 @@ class _Tiling(Structure):
 
 @dataclass(frozen=True)
 class Grid:
-    """The tiles of the primary picture, and how it is turned when they are together (as in EXIF)."""
+    """The tiles of the primary picture, and how to turn the assembled picture (as in EXIF)."""
 
     columns: int
     rows: int
@@ -74,7 +74,7 @@ def grid(data: bytes) -> Grid | None:
 
 
 def orientation(properties: list[Property]) -> int:
-    """How turns and mirrors turn a picture, one after the other, as a number of EXIF."""
+    """The combined effect of all rotations and mirrorings, as EXIF's orientation."""
     probe = turned = Pillow.frombytes("L", (2, 2), bytes(range(4)))
     for kind, body in properties:
         if kind == b"irot" and body[:1] and body[0] & 3:
@@ -87,7 +87,7 @@ def orientation(properties: list[Property]) -> int:
 
 
 def scale(tiles: Grid, least: tuple[int, int]) -> int:
-    """How many times smaller the tiles can be put together, for a picture of at least this size."""
+    """By which factor the tiles can be scaled down so that the picture has at least this size."""
     by = 1
     while (
         by < 16
@@ -100,7 +100,7 @@ def scale(tiles: Grid, least: tuple[int, int]) -> int:
 
 
 def decode(data: bytes, tiles: Grid, by: int) -> Pillow.Image:
-    """The picture, ``by`` times smaller, not turned.
+    """The picture, scaled down by ``by``, not turned.
 
     Raises:
         TaggingError: ``damaged_image``.
@@ -159,7 +159,7 @@ def _primary(library: Any, data: bytes) -> Iterator[c_void_p | None]:
 
 @cache
 def _library() -> Any:
-    """pillow-heif's own libheif, which is loaded already."""
+    """pillow-heif's own libheif, which is already loaded."""
     home = Path(pillow_heif.__file__).parent
     found = [*home.parent.glob("pillow_heif.libs/libheif*.so*"), *home.glob(".dylibs/libheif*.dylib")]
     try:

@@ -1,4 +1,5 @@
-"""Icons and cursors of Windows: several pictures in one file, each a PNG, or a bitmap with a mask of what is shown."""
+"""Icons and cursors of Windows: several pictures in one file, each a PNG, or a bitmap with a mask of its visible
+part."""
 
 from __future__ import annotations
 
@@ -27,11 +28,11 @@ def open_icon(data: bytes, side: int) -> Opened:
         raise damaged()
     _, _, body = max(entries, key=lambda found: found[:2])
     opened = open_png(body, side) if body.startswith(b"\x89PNG") else _open_bitmap(body, side)
-    return Opened("ICO", opened.width, opened.height, opened.cost + len(data), opened.decode, opened.orientation)
+    return Opened("ICO", opened.width, opened.height, opened.need + len(data), opened.decode, opened.orientation)
 
 
 def _open_bitmap(body: bytes, side: int) -> Opened:
-    """Opens a BMP without its first header. Its height counts the rows of the mask, too."""
+    """Opens a BMP without its first header. Its height includes the rows of the mask."""
     header = _number(body, 0, 4)
     if header < INFO:
         raise unsupported("an icon of OS/2") if header in (12, 16) else damaged()
@@ -45,11 +46,11 @@ def _open_bitmap(body: bytes, side: int) -> Opened:
     mask = body[start + -(-width * bits // 32) * 4 * height :][: stride * height]
     if len(mask) < stride * height:  # it is missing
         mask = b""
-    return Opened("ICO", width, height, opened.cost, partial(_decode, opened, mask))
+    return Opened("ICO", width, height, opened.need, partial(_decode, opened, mask))
 
 
 def _decode(opened: Opened, mask: bytes, width: int, height: int) -> Decoded:
-    """The picture. A bitmap that has transparency itself does not need its mask."""
+    """The picture. If a bitmap has its own transparency, its mask is not used."""
     decoded = opened.decode(width, height)
     image = plain(decoded.image)
     if mask and image.mode != "RGBA":

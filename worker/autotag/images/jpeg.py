@@ -1,4 +1,4 @@
-"""JPEG files. The decoder scales them down while it decodes, so their size hardly matters."""
+"""JPEG files. The decoder scales them down while it decodes, so large ones need little memory."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from PIL import ImageChops, ImageFile, JpegImagePlugin
 from autotag.errors import image_error
 from autotag.images import exif, vips
 from autotag.images.finish import MAX_ICC
-from autotag.images.opened import ENOUGH_ROWS, FIXED_COST, Decoded, Opened, damaged, share, unsupported
+from autotag.images.opened import ENOUGH_ROWS, FIXED_NEED, Decoded, Opened, damaged, share, unsupported
+from autotag.images.sent import ImageNotes
 from autotag.images.shape import fit
 
-#: Max scans of a progressive JPEG. Encoders write about ten. A scan needs only a hundred bytes in the file, but its
-#: decoding visits every pixel.
+#: Max scans of a progressive JPEG. Encoders write about ten. A scan can have only a hundred bytes, but decoding it
+#: visits every pixel.
 MAX_SCANS = 100
 #: The decoder scales to at least this multiple of the wanted size. `finish` does the rest, so that text stays sharp.
 DRAFT = 1.5
 END = b"\xff\xd9"
-#: A colour that no decoder leaves behind: rows that still have it were not decoded.
+#: A colour that no decoder produces: rows that still have it were not decoded.
 UNTOUCHED = (3, 254, 129, 77)
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 _HEADER = re.compile(rb"\xff[\xc0-\xcf\xda\xdb\xdd]")
@@ -88,10 +89,10 @@ def open_jpeg(data: bytes, side: int) -> Opened:
     scale = _draft_scale(header, width, height)
     pixels = (header.width // scale + 1) * (header.height // scale + 1) * 4
     # The file and its copy, the coefficients, the scaled picture before and after conversions, and rows of full width.
-    cost = FIXED_COST + 2 * len(data) + header.memory + 2 * pixels + header.width * 4 * 64
+    need = FIXED_NEED + 2 * len(data) + header.memory + 2 * pixels + header.width * 4 * 64
     return Opened(
-        "JPEG", header.width, header.height, cost, lambda w, h: _decode(data, header, w, h), header.orientation,
-        held=cost - pixels,
+        "JPEG", header.width, header.height, need, lambda w, h: _decode(data, header, w, h), header.orientation,
+        held=need - pixels,
         advice="Save it as a JPEG that is not progressive" if header.coefficients else Opened.advice,
     )  # fmt: skip
 
@@ -102,7 +103,7 @@ def _draft_scale(header: Header, width: int, height: int) -> int:
 
 
 def read_header(data: bytes) -> Header:
-    """Reads the segments up to the first scan. Those that describe the picture without being it are dropped."""
+    """Reads the segments up to the first scan. Segments that only describe the picture (metadata) are dropped."""
     found = Header()
     at = 2
     while True:
@@ -116,7 +117,7 @@ def read_header(data: bytes) -> Header:
         if marker == 0xD9:
             raise damaged()
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
-        if marker >= 0xE0 and data[end : end + 1] != b"\xff":  # a wrong length: go on at the next part of the picture
+        if marker >= 0xE0 and data[end : end + 1] != b"\xff":  # a wrong length: continue at the next segment
             known = _HEADER.search(data, at + 2)
             end = known.start() if known else len(data)
         if marker == 0xDA:
@@ -183,7 +184,7 @@ def _count_scans(found: Header, data: bytes) -> None:
 
 
 def _read_late_height(found: Header, data: bytes) -> None:
-    """Some encoders write the height after the first scan (DNL), where no decoder looks for it."""
+    """Reads the height from behind the first scan (DNL), where some encoders write it, but no decoder looks for it."""
     at = data.find(b"\xff\xdc\x00\x04", found.start)
     if at < 0:
         raise damaged()
@@ -197,7 +198,7 @@ def _decode(data: bytes, header: Header, width: int, height: int) -> Decoded:
     view = memoryview(data)[header.start : None if whole else _last_segment(data, header)]
     clean = b"".join((b"\xff\xd8", *header.kept, view, b"" if whole else END))
     draft = (int(width * DRAFT), int(height * DRAFT))
-    notes = {}
+    notes: ImageNotes = {}
     rows = header.height
     if not whole:
         rows = _rows(header, clean)
@@ -215,7 +216,8 @@ def _decode(data: bytes, header: Header, width: int, height: int) -> Decoded:
 
 
 def _last_segment(data: bytes, header: Header) -> int:
-    """Where a segment between two scans begins that is cut off by the end of the file; the end if there is none."""
+    """The start of a segment between two scans that the end of the file cuts off; the end of the file if there is
+    none."""
     at = header.start
     while header.coefficients and (match := _MARKER.search(data, at)):
         at = match.end() + max(2, int.from_bytes(data[match.end() : match.end() + 2]))
@@ -235,10 +237,11 @@ def _opened(clean: bytes, header: Header) -> ImageFile.ImageFile:
 
 
 def _rows(header: Header, clean: bytes) -> int:
-    """How many rows of a file without its end there are.
+    """The number of rows in a truncated file.
 
-    The decoder stops in the middle of a unit of rows, and may hold back the one before. So all rows count as there if
-    only these are missing. A progressive file has all its rows from the first complete scan of all its colours on.
+    The decoder stops in the middle of a unit of rows, and may hold back the unit before it. So the file counts as
+    complete if only these rows are missing. A progressive file has all its rows once the first scan of every colour is
+    complete.
     """
     if header.coefficients:
         last = clean.rfind(b"\xff\xda", 0, -2)
@@ -251,7 +254,7 @@ def _rows(header: Header, clean: bytes) -> int:
 
 
 def _is_short(clean: bytes) -> bool:
-    """Whether a part of the last rows is missing, and not just the end marker."""
+    """Whether a part of the last rows is missing, not just the end marker."""
     try:
         vips.load("jpeg", clean, fail_on="warning").pixels()
     except vips.VipsError:
@@ -260,12 +263,11 @@ def _is_short(clean: bytes) -> bool:
 
 
 def rows_decoded(image: ImageFile.ImageFile, *, upwards: bool = False) -> int:
-    """Decodes what is there of a file, and returns the number of its rows; the rest has the colour `UNTOUCHED`.
-
-    upwards: the last row is the first in the file.
+    """Decodes the existing part of a file and returns the number of its rows; the rest has the colour `UNTOUCHED`.
+    upwards: the file stores the last row first.
     """
     image.load_prepare()
-    image.load_prepare = lambda: None  # type: ignore[method-assign]  # a second one would empty it again
+    image.load_prepare = lambda: None  # type: ignore[method-assign]  # a second call would clear the picture again
     blank = Pillow.new(
         image.mode, image.size, UNTOUCHED[: len(image.getbands())] if image.mode != "L" else UNTOUCHED[0]
     )

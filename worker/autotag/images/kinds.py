@@ -1,4 +1,4 @@
-"""What kind of file it is: by its content, never by its name."""
+"""Detects the kind of a file by its content, never by its name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BRANDS = {
     **dict.fromkeys((b"avif", b"avis"), "AVIF"), **dict.fromkeys((b"mif1", b"msf1", b"mif2", b"miaf"), "HEIF"),
     b"crx ": "RAW",
 }  # fmt: skip
-#: What the other kinds are called, by the bytes at a position.
+#: Names of the other kinds, by the bytes at a position.
 NAMED: tuple[tuple[int, bytes, str], ...] = (
     (0, b"8BPS", "a Photoshop file (PSD)"), (0, b"\xff\x0a", "a JPEG XL image"),
     (0, b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL image"), (0, b"II\xbc", "a JPEG XR image"),
@@ -71,7 +71,7 @@ NAMED: tuple[tuple[int, bytes, str], ...] = (
     (0, b"version https://git-lfs", "a Git LFS pointer, not the file that it points to"),
     (0, b"data:image/", "the text of a data URL"), (0, b"-----BEGIN ", "a key or certificate (PEM)"),
 )  # fmt: skip
-#: What a ZIP archive is, by a name in it.
+#: Names of the kinds of ZIP archives, by the name of a file in them.
 ZIPPED = (
     (b"word/", "a Word document"), (b"xl/", "an Excel document"), (b"ppt/", "a PowerPoint document"),
     (b"application/epub", "an e-book (EPUB)"), (b"application/x-krita", "a Krita drawing"),
@@ -81,7 +81,7 @@ ZIPPED = (
     (b"pages/", "a Sketch drawing"), (b"META-INF/", "a Java archive"), (b"Index/Document.iwa", "an iWork document"),
 )  # fmt: skip
 VIDEO_BRANDS = {b"qt  ": "QuickTime", b"M4V": "M4V", b"3g": "3GP", b"f4v": "F4V", b"mjp2": "Motion JPEG 2000"}
-#: What may come before the first element of an SVG, and that element.
+#: The allowed prolog of an SVG, and its first element.
 _PROLOGUE = re.compile(rb"\s*(<\?[^>]*>|<!--.*?-->|<!DOCTYPE\s+svg\b[^\[>]*(\[.*?\]\s*)?>)", re.DOTALL)
 _SVG = re.compile(rb"\s*<(\w+:)?svg[\s>/]")
 MAX_PROLOGUE = 1_000_000  # bytes
@@ -107,7 +107,7 @@ def kind_of(data: bytes) -> str:
         return _media(head)
     if _is_svg(data):
         return "SVG"
-    if b"%PDF-" in head[:1024]:  # some programs write something before it
+    if b"%PDF-" in head[:1024]:  # some programs write other bytes before it
         return "PDF"
     what = _named(head) or _packed(head, bytes(data[-HEAD:])) or _text(head)
     if what:
@@ -116,7 +116,8 @@ def kind_of(data: bytes) -> str:
 
 
 def _is_plausible(kind: str, head: bytes) -> bool:
-    """Whether what follows a short signature makes sense: a text may begin with BM, and a Targa image like a cursor."""
+    """Whether the bytes after a short signature are valid: a text may begin with BM, and a Targa image like a
+    cursor."""
     if kind == "BMP":
         return int.from_bytes(head[14:18], "little") in BMP_HEADERS
     return kind != "ICO" or head[4:6] != b"\0\0"
@@ -168,7 +169,8 @@ def _named(head: bytes) -> str | None:
 def _packed(head: bytes, tail: bytes) -> str | None:
     if head.startswith(b"\x1f\x8b"):
         try:
-            inside = zlib.decompressobj(47).decompress(head, HEAD)  # no more, whatever it would become
+            # at most HEAD bytes, however large the file would become
+            inside = zlib.decompressobj(47).decompress(head, HEAD)
         except zlib.error:
             inside = b""
         return "a compressed SVG drawing (SVGZ)" if b"<svg" in inside else "an archive (GZip)"
@@ -178,7 +180,7 @@ def _packed(head: bytes, tail: bytes) -> str | None:
 
 
 def _text(head: bytes) -> str | None:
-    """What a text is; None if it is none."""
+    """The kind of a text file; None if it is not a text."""
     head = without_utf16(head)
     if re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", head):
         return None

@@ -1,7 +1,7 @@
 """Scales pictures with libvips, and gives numbers that have no known range the contrast that a person needs.
 
-Elevation maps, X-rays and scientific pictures hold 16-bit or floating-point numbers. Their darkest and lightest percent
-become black and white. Numbers that stand for "no data" and numbers that are not finite are transparent.
+Elevation maps, X-rays and scientific pictures hold 16-bit or floating-point numbers. Their darkest and lightest half
+percent become black and white. Numbers that mean "no data" and numbers that are not finite become transparent.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from PIL import Image as Pillow
 from autotag.images import vips
 
 CODES = {"char": "b", "ushort": "H", "short": "h", "uint": "I", "int": "i", "float": "f", "double": "d"}
-SAMPLE = 100_000  # pixels that are looked at
-PERCENT = 0.005  # of the pixels become black, and as many white
+SAMPLE = 100_000  # pixels that are read to find the range
+PERCENT = 0.005  # this share of the pixels becomes black, and as many become white
 #: 16-bit pictures whose light parts reach this share of the range are ordinary photographs: nothing is stretched.
 ORDINARY = 0.25
-#: The largest numbers of integers, which are white.
+#: The largest number of each integer type, which is white.
 FULL = {"char": 127.0, "ushort": 65535.0, "short": 32767.0, "uint": 2.0**32 - 1, "int": 2.0**31 - 1}
-LARGE = 1e30  # numbers beyond are no measurements
+LARGE = 1e30  # larger numbers are not measurements
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 Reopen = Callable[[], vips.Image]
 
@@ -33,7 +33,7 @@ def scale_numbers(reopen: Reopen, width: int, height: int, nodata: float | None 
         reopen: opens the file; it is read twice if its numbers have no known range.
         width: of the result, in pixels.
         height: of the result, in pixels.
-        nodata: a number that stands for no data.
+        nodata: a number that means "no data".
 
     Raises:
         vips.VipsError: the file is damaged.
@@ -76,7 +76,7 @@ def _to_bytes(image: vips.Image, reopen: Reopen, nodata: float | None) -> vips.I
     empty = nodata if nodata is not None else _empty(values, image.format)
     low, high = _range(values, image.format, empty)
     if nodata is None and image.format in ("ushort", "uint") and high == FULL[image.format]:
-        empty = None  # an ordinary picture, in which one shade is far from all others
+        empty = None  # an ordinary picture in which one shade is far from all others
     alpha = (
         image("extract_band", band=bands - 1)("linear", a=[255 / opaque], b=[0.0])("cast", format="uchar")
         if has_alpha
@@ -100,7 +100,7 @@ def _to_bytes(image: vips.Image, reopen: Reopen, nodata: float | None) -> vips.I
 
 
 def _opaque(values: Sequence[float], kind: str) -> float:
-    """The number of transparency that stands for "not transparent". Floats count to 1, to 255 or to 65535."""
+    """The alpha value that means "not transparent". Floats may go up to 1, to 255 or to 65535."""
     if kind in FULL:
         return FULL[kind]
     most = max((value for value in values if math.isfinite(value)), default=1.0)
@@ -120,7 +120,7 @@ def _valid(data: vips.Image, empty: float | None) -> vips.Image:
 
 
 def _sample(image: vips.Image) -> tuple[list[float], int]:
-    """Numbers from all over the picture, band by band of each pixel, without averaging."""
+    """Numbers from all parts of the picture, all bands of each pixel, without averaging."""
     step = max(1, math.isqrt(image.width * image.height // SAMPLE))
     code, bands = CODES[image.format], image.bands
     if step > 1:
@@ -129,7 +129,8 @@ def _sample(image: vips.Image) -> tuple[list[float], int]:
 
 
 def _empty(values: Sequence[float], kind: str) -> float | None:
-    """A number that stands for no data though nothing says so: at one end, far away from all others."""
+    """A number that seems to mean "no data" although the file does not say so: the lowest or highest, far from all
+    others."""
     numbers = sorted({value for value in values if math.isfinite(value) and abs(value) < LARGE})
     if len(numbers) < 4:
         return None

@@ -23,7 +23,8 @@ from autotag.turns import Turns
 
 UNREADABLE = "The image's row in the database cannot be read."
 FETCHES = 32  # max files that are downloaded or prepared
-#: Longer side ÷ shorter side of a scaled picture, from which on the file itself is read, because it has to be cropped.
+#: Longer side ÷ shorter side. If a picture that Storage scaled is longer than this, the file itself is read, because it
+#: has to be cropped.
 MAX_ASPECT = 8
 #: Why `Image.refused` fails an image. hidden_file: do not reveal whether the file exists.
 REFUSALS = {
@@ -55,7 +56,7 @@ class Images:
             supabase_key: the project's secret key; None: Storage is not used.
             hosts: hosts that image URLs may use.
             max_bytes: max size of a file.
-            memory: bytes that the worker keeps itself within.
+            memory: bytes that the worker tries to stay within.
             transform: let Storage scale the images, where it can.
             transport: replaces the network for image URLs, in tests.
         """
@@ -86,7 +87,7 @@ class Images:
         Args:
             image: where it is.
             max_side: in pixels.
-            places: also takes one of these places while it fetches the image, but not while a heavy image waits.
+            places: also hold one of these places while fetching the image, but not while a heavy image waits.
 
         Raises:
             TaggingError: ``image``, ``transient``, or ``account`` (Storage's key or address is wrong).
@@ -107,7 +108,7 @@ class Images:
     async def _decode_file(
         self, image: Image, side: int, download: Download, held: contextlib.AsyncExitStack
     ) -> Decoded:
-        """Reads and decodes the image's file. held: the places and the download of this image."""
+        """Reads and decodes the image's file. held: the places and the download that this image holds."""
         tenant = image.workspace
         file = await self._fetch(image, download)
         first = await self._decoder.decode(file, side, tenant)
@@ -115,7 +116,8 @@ class Images:
             return first
         self._decoder.check(first)
         if not self._decoder.heavy_free:
-            # While it waits it holds neither memory nor a place, so others pass it. Then it is read again.
+            # While a heavy image waits, it holds neither memory nor a place, so others can pass it. Later its file is
+            # read again.
             await held.aclose()
         async with self._decoder.heavy_place(tenant), Download(self._space, self._max_bytes, tenant) as again:
             if download.is_clear:
@@ -123,7 +125,7 @@ class Images:
             return await self._decoder.decode_alone(file, side, tenant, first)
 
     async def shrink(self, jpeg: bytes, side: int) -> bytes:
-        """A smaller one of a JPEG that `load` returned."""
+        """Scales down a JPEG that `load` returned."""
         async with Download(self._space, len(jpeg)) as download:
             await download.begin(len(jpeg))
             await download.write(jpeg)

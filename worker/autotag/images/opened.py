@@ -1,22 +1,23 @@
-"""What the modules of the kinds of files have in common."""
+"""What the modules for each kind of file have in common."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from PIL import Image as Pillow
 
 from autotag.errors import TaggingError, image_error
+from autotag.images.sent import ImageNotes
 
-#: Bytes that every decoding takes beside its pixels: tables of the libraries, the small picture and its JPEG.
-FIXED_COST = 24_000_000
-#: Bytes that a pixel of the sent picture takes while it is finished: before and after scaling, without its
-#: transparency, sharpened. `FIXED_COST` has those of the first pixels.
+#: Bytes that every decoding needs in addition to its pixels: tables of the libraries, the small picture and its JPEG.
+FIXED_NEED = 24_000_000
+#: Bytes that `finish` needs for each pixel of the picture that is sent: copies before and after scaling, without
+#: transparency, and sharpened. `FIXED_NEED` includes the first pixels.
 FINISH_PER_PIXEL, FINISH_INCLUDED = 20, 512 * 512
-#: Pixels of a large picture between decoding and scaling. Smaller ones are decoded at twice the size, for smooth edges.
+#: A picture that can be decoded in any size is decoded larger than it is sent, for smooth edges: at twice the size, or
+#: with this many pixels if that is less.
 MAX_BETWEEN = 6_500_000
 #: Min share of a file's rows that must be there.
 ENOUGH_ROWS = 0.95
@@ -32,12 +33,12 @@ class Decoded:
     Attributes:
         image: the picture, scaled down to the wanted size or to a larger one.
         icc: its colour profile.
-        notes: what a person should know (`sent.Prepared`).
+        notes: on its file.
     """
 
     image: Pillow.Image
     icc: bytes | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: ImageNotes = field(default_factory=ImageNotes)
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,19 @@ class Opened:
         kind: the kind of file, for people.
         width: in pixels, as the picture is stored.
         height: in pixels, as the picture is stored.
-        cost: upper bound of the bytes that ``decode`` allocates, the file included.
+        need: upper bound of the bytes that ``decode`` allocates, including the file.
         decode: decodes the picture, scaled down to at least the given width and height.
         orientation: how to turn the stored picture, as in EXIF (1 to 8).
         cheaper: another way that needs less memory and shows less.
         advice: what its user can do if there is too little memory for it.
-        silent: whether its decoder leaves out what it gets no memory for, and does not say so.
-        held: bytes of the cost that are still needed after decoding; None: all of them.
+        silent: whether its decoder leaves out parts of the picture without an error if it runs out of memory.
+        held: bytes of the need that are still allocated after decoding; None: all of them.
     """
 
     kind: str
     width: int
     height: int
-    cost: int
+    need: int
     decode: Callable[[int, int], Decoded]
     orientation: int = 1
     cheaper: Opened | None = None
@@ -78,15 +79,15 @@ class Opened:
         return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
 
     def finished(self, pixels: int) -> Opened:
-        """The same with the cost of a picture of so many pixels, which `finish` makes of it."""
+        """The same file, with the memory that `finish` needs to make a picture of this many pixels."""
         finishing = FINISH_PER_PIXEL * max(0, pixels - FINISH_INCLUDED)
-        held = self.cost if self.held is None else self.held
+        held = self.need if self.held is None else self.held
         cheaper = self.cheaper and self.cheaper.finished(pixels)
-        return replace(self, cost=max(self.cost, held + finishing), cheaper=cheaper)
+        return replace(self, need=max(self.need, held + finishing), cheaper=cheaper)
 
 
 def oversampling(width: int, height: int) -> float:
-    """How much larger than the sent picture it is decoded, if its decoder can do that in any size."""
+    """How much larger than the sent picture to decode it, if its decoder can decode in any size."""
     return min(2.0, max(1.0, math.sqrt(MAX_BETWEEN / (width * height))))
 
 
@@ -100,7 +101,7 @@ def unsupported(what: str) -> TaggingError:
     return image_error("unsupported_format", f"This is {what}. Upload a PNG or JPEG instead.")
 
 
-def share(rows: int, height: int) -> dict[str, Any]:
+def share(rows: int, height: int) -> ImageNotes:
     """The note on a truncated file.
 
     Raises:

@@ -1,4 +1,4 @@
-"""PNG files. libvips decodes them by strips; only the chunks that make the picture are given to it."""
+"""PNG files. libvips decodes them by strips. It gets only the chunks that make up the picture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from autotag.images.colours import D65, SRGB, by_numbers, by_points
 from autotag.images.finish import MAX_ICC
 from autotag.images.frames import open_frames
 from autotag.images.levels import scale_numbers
-from autotag.images.opened import FIXED_COST, Decoded, Opened, damaged, share, unsupported
+from autotag.images.opened import FIXED_NEED, Decoded, Opened, damaged, share, unsupported
+from autotag.images.sent import ImageNotes
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
@@ -29,7 +30,7 @@ BLOCK = 1 << 20  # bytes
 
 @dataclass
 class Chunks:
-    """The chunks that matter."""
+    """The chunks that are used."""
 
     header: bytes = b""
     palette: bytes = b""
@@ -65,7 +66,7 @@ class Chunks:
 
     @property
     def profile(self) -> bytes | None:
-        """Its colour profile, whatever it is given by: what comes first here counts (PNG 3, 4.3)."""
+        """Its colour profile, from the first of these sources that the file has (PNG 3, 4.3)."""
         if self.numbers:
             return by_numbers(*self.numbers)
         if self.icc or self.srgb or not self.gamma:
@@ -74,7 +75,7 @@ class Chunks:
         return by_points(white, corners, 1 / self.gamma)
 
     def row_bytes(self, width: int) -> int:
-        """Bytes of a row, with that of its filter."""
+        """Bytes of a row, including the byte for its filter."""
         return 1 + (width * self.depth * SAMPLES[self.colour] + 7) // 8
 
     def rows(self) -> list[tuple[int, int]]:
@@ -95,19 +96,19 @@ def open_png(data: bytes, side: int) -> Opened:
     if chunks.animation:
         clean = _written(chunks, chunks.pixels, animation=True)
         opened = open_frames("PNG", clean, side, PngImagePlugin.PngImageFile, chunks.profile)
-        return Opened("PNG", chunks.width, chunks.height, opened.cost + len(data), opened.decode, chunks.orientation)
+        return Opened("PNG", chunks.width, chunks.height, opened.need + len(data), opened.decode, chunks.orientation)
     # Interlaced pictures are decoded as a whole. Of others, libvips holds a few hundred rows in several stages.
     row = chunks.width * SAMPLES[chunks.colour] * (2 if chunks.depth == 16 else 1)
     row = max(row, chunks.width * 4)
     area = row * (chunks.height if chunks.interlaced else min(chunks.height, 900))
-    cost = FIXED_COST + 3 * len(data) + int(1.5 * area)
+    need = FIXED_NEED + 3 * len(data) + int(1.5 * area)
     advice = "Save it as a PNG that is not interlaced" if chunks.interlaced else Opened.advice
     decode = partial(_decode, chunks)
-    return Opened("PNG", chunks.width, chunks.height, cost, decode, chunks.orientation, advice=advice)
+    return Opened("PNG", chunks.width, chunks.height, need, decode, chunks.orientation, advice=advice)
 
 
 def read_chunks(data: bytes) -> Chunks:
-    """Finds the chunks that make the picture. Checksums are not looked at, and what others say does not matter."""
+    """Finds the chunks that make up the picture. Checksums and all other chunks are ignored."""
     found = Chunks()
     for kind, body in _walk(data):
         if kind == b"IHDR" and not found.header:
@@ -151,7 +152,7 @@ def _next_chunk(data: bytes, at: int) -> int:
 
 
 def _describe(found: Chunks, kind: bytes, body: memoryview) -> None:
-    """What describes the picture and is used, if it makes sense: colour profile, gamma and orientation."""
+    """Reads the metadata that is used, if it is valid: colour profile, gamma and orientation."""
     if kind == b"iCCP" and found.icc is None:
         name, _, packed = bytes(body[:MAX_ICC]).partition(b"\0")
         if len(name) < 80:
@@ -190,7 +191,7 @@ def _check(found: Chunks) -> None:
 def _written(
     chunks: Chunks, pixels: list[memoryview] | list[bytes], height: int = 0, *, animation: bool = False
 ) -> bytes:
-    """A PNG of these chunks alone."""
+    """A PNG with only these chunks."""
     header = chunks.header[:4] + (height or chunks.height).to_bytes(4) + chunks.header[8:]
     out = io.BytesIO()
     out.write(SIGNATURE)
@@ -221,7 +222,7 @@ def _written(
 
 def _decode(chunks: Chunks, width: int, height: int) -> Decoded:
     data = _written(chunks, chunks.pixels)
-    notes = {}
+    notes: ImageNotes = {}
     try:
         image = scale_numbers(lambda: vips.load("png", data, fail_on="error", unlimited=True), width, height)
     except vips.VipsError:
@@ -233,7 +234,8 @@ def _decode(chunks: Chunks, width: int, height: int) -> Decoded:
 
 
 def _repaired(chunks: Chunks) -> tuple[bytes, int]:
-    """A new PNG of the rows that can be read, and their number. An interlaced one is filled up instead."""
+    """A new PNG of the rows that can be read, and their number. Missing data of an interlaced PNG is filled in
+    instead."""
     rows = chunks.rows()
     total = sum(size * count for size, count in rows)
     packer = zlib.compressobj(1)
@@ -254,7 +256,7 @@ def _repaired(chunks: Chunks) -> tuple[bytes, int]:
 
 
 def _inflated(pixels: list[memoryview], most: int) -> Iterator[bytes]:
-    """The filtered rows, until the data ends or makes no sense. Windows and checksums are not checked."""
+    """The filtered rows, until the data ends or becomes invalid. Window sizes and checksums are not checked."""
     inflater = zlib.decompressobj(-15)
     left, skipped = most, 2  # zlib's header
     for body in pixels:

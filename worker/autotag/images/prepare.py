@@ -1,7 +1,7 @@
 """Prepares an image file for the model.
 
-The result is a new JPEG: upright, in sRGB, without metadata, in the size that the model sees. The files are nobody's to
-trust: this runs in a process that can be killed. docs/images.md describes what users see of it.
+The result is a new JPEG: upright, in sRGB, without metadata, in the size that the model sees. The files are untrusted,
+so this runs in a process that can be killed. docs/images.md describes the rules for users.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from autotag.images.sent import Prepared
 from autotag.images.shape import fit
 from autotag.images.tiff import open_raw, open_tiff
 
-Pillow.MAX_IMAGE_PIXELS = None  # limits are on memory: `Opened.cost`
+Pillow.MAX_IMAGE_PIXELS = None  # limits are on memory: `Opened.need`
 
 OPENERS: dict[str, Callable[[bytes, int], Opened]] = {
     "JPEG": open_jpeg, "PNG": open_png, "GIF": open_gif, "BMP": open_bmp, "AVIF": open_avif,
@@ -39,38 +39,38 @@ OPENERS: dict[str, Callable[[bytes, int], Opened]] = {
 }  # fmt: skip
 
 
-def measure(path: Path, side: int, max_cost: int | None = None) -> Opened:
-    """Reads the headers of a file, without decoding it: the way to decode it that shows most within ``max_cost`` bytes.
+def measure(path: Path, side: int, max_need: int | None = None) -> Opened:
+    """Reads the headers of a file and chooses the best way to decode it within ``max_need`` bytes. Decodes nothing.
 
     Raises:
         TaggingError: ``image``: the file is empty, not an image, damaged or of an unsupported kind.
     """
-    return _choose_way(_open(path.read_bytes(), side), max_cost)
+    return _choose_way(_open(path.read_bytes(), side), max_need)
 
 
-def prepare(path: Path, side: int, max_cost: int) -> Prepared:
+def prepare(path: Path, side: int, max_need: int) -> Prepared:
     """Converts a file to the JPEG that is sent, with sides of at most ``side`` pixels.
 
     Raises:
-        TaggingError: ``image``: as `measure`, or ``image_too_large`` if no way to decode it fits ``max_cost``.
+        TaggingError: ``image``: as `measure`, or ``image_too_large`` if no way to decode it fits ``max_need``.
     """
-    return prepare_bytes(path.read_bytes(), side, max_cost)
+    return prepare_bytes(path.read_bytes(), side, max_need)
 
 
-def prepare_bytes(data: bytes, side: int, max_cost: int) -> Prepared:
-    """As `prepare`, of a file in memory."""
-    opened = _choose_way(_open(data, side), max_cost)
-    if opened.cost > max_cost:
+def prepare_bytes(data: bytes, side: int, max_need: int) -> Prepared:
+    """Like `prepare`, for a file in memory."""
+    opened = _choose_way(_open(data, side), max_need)
+    if opened.need > max_need:
         raise image_error(
             "image_too_large",
             f"The image has {opened.width} × {opened.height} pixels. Decoding this file ({opened.kind}) takes"
-            f" {opened.cost / 1e6:.0f} MB of memory; {max_cost / 1e6:.0f} MB are available. {opened.advice}.",
+            f" {opened.need / 1e6:.0f} MB of memory; {max_need / 1e6:.0f} MB are available. {opened.advice}.",
         )
     return prepare_opened(opened, side)
 
 
 def prepare_opened(opened: Opened, side: int) -> Prepared:
-    """As `prepare`, of a file that `measure` has opened."""
+    """Like `prepare`, for a file that `measure` has opened."""
     shape = fit(*opened.upright, side)
     target = (shape.height, shape.width) if opened.orientation >= 5 else (shape.width, shape.height)
     try:
@@ -83,15 +83,15 @@ def prepare_opened(opened: Opened, side: int) -> Prepared:
         # Decoders raise many exception types for broken files (OSError, SyntaxError, struct.error, …).
         # All of them are errors of this image only.
         raise damaged() from None
-    notes = dict(decoded.notes)
+    notes = decoded.notes.copy()
     if shape.pieces > 1:
         notes["pieces"] = shape.pieces
     return Prepared(jpeg, notes)
 
 
-def _choose_way(opened: Opened, max_cost: int | None) -> Opened:
-    """The way that shows most of those that fit ``max_cost``; if none fits, the cheapest."""
-    while max_cost is not None and opened.cost > max_cost and opened.cheaper:
+def _choose_way(opened: Opened, max_need: int | None) -> Opened:
+    """The best way to decode the file that fits ``max_need``; if none fits, the one that needs least."""
+    while max_need is not None and opened.need > max_need and opened.cheaper:
         opened = opened.cheaper
     return opened
 

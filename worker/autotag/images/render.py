@@ -2,8 +2,8 @@
 
 Storage's image transformations (an imgproxy behind ``/render/image/authenticated/…``) belong to the project's plan and
 are billed by the number of different images. They turn images upright, and take files of up to 25 MB and 50 megapixels
-(Supabase's guide "Image Transformations"; supabase/storage: src/storage/renderer/image.ts). Whatever they refuse, the
-worker reads as it is: a transformation never fails an image.
+(Supabase's guide "Image Transformations"; supabase/storage: src/storage/renderer/image.ts). If Storage refuses to
+transform a file, the worker reads the original, so a transformation never fails an image.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from autotag.images.storage import Reply, Storage, object_path
 
 QUALITY = 90  # of JPEG and WebP; the worker compresses it again
 MAX_SIDE = 2500  # pixels, Storage's max
-#: Kinds of results that are used. A GIF or WebP may be the first frame of an animation, of which the worker selects one
-#: itself; an SVG is passed through as it is.
+#: Kinds of results that are used. A GIF or WebP may be the first frame of an animation, but the worker selects the
+#: frame itself. Storage returns an SVG unchanged.
 KINDS = frozenset({"image/jpeg", "image/png", "image/avif"})
-REFUSED_FOR = 3600.0  # seconds; the project's plan does not include transformations
-TROUBLE_FOR = 60.0  # seconds; the service behind Storage fails, or asks to wait
-#: Statuses that say something about this file only: too large, broken, of another kind, missing.
+REFUSED_FOR = 3600.0  # seconds without another try, if the project's plan does not include transformations
+TROUBLE_FOR = 60.0  # seconds without another try, if the service behind Storage fails or asks to wait
+#: Statuses that are about this file only: too large, broken, of another kind, missing.
 ABOUT_FILE = frozenset({400, 404, 406, 413, 415, 422})
 
 log = structlog.get_logger(__name__)

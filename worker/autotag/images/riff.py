@@ -1,4 +1,4 @@
-"""WebP files. libvips scales them down while it decodes; animations are Pillow's."""
+"""WebP files. libvips scales them down while it decodes; Pillow decodes animations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from autotag.images import exif, vips
 from autotag.images.finish import MAX_ICC
 from autotag.images.frames import open_frames
 from autotag.images.levels import scale_numbers
-from autotag.images.opened import ENOUGH_ROWS, FIXED_COST, Decoded, Opened, damaged, oversampling
+from autotag.images.opened import ENOUGH_ROWS, FIXED_NEED, Decoded, Opened, damaged, oversampling
+from autotag.images.sent import ImageNotes
 from autotag.images.shape import fit
 
 PIXELS = (b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")
@@ -33,7 +34,7 @@ def open_webp(data: bytes, side: int) -> Opened:
         if kind in PIXELS:
             if len(body) < length and any(earlier == b"ANMF" for earlier, _ in chunks):
                 break  # the last frame of an animation; the others count
-            if len(body) < length:  # the decoder wants the length that is promised
+            if len(body) < length:  # the decoder requires the length in the header
                 there = min(there, len(body) / length)
                 body += b"\0" * (min(length, 2 * len(body)) - len(body))
             chunks.append((kind, body))
@@ -49,19 +50,20 @@ def open_webp(data: bytes, side: int) -> Opened:
     animated = any(kind == b"ANMF" for kind, _ in chunks)
     clean = _written(chunks, header)
     width, height = _size(header, *chunks[0])
-    notes = {"truncated": round(there, 4)} if there < 1 else {}
+    notes: ImageNotes = {"truncated": round(there, 4)} if there < 1 else {}
     if animated:
         opened = open_frames("WebP", clean, side, WebPImagePlugin.WebPImageFile, icc)
-        return Opened("WebP", width, height, opened.cost, opened.decode, orientation)
+        return Opened("WebP", width, height, opened.need, opened.decode, orientation)
     lossless = any(kind in (b"VP8L", b"ALPH") for kind, _ in chunks)
     shape = fit(*((height, width) if orientation >= 5 else (width, height)), side)
     scaled = min(width * height, math.ceil(shape.width * shape.height * oversampling(shape.width, shape.height) ** 2))
-    cost = FIXED_COST + 3 * len(data) + 4 * scaled + (width * height * 5 if lossless else width * 4 * 300)
-    return Opened("WebP", width, height, cost, partial(_decode, clean, icc, notes, (width, height)), orientation)
+    need = FIXED_NEED + 3 * len(data) + 4 * scaled + (width * height * 5 if lossless else width * 4 * 300)
+    return Opened("WebP", width, height, need, partial(_decode, clean, icc, notes, (width, height)), orientation)
 
 
 def _size(header: bytes, kind: bytes, body: bytes) -> tuple[int, int]:
-    """Width and height. To ask a decoder would reserve up to 8 bytes for each pixel, which a process may not have.
+    """Width and height. A decoder would reserve up to 8 bytes for each pixel to find them, which may be too much
+    memory.
 
     Raises:
         TaggingError: it is damaged.
@@ -85,10 +87,10 @@ def _written(chunks: list[tuple[bytes, bytes]], header: bytes) -> bytes:
 
 
 def _decode(
-    data: bytes, icc: bytes | None, notes: dict[str, float], size: tuple[int, int], width: int, height: int
+    data: bytes, icc: bytes | None, notes: ImageNotes, size: tuple[int, int], width: int, height: int
 ) -> Decoded:
     scale = min(1.0, oversampling(width, height) * max(width / size[0], height / size[1]))
     image: Pillow.Image = scale_numbers(lambda: vips.load("webp", data, scale=scale), width, height)
     if "truncated" in notes:
         image = image.crop((0, 0, image.width, max(1, int(image.height * notes["truncated"]))))
-    return Decoded(image, icc, dict(notes))
+    return Decoded(image, icc, notes)

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 #: Max pixels of an image's longer side, by detail; the model scales larger images down (OpenAI's guide "Images and
 #: vision"). The setting ``image_side`` overrides it.
 MAX_SIDE = {"low": 512, "high": 2048}
+
+
+class ImageNotes(TypedDict, total=False):
+    """What a person should know about an image's file (docs/images.md), in the form that ``autotag.clean_image_notes``
+    expects; empty for ordinary files.
+
+    truncated: the share of rows that is there. pieces: into which a long picture was cut. frame, page: the one that was
+    tagged. thumbnail: width and height of the one that was tagged.
+    """
+
+    truncated: float
+    pieces: int
+    frame: int
+    page: int
+    pages: int
+    thumbnail: list[int]
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -17,15 +34,15 @@ class Prepared:
 
     Attributes:
         jpeg: the picture: upright, without metadata.
-        notes: what a person should know about the file (docs/images.md); empty for ordinary files.
+        notes: on its file.
     """
 
     jpeg: bytes
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: ImageNotes = field(default_factory=ImageNotes)
 
 
 def max_side(detail: str, side: int | None) -> int:
-    """Max pixels of an image's longer side, as the question to the model has it (``image_detail``, ``image_side``)."""
+    """Max pixels of an image's longer side, by the question's ``image_detail`` and ``image_side``."""
     return side or MAX_SIDE[detail]
 
 

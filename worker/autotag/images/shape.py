@@ -1,4 +1,4 @@
-"""The size of what is sent.
+"""Calculates the size of the picture that is sent.
 
 Models count patches of 32 × 32 pixels, so both sides are multiples of 32: a partial patch costs as much as a whole one.
 """
@@ -12,12 +12,13 @@ from functools import lru_cache
 PATCH = 32  # pixels
 #: Max change of a picture's proportions, to fit the grid.
 MAX_DISTORTION = 0.03
-#: Min share of the pixels that the grid must leave. A small side has few shapes, so some are sent off the grid.
+#: Min share of the pixels that must remain after fitting the grid. For small sides, few sizes are on the grid, so some
+#: pictures are sent with a size off the grid.
 MIN_KEPT = 0.8
-#: Max ratio of the sides, and min pixels of the short side: no model can read a strip of 18 × 512, and some refuse it.
+#: Max ratio of the sides, and min pixels of the short side. No model can read a strip of 18 × 512, and some refuse it.
 MAX_RATIO = 10
 MIN_SHORT_SIDE = 64
-#: A longer strip is cut into at most so many pieces, which are laid side by side.
+#: A longer strip is cut into at most this many pieces, which are placed side by side.
 MAX_PIECES = 64
 MIN_GAP = 4  # pixels between two pieces
 
@@ -49,7 +50,7 @@ def fit(width: int, height: int, side: int) -> Shape:
 
 
 def layout(shape: Shape) -> tuple[int, int, int]:
-    """Width and height of the sheet on which the pieces are laid, and the pixels from one piece to the next."""
+    """Width and height of the sheet with all pieces, and the distance from one piece to the next in pixels."""
     vertical = shape.height > shape.width
     across, along = sorted((shape.width, shape.height))
     across_all = _up(shape.pieces * (across + MIN_GAP) - MIN_GAP)
@@ -76,7 +77,7 @@ def _scaled(width: int, height: int, side: int) -> Shape:
 
 
 def _strip(width: int, height: int, side: int) -> Shape:
-    """A long strip becomes pieces side by side, in the number that leaves them largest."""
+    """Cuts a long strip into the number of pieces that makes them largest."""
     across, along = sorted((width, height))
 
     def scale_of(pieces: int) -> float:

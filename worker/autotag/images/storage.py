@@ -44,14 +44,14 @@ KEY_CHECK_VALID = 10.0  # seconds that the result of a key check is used for all
 FAILED_KEY_CHECK_VALID = 1.0  # seconds, if the key check failed with a transient error
 MAX_WAIT = 120.0  # seconds; longer waits that Storage asks for are cut to this
 MAX_LIST_BYTES = 10_000_000  # bytes of a list of buckets; one of 1,000 has 300,000
-MAX_ERROR_BYTES = 100_000  # bytes of an error that are read; it counts without them, too
+MAX_ERROR_BYTES = 100_000  # bytes of an error that are read; the status is enough to classify it
 MAX_BUCKET_WARNINGS = 100  # buckets in warnings; the names come from rows, so there may be any number of them
 MAX_REASON_LENGTH = 200  # characters of Storage's message that are kept
 
-URL_TOO_LONG = 414  # HTTP status; also of an address that is no URL
+URL_TOO_LONG = 414  # HTTP status; also used if the address is not a URL
 SECRET, PUBLISHABLE = "service_role", ("anon", "authenticated")  # roles; row level security applies to PUBLISHABLE
 TRANSIENT_STATUSES = (408, 425, 429)  # besides 5xx
-REFUSALS = ("AccessDenied", "InvalidJWT", "Unauthorized", "Invalid JWT")  # the last two: older Storage releases
+REFUSALS = ("AccessDenied", "InvalidJWT", "Unauthorized", "Invalid JWT")  # the last two: older releases of Storage
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 CHECK_KEY = "Check SUPABASE_SECRET_KEY (the project's secret key)."
 CHECK_URL = "Check SUPABASE_URL."
@@ -196,8 +196,8 @@ class Storage:
     async def _request(
         self, location: str, in_time: AbstractAsyncContextManager[object] | None = None
     ) -> AsyncIterator[httpx2.Response]:
-        """A reply whose body is not read yet. What the caller does not read is not downloaded: the connection is
-        closed. in_time: bounds the time of the request and of reading."""
+        """A reply whose body is not read yet. If the caller does not read the body, the connection is closed and
+        nothing more is downloaded. in_time: limits the time of the request and of reading."""
         try:
             async with in_time or asyncio.timeout(MAX_SECONDS), self._http.stream("GET", self._url + location) as reply:
                 yield reply
@@ -213,7 +213,7 @@ class Storage:
     def _warn_missing_bucket(self, bucket: str) -> None:
         if bucket not in self._warned_buckets and len(self._warned_buckets) < MAX_BUCKET_WARNINGS:
             self._warned_buckets.add(bucket)
-            log.warning("bucket_missing", bucket=bucket, hint="Correct the rows that name it, or create it.")
+            log.warning("bucket_not_found", bucket=bucket, hint="Correct the rows that name it, or create it.")
 
 
 @dataclass(frozen=True)
@@ -274,10 +274,10 @@ def key_role(key: str) -> str | None:
 
 
 def object_path(bucket: str, path: str) -> str:
-    """A file's place in URLs.
+    """The path of a file in URLs.
 
     Raises:
-        TaggingError: there can be no such file.
+        TaggingError: no file can have this name.
     """
     if not _stays_inside(bucket, path):
         raise file_missing()
@@ -314,7 +314,7 @@ def _unreachable(reply: Reply) -> TaggingError:
 
 
 def _trouble(kind: Kind, code: str, message: str, retry_after: float | None = None) -> TaggingError:
-    """An error of Storage itself, so that nobody takes it for one of the AI provider."""
+    """An error of Storage itself, marked so that nobody mistakes it for an error of the AI provider."""
     return TaggingError(kind, code, message, retry_after=retry_after, origin="storage")
 
 

@@ -1,4 +1,4 @@
-"""TIFF files, and what camera RAW files have in common with them. libvips decodes them by strips or tiles."""
+"""TIFF files, and camera RAW files, which have the same structure. libvips decodes TIFFs by strips or tiles."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from autotag.images.finish import MAX_ICC
 from autotag.images.frames import open_frames
 from autotag.images.jpeg import open_jpeg
 from autotag.images.levels import scale_numbers
-from autotag.images.opened import FIXED_COST, Decoded, Opened, damaged, share, unsupported
+from autotag.images.opened import FIXED_NEED, Decoded, Opened, damaged, share, unsupported
+from autotag.images.sent import ImageNotes
 
 SUBFILE, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 254, 256, 257, 258, 259, 262
 SAMPLES, STRIP_ROWS, PLANES, TILE_WIDTH, TILE_HEIGHT = 277, 278, 284, 322, 323
 OFFSETS, LENGTHS = (273, 324), (279, 325)  # of strips and tiles
 PREDICTOR, EXTRA, FORMAT = 317, 338, 339
 CHILDREN, ICC, NODATA, DNG = 330, 34675, 42113, 50706
-#: The tags that decoding needs; all others are dropped, so that their values do not matter.
+#: The tags that decoding needs. All others are dropped, so that wrong values in them do no harm.
 NEEDED = frozenset({
     254, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 280, 281, 284, 290, 291, 292, 293, 317, 318, 319, 320,
     322, 323, 324, 325, 326, 328, 332, 333, 334, 338, 339, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530,
     531, 532, 50674,
 })  # fmt: skip
 REDUCED, MASK = 1, 4  # bits of SUBFILE: a thumbnail, a mask
-RAW_PHOTOMETRICS = {32803, 34892}  # a sensor's colour filter, and what was made of it
+RAW_PHOTOMETRICS = {32803, 34892}  # a sensor's raw colour-filter data, and the linear picture made from it
 RAW_COMPRESSIONS = {32767, 34713, 65000, 65535}  # Sony, Nikon, Kodak, Pentax
 PALETTE, CMYK, YCBCR, LAB = 3, 5, 6, 8
 FLOAT = 3  # of FORMAT
-ALPHAS = {1, 2}  # of EXTRA: other numbers do not make a band transparency
-#: Compressions that libvips decodes, and more that Pillow does.
+ALPHAS = {1, 2}  # values of EXTRA for transparency; with other values, a band is not transparency
+#: Compressions that libvips decodes, and further ones that Pillow decodes.
 BY_VIPS = {1, 2, 3, 4, 5, 6, 7, 8, 32771, 32773, 32809, 32946, 34676, 34677, 50001}
 BY_PILLOW = {34925, 50000}  # LZMA, Zstandard
 PACKINGS = {
@@ -59,17 +60,17 @@ def open_tiff(data: bytes, side: int) -> Opened:
     _check(page)
     if _is_pillows(page):
         opened = open_frames("TIFF", _cleaned(data, page), side, TiffImagePlugin.TiffImageFile)
-        cost = opened.cost + width * height * 12
-        return Opened("TIFF", width, height, cost, opened.decode, page.orientation)
+        need = opened.need + width * height * 12
+        return Opened("TIFF", width, height, need, opened.decode, page.orientation)
     icc = page.block(ICC, MAX_ICC) or None
     return Opened(
-        "TIFF", width, height, FIXED_COST + 3 * len(data) + _memory(page),
+        "TIFF", width, height, FIXED_NEED + 3 * len(data) + _memory(page),
         partial(_decode, data, page, number, len(pages), icc), page.orientation,
     )  # fmt: skip
 
 
 def _is_pillows(page: Directory) -> bool:
-    """Whether libvips does not decode it, or not in the right colours."""
+    """Whether Pillow must decode it, because libvips cannot, or not in the right colours."""
     packing, colours, bits = (page.number(tag, 1) for tag in (COMPRESSION, PHOTOMETRIC, BITS))
     return (
         packing in BY_PILLOW
@@ -80,7 +81,7 @@ def _is_pillows(page: Directory) -> bool:
 
 
 def _check(page: Directory) -> None:
-    """Refuses what no decoder here can read, by its name, so that nobody is told that an intact file is damaged.
+    """Refuses a page that no decoder here can read, with the reason, so that an intact file is not called damaged.
 
     Raises:
         TaggingError: ``unsupported_format``.
@@ -116,11 +117,11 @@ def open_raw(data: bytes, side: int) -> Opened:
         raise unsupported("a camera's RAW file without a preview")
     turn = best.orientation if best.orientation > 1 else next((d.orientation for d in directories(data)), 1)
     held = best.held and best.held + len(data)
-    return Opened("RAW", best.width, best.height, best.cost + len(data), best.decode, turn, held=held)
+    return Opened("RAW", best.width, best.height, best.need + len(data), best.decode, turn, held=held)
 
 
 def _previews(data: bytes) -> Iterator[bytes]:
-    """Every JPEG in a file, to the end of the file: what follows a JPEG does not matter."""
+    """Every JPEG in a file. Each extends to the end of the file, because bytes after a JPEG do no harm."""
     at, found = -1, 0
     while (at := data.find(b"\xff\xd8\xff", at + 1)) >= 0 and found < 20:
         if data[at + 3] in (0xDB, 0xC4, 0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xFE, 0xDD, 0xC0):
@@ -146,7 +147,8 @@ def _is_raw(page: Directory) -> bool:
 
 
 def _best(pages: list[Directory]) -> tuple[int, Directory]:
-    """The page to show and its number: the largest one that is no mask and no thumbnail; the first of equals."""
+    """The page to show and its number: the largest one that is not a mask or a thumbnail; the first if several are
+    equal."""
     shown = [(n, page) for n, page in enumerate(pages) if page.number(WIDTH) > 0 and page.number(HEIGHT) > 0]
     if not shown:
         raise damaged()
@@ -155,7 +157,7 @@ def _best(pages: list[Directory]) -> tuple[int, Directory]:
 
 
 def _memory(page: Directory) -> int:
-    """Bytes to decode a page: its tiles or strips, and the rows that libvips holds."""
+    """Bytes that decoding a page needs: its tiles or strips, and the rows that libvips holds."""
     width, height = page.number(WIDTH), page.number(HEIGHT)
     bits = sum(int(value) for value in page.numbers(BITS)) or 1
     pixel = max(1, bits // 8, page.number(SAMPLES, 1) if bits >= 8 else 1)
@@ -174,9 +176,9 @@ def _rows(width: int, height: int, pixel: int) -> int:
 
 
 def _cleaned(data: bytes, page: Directory) -> bytes:
-    """The file with a single directory, at its end, that has only the needed tags."""
+    """The file with a single directory at its end, which has only the needed tags."""
     raw = {tag: page.raw[tag] for tag in sorted(page.raw) if tag in NEEDED}
-    if _is_double(page):  # libvips reads no numbers of 64 bits: each becomes two of 32
+    if _is_double(page):  # libvips cannot read 64-bit numbers, so each becomes two 32-bit numbers
         form = page.order + ("HHQH6x" if page.big else "HHIH2x")
         halves = ((BITS, 32), (SAMPLES, 2 * page.number(SAMPLES, 1)), (FORMAT, 1))
         raw |= {tag: struct.pack(form, tag, 3, 1, value) for tag, value in halves}
@@ -207,9 +209,8 @@ def _loaded(clean: bytes, page: Directory, fail_on: str) -> vips.Image:
 
 
 def _bands(page: Directory) -> int:
-    """How many bands are shown: the colours, and transparency if the file says that a band is that.
-
-    Satellites' near infrared and microscopes' second colour are no transparency.
+    """The number of bands that are shown: the colours, and transparency if the file says that a band is transparency.
+    (A satellite's near infrared or a microscope's second colour is not.)
     """
     samples, photometric = page.number(SAMPLES, 1), page.number(PHOTOMETRIC, 1)
     if photometric == PALETTE:
@@ -234,7 +235,7 @@ def _decode(
     data: bytes, page: Directory, number: int, pages: int, icc: bytes | None, width: int, height: int
 ) -> Decoded:
     clean = _cleaned(data, page)
-    notes = {}
+    notes: ImageNotes = {}
     if pages > 1 and (number or _equal(page)):
         notes = {"page": number + 1, "pages": pages}
     rows = _rows_there(data, page)
@@ -250,14 +251,15 @@ def _decode(
     except vips.VipsError:
         image = scale_numbers(lambda: _loaded(clean, page, "none"), width, height, nodata)
         if all(low == high for low, high in (band.getextrema() for band in image.split())):
-            raise damaged() from None  # the decoder has left nothing but a blank picture
+            raise damaged() from None  # the decoder produced only a blank picture
     if "truncated" in notes:
         image = image.crop((0, 0, image.width, max(1, int(image.height * notes["truncated"]))))
     return Decoded(image, icc, notes)
 
 
 def _equal(page: Directory) -> bool:
-    """Whether the next page has the same size: a document of several pages, and not a picture with its thumbnails."""
+    """Whether the next page has the same size. Then the file is a document with several pages, not a picture with
+    thumbnails."""
     following = directory(
         page.data, int.from_bytes(page.next, "little" if page.order == "<" else "big"), page.big, page.order
     )

@@ -1,7 +1,7 @@
 """Fetches images by URL: from allowed hosts with public addresses only, and with few redirects.
 
-A retry downloads the whole image again. An ``If-None-Match`` would save nothing: a worker keeps no file between two
-tries, and the next try may be another worker's.
+A retry downloads the whole image again. ``If-None-Match`` would save nothing, because a worker keeps no file between
+two tries, and another worker may make the next try.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from autotag.waits import retry_after
 
 FETCH_TIMEOUT = 30.0  # seconds to connect, and max seconds between two reads
 REDIRECTS = 5
-#: Image CDNs choose the format by this header. It names cheap formats only: who names AVIF or JPEG XL gets them.
+#: Image CDNs choose the format by this header. It names only formats that are cheap to decode: clients that name AVIF
+#: or JPEG XL get them.
 ACCEPT = "image/jpeg,image/png,image/webp;q=0.9,image/gif;q=0.8,image/*;q=0.5,*/*;q=0.1"
-#: Hosts ask for an address in it, and some (Wikimedia) refuse clients without one.
+#: Hosts want a contact address in this header, and some (Wikimedia) refuse clients without one.
 USER_AGENT = f"autotag/{autotag.__version__} (+https://pypi.org/project/supabase-autotag/)"
-REFUSED = (401, 402, 403, 407, 451)  # HTTP status of hosts that do not give an image to others (hot-linking, a login)
-BUSY_SECONDS = 30.0  # wait after a 429 that names none
-MAX_BUSY_SECONDS = 3600.0  # a host that refuses longer, without one image, is treated like any other error
+#: HTTP status of hosts that do not serve their images to others (hot-linking, a login)
+REFUSED = (401, 402, 403, 407, 451)
+BUSY_SECONDS = 30.0  # wait after a 429 without a time
+#: If a host refuses for longer than this without serving an image, its images fail like others
+MAX_BUSY_SECONDS = 3600.0
 
 
 @dataclass
@@ -46,8 +49,8 @@ class _Busy:
 class Urls:
     """Fetches images by their URLs.
 
-    A host that asks to wait (429, or 503 with ``Retry-After``) gets no request until then. Its images wait that long,
-    which counts as no failure of theirs, and other hosts go on.
+    A host that asks to wait (429, or 503 with ``Retry-After``) gets no request until then. Its images wait, which does
+    not count as a failure, and other hosts are not affected.
     """
 
     def __init__(self, hosts: frozenset[str], transport: httpx.AsyncBaseTransport | None = None) -> None:
@@ -134,7 +137,7 @@ class Urls:
         """Checks that a response has an image, and notes whether its host asks to wait.
 
         Raises:
-            TaggingError: it has none.
+            TaggingError: the response has no image.
         """
         status, wait = response.status_code, retry_after(response.headers)
         if status == 429 or (status == 503 and wait):
@@ -154,17 +157,17 @@ class Urls:
     def _note_busy(self, host: str, wait: float) -> None:
         now = time.monotonic()
         busy = self._busy.get(host)
-        if busy is None or now - busy.until > MAX_BUSY_SECONDS:  # the first refusal, or the first for long
+        if busy is None or now - busy.until > MAX_BUSY_SECONDS:  # the first refusal, or the first one for a long time
             busy = self._busy[host] = _Busy(now, now)
         busy.until = now if now - busy.since > MAX_BUSY_SECONDS else max(busy.until, now + wait)
 
     def _busy_error(self, host: str) -> TaggingError | None:
-        """The error of an image while its host wants no request; None: it may be asked."""
+        """The error of an image while its host asks to wait; None: the host may be asked."""
         busy = self._busy.get(host)
         wait = busy.until - time.monotonic() if busy else 0.0
         if wait <= 0:
             return None
-        # The images come back one after the other: all at once, they would be refused again.
+        # The images are retried one after another, because all at once they would be refused again.
         return TaggingError(
             "rate_limit", "host_busy", f"The host {host} asks to wait before more images are fetched.",
             retry_after=wait * random.uniform(1, 2), origin="host",

@@ -1,7 +1,7 @@
 """Calls libvips, which decodes and scales large pictures strip by strip, in little memory.
 
-pyvips has no wheel, and source packages are not installed (deploy/Dockerfile). Its wheel of libvips, `pyvips-binary`,
-contains the compiled binding; this module makes calls with it.
+pyvips has no wheel, and the image installs no source packages (deploy/Dockerfile). But its wheel of libvips,
+`pyvips-binary`, contains the compiled binding, which this module calls.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 #: Band formats of libvips, in the order of its enum ``VipsBandFormat``.
 FORMATS = ("uchar", "char", "ushort", "short", "uint", "int", "float", "complex", "double", "dpcomplex")
-#: What libvips and libtiff say when they get no memory. Otherwise the file would count as damaged.
+#: Messages of libvips and libtiff when they run out of memory. Without this check, the file would count as damaged.
 NO_MEMORY = ("out of memory", "allocate memory", "No space for")
 Option = int | float | bool | str
 
@@ -29,7 +29,7 @@ class Image:
 
     Attributes:
         pointer: libvips's object.
-        keep: what must live as long as the picture (the file's bytes).
+        keep: an object that must live as long as the picture (the file's bytes).
     """
 
     pointer: Any
@@ -113,7 +113,7 @@ def from_memory(pixels: bytes, width: int, height: int, kind: str) -> Image:
 
 
 def call(operation: str, **arguments: Any) -> Image:
-    """Makes one operation and returns its picture.
+    """Calls one operation and returns its picture.
 
     Args:
         operation: its name in libvips.
@@ -181,7 +181,7 @@ def _set(operation: Any, name: str, value: Any) -> None:
 def _library() -> tuple[Any, Any]:
     """cffi's ``ffi`` and ``lib``. libvips is initialised once; it starts no threads and keeps no results."""
     os.environ.setdefault("VIPS_CONCURRENCY", "1")
-    os.environ.setdefault("VIPS_WARNING", "0")  # otherwise it writes to stderr what it finds in a damaged file
+    os.environ.setdefault("VIPS_WARNING", "0")  # otherwise it writes warnings about damaged files to stderr
     from _libvips import ffi, lib
 
     if lib.vips_init(b"autotag"):
@@ -193,7 +193,7 @@ def _library() -> tuple[Any, Any]:
 
 
 def start() -> None:
-    """Loads libvips, so that the processes which are forked afterwards share its memory."""
+    """Loads libvips, so that processes that are forked later share its memory."""
     _library()
 
 

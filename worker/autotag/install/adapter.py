@@ -19,12 +19,12 @@ from autotag.install.location import MAX_KEY, location_code, mark_code, too_long
 from autotag.install.quoting import literal, quote, table_name
 
 TEMPLATE = Path(__file__).parent / "host_adapter.sql"
-#: Base type of users' ids -> a value that is no user's id.
+#: Base type of users' ids -> a value that no user has.
 NOBODY = {
     "uuid": "00000000-0000-0000-0000-000000000000", "bigint": str(-(2**63)), "integer": str(-(2**31)), "text": "",
 }  # fmt: skip
-#: The columns that the adapter may add to the table of images, each with the comment of a column which it adds.
-#: `autotag uninstall` drops no column without just this comment, so a text that a release has written never changes.
+#: The columns that the adapter may add to the table of images, each with the comment that it puts on the column.
+#: `autotag uninstall` drops a column only if it has exactly this comment, so a released comment never changes.
 MARKS = {
     "tagging_result": "autotag: what the model answered about this image, and which tags are autotag's",
     "tagging_stage": "autotag: how far the tagging of this image is",
@@ -73,7 +73,7 @@ def render(template: str, host: Host) -> str:
 
 
 def record_answers(host: Host) -> dict[str, Any]:
-    """What the adapter for a host records in `autotag.adapter_answers`, as it is read there. Without the functions."""
+    """The record in `autotag.adapter_answers` of a host's adapter, as it is read there, without the functions."""
     found: dict[str, Any] = json.loads(json.dumps(_answers("", host)))
     return found
 
@@ -84,7 +84,7 @@ def hash_body(body: str) -> str:
 
 
 def _answers(text: str, host: Host) -> dict[str, Any]:
-    """What a later `init` has to know: the answers as attributes of `Choices`, and a hash of each function."""
+    """The record for a later `init`: the answers as attributes of `Choices`, and a hash of each function."""
     members = host.members
     choices = {
         "table": host.table, "id": host.id, "workspace": None if members.owner else host.workspace,
@@ -112,7 +112,7 @@ def _caller_code(host: Host) -> str:
     claim = f"nullif((select auth.jwt()) #>> {_claim_path(host.caller)}, '')"
     if host.user_type != "text":
         return claim
-    # an index takes no longer key
+    # an index cannot hold a longer key
     return f"(select case when octet_length(c.id) <= {MAX_KEY} then c.id end from (select {claim}) c (id))"
 
 
@@ -140,15 +140,15 @@ def _members_code(host: Host) -> str:
 
 
 def _unless_nobody(condition: str) -> str:
-    """A condition on the caller, who has to be somebody: uploads and quotas have users.
+    """A condition that is false without a caller, because uploads and quotas belong to users.
 
-    (A function of the project mostly reads auth.uid(), too, which raises where `sub` is no uuid.)
+    (A function of the project usually reads auth.uid(), too, which raises an error if `sub` is not a uuid.)
     """
     return f"select case when autotag.caller() is null then false else coalesce({condition}, false) end"
 
 
 def _claim_code(members: Members) -> str:
-    """The condition that a claim names the workspace: in the form in which the policies read it, or in any."""
+    """The condition that a claim names the workspace, in the form that the policies use, or in any form."""
     claim, workspace = f"((select auth.jwt()) #> {_claim_path(members.claim)})", "p_workspace_id::text"
     listed = f"exists (select from jsonb_array_elements_text{claim} e (id) where e.id = {workspace})"
     forms = {
@@ -162,18 +162,18 @@ def _claim_code(members: Members) -> str:
 
 
 def _caller_as(host: Host, kind: str) -> str:
-    """The caller, as a value of the type of the column that it is compared with, so that the column's index is used."""
+    """The caller, cast to the type of the column that it is compared with, so that the column's index is used."""
     return "autotag.caller()" if kind == host.user_type else f"autotag.caller()::{kind}"
 
 
 def place_code(host: Host, rule: FileRule, guard: str = "not c.too_long") -> str:
-    """The joins that give the place ``f`` (bucket, path, url) of the image of the row ``a``."""
+    """The joins that compute the location ``f`` (bucket, path, url) of the image of the row ``a``."""
     as_written = file_code(host, rule, "s") if rule.name not in ("any", "none", "workspace-bucket") else None
     return location_code(host, as_written, guard)
 
 
 def no_members(rule: str, host: Host) -> HostError:
-    """The refusal of a rule about members where nothing lists them."""
+    """The error if a rule is about members, but nothing lists them."""
     return HostError(
         f"The file rule {rule} needs a table of members (--members-table); choose another --file-rule, or write a"
         f" function ({host.workspace_type}, text, text) that returns boolean."
@@ -225,7 +225,7 @@ def of_members(members: Members, workspace: str) -> str:
 
 
 def _in_folder(rule: FileRule, folder: str, key_type: str, f: str) -> str:
-    """The condition that a path is in a folder that is named as a key."""
+    """The condition that a path is in a folder whose name is a key."""
     if rule.prefix or rule.depth == 1:
         before = f"{literal(rule.prefix)} || " if rule.prefix else ""
         # the folder of the key `a` contains no folder of the key `a/b`
@@ -235,14 +235,14 @@ def _in_folder(rule: FileRule, folder: str, key_type: str, f: str) -> str:
 
 
 def _owned(condition: str, f: str) -> str:
-    """The condition that an object's owner meets ``condition``. Older releases of Storage only have ``owner``."""
+    """The condition that an object's owner meets ``condition``. Older releases of Storage have only ``owner``."""
     owner = "coalesce(to_jsonb(o) ->> 'owner_id', to_jsonb(o) ->> 'owner')"
     this_file = f"o.bucket_id = {f}.bucket and o.name = {f}.path"
     return f"exists (select from storage.objects o where {this_file} and {owner} {condition})"
 
 
 def _silent_policy_code(host: Host) -> str:
-    """The condition that a policy leaves the file of a row open, or the uploader where the rule needs one."""
+    """The condition that the policies do not decide about a row's file, or about the uploader if the rule needs one."""
     if host.files.name == "none":
         return "false"
     places = (host.path, host.object, host.url if host.storage_hosts else None)
@@ -269,8 +269,8 @@ def _full_path_text(host: Host) -> str:
 
 
 def _untagged_code(host: Host) -> str:
-    """The condition that the row ``a`` has no tags: null, or an empty list of whatever type, and autotag has not given
-    it none (``only`` with a vocabulary of which nothing fits)."""
+    """The condition that the row ``a`` has no tags: null or an empty list of any type. Rows for which autotag found no
+    fitting tag in a closed vocabulary do not count."""
     tags = f"a.{quote(host.tags)}"
     as_json = f"autotag.read_json({tags})" if host.tags_type == "json" else tags
     empty = f"cardinality({tags}) = 0" if host.tags_type.endswith("[]") else f"{as_json} in ('[]', 'null')"
@@ -279,11 +279,11 @@ def _untagged_code(host: Host) -> str:
 
 
 def _merge_code(host: Host) -> dict[str, str]:
-    """How the tags of a run are merged into a column of this type: the function, and the column's value."""
+    """The SQL that merges the tags of a run into a column of this type: the function, and the column's value."""
     column, is_json = f"a.{quote(host.tags)}", host.tags_type in ("jsonb", "json")
     new = "r.result -> 'tags'" if is_json else "array(select jsonb_array_elements_text(r.result -> 'tags'))"
     limited = host.tags_type == "character varying[]"
-    # the length of a varchar(n): of the column as it is when tags are stored
+    # the length of a varchar(n), read when tags are stored, because the column may change
     longest = (
         "(select nullif(c.atttypmod, -1) - 4 from pg_attribute c"
         f" where c.attrelid = {literal(table_name(host.table))}::regclass and c.attname = {literal(host.tags)})"
@@ -298,5 +298,5 @@ def _merge_code(host: Host) -> dict[str, str]:
         "tags_json": f"autotag.read_json({column})" if host.tags_type == "json" else f"to_jsonb({column})",
         "current_tags": f"{column}::{'json' if is_json else 'text[]'}",
         "new_tags": f"({new})::{host.tags_type}",
-        "merged_tags": f"case when m.tags is null then {column} else m.tags::{host.tags_type} end",
+        "merged_tags": f"case when merged.tags is null then {column} else merged.tags::{host.tags_type} end",
     }

@@ -1,16 +1,16 @@
-"""What a survey is told and what it asks, and how it says that it cannot go on."""
+"""The input of a survey (`Choices`), its questions (`Ask`), and its error (`HostError`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-#: Gets the option, the question and the possible answers (empty: any), and returns the answer. Raises HostError when no
-#: person can be asked.
+#: Called with the option, the question and the possible answers (empty: any); returns the answer. Raises HostError if
+#: no person can be asked.
 Ask = Callable[[str, str, Sequence[str]], str]
-#: The condition that every row meets: whoever writes it has seen what the rows may be.
+#: The condition that every row meets. A person who gives it has seen the question about the rows.
 EVERY_ROW = "true"
-#: The answer that Supabase's own logins say who a caller is.
+#: The answer that Supabase's own logins identify the caller.
 OWN_LOGINS = "auth.uid()"
 
 
@@ -31,7 +31,7 @@ class Choices:
     tags: str | None = None
     members_table: str | None = None
     members_claim: str | None = None
-    claim_form: str | None = None  # which no option sets: an adapter remembers it
+    claim_form: str | None = None  # no option sets this; an adapter remembers it
     file_rule: str | None = None
     editors: str | None = None
     owner: str | None = None

@@ -1,4 +1,4 @@
-"""Finds out whether Supabase's own logins say who a caller is, or a claim of another service's token."""
+"""Finds out whether Supabase's own logins identify the caller, or a claim in another service's token."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from autotag.install.facts import Facts
 from autotag.install.host import Host, user_type
 from autotag.install.members import read_caller
 
-#: The claim of the user in an expression, in the output of `evidence.plain`.
+#: The claim that identifies the user, in the output of `evidence.plain`.
 SUB = re.compile(r"auth\.jwt ->>? 'sub'|'request\.jwt\.claims?'.*'sub'|'request\.jwt\.claim\.sub'")
 
 
 def with_caller(url: str, facts: Facts, host: Host, choices: Choices, ask: Ask) -> Host:
-    """The host with the claim that says who the caller is, which is asked for where it seems not to be `auth.uid()`.
+    """Adds the claim that identifies the caller to the host. Asks for it if it does not seem to be `auth.uid()`.
 
     Raises:
-        HostError: the answer is no claim, the owner of an image is a number, or ``ask`` raised it.
+        HostError: the answer is not a claim, the owner of an image is a number, or ``ask`` raised it.
         psycopg.OperationalError: the database cannot be reached.
     """
     if choices.caller_claim:
@@ -43,7 +43,7 @@ def with_caller(url: str, facts: Facts, host: Host, choices: Choices, ask: Ask) 
 
 
 def note_on_tokens(facts: Facts, host: Host) -> list[str]:
-    """A note where nothing but a token says who is a member, and nothing says whose login signs it."""
+    """A note if only a token says who is a member, and nothing shows which service signs the token."""
     claim = host.members.claim
     if not claim or host.caller or claim[0] == "app_metadata" or _reads(facts, host)[0]:
         return []
@@ -54,7 +54,7 @@ def note_on_tokens(facts: Facts, host: Host) -> list[str]:
 
 
 def _doubt(url: str, facts: Facts, host: Host) -> str:
-    """Why `auth.uid()` may not be the caller: the beginning of a sentence; empty: it is, as far as can be seen."""
+    """Why `auth.uid()` may not be the caller, as the beginning of a sentence; empty: it seems to be."""
     members = host.members
     of_users = {"owner": (host.table, host.workspace), "table": (members.table, members.user)}
     table, column = of_users["owner"] if members.owner else of_users["table"]
@@ -73,7 +73,7 @@ def _doubt(url: str, facts: Facts, host: Host) -> str:
 
 
 def _reads(facts: Facts, host: Host) -> tuple[str, str]:
-    """What asks `auth.uid()`, and what reads the claim ``sub``: policies, defaults and functions, as text; or empty."""
+    """The policies, defaults and functions that read `auth.uid()`, and those that read the claim ``sub``, as texts."""
     own, other = "", ""
     for name in dict.fromkeys(filter(None, (host.table, host.members.table))):
         table = facts.tables.get(name)

@@ -1,6 +1,6 @@
 """Changes an installed adapter to new answers: replaces the functions that they change, in a migration of its own.
 
-The adapter belongs to its project, and records what `init` was told and how it wrote each function
+The adapter belongs to its project. It records the answers that `init` got, and a hash of each function
 (`autotag.adapter_answers`). So answers that are not given again stay, and a function that the project has changed is
 never replaced.
 """
@@ -33,17 +33,17 @@ set local check_function_bodies = off;
 
 
 def plan_change(url: str, facts: Facts, host: Host, folder: Path | None) -> Migration | None:
-    """The migration that makes the installed adapter fit a host; None: it does already.
+    """The migration that adapts the installed adapter to a host; None: it already fits.
 
     Args:
         url: connection URL of the database's owner.
         facts: of the project.
-        host: its tables, by the new answers.
+        host: its tables according to the new answers.
         folder: the project's migrations, if it has such a folder.
 
     Raises:
-        HostError: the answers cannot change like this, the project has edited a function that would change, or another
-            change has been written and not applied.
+        HostError: these answers cannot change, the project has edited a function that would change, or an earlier
+            change is written but not applied.
         psycopg.OperationalError: the database cannot be reached.
     """
     swap = _check_fixed(url, facts, host)
@@ -84,7 +84,8 @@ def plan_change(url: str, facts: Facts, host: Host, folder: Path | None) -> Migr
 
 
 def _check_fixed(url: str, facts: Facts, host: Host) -> list[str]:
-    """Refuses what is stored by now: other keys, another table beside the present one, another column of tags.
+    """Refuses changes of answers on which stored data depends: other types of keys, another table, another column for
+    tags.
 
     Returns the statement that changes the type of users' ids, if it can change.
     """
@@ -102,16 +103,16 @@ def _check_fixed(url: str, facts: Facts, host: Host) -> list[str]:
             f"The new answers need ids of other types ({', '.join(wanted)}), and autotag has stored ids of the present"
             " ones; uninstall it first (docs/install.md)."
         )
-    told = facts.answers["choices"] if facts.answers else {}
-    if told.get("table") != host.table and told.get("table") in facts.tables:
+    recorded = facts.answers["choices"] if facts.answers else {}
+    if recorded.get("table") != host.table and recorded.get("table") in facts.tables:
         raise HostError(
-            f"autotag tags {told['table']}, which is still there; to use {host.table}, uninstall it first"
+            f"autotag tags {recorded['table']}, which is still there; to use {host.table}, uninstall it first"
             " (docs/install.md)."
         )
-    if told.get("tags") != host.tags and told.get("tags") in facts.tables[host.table].columns:
+    if recorded.get("tags") != host.tags and recorded.get("tags") in facts.tables[host.table].columns:
         raise HostError(
-            f"autotag remembers whose each tag in {told['tags']} is, so the tags cannot move to {host.tags}: they would"
-            f" all count as removed. Rename {told['tags']} instead, and run this again."
+            f"autotag remembers whose each tag in {recorded['tags']} is, so the tags cannot move to {host.tags}: they"
+            f" would all count as removed. Rename {recorded['tags']} instead, and run this again."
         )
     return [SWAP.format(kind=host.user_type)] if swaps else []
 
@@ -120,12 +121,12 @@ _KEYS = ["asset_id", "workspace_id", "user_id"]
 
 
 def _changes(folder: Path | None) -> dict[str, Written]:
-    """The files with changes of the adapter, by name."""
+    """The files that contain changes of the adapter, by name."""
     return {name: file for name, file in written_migrations(folder).items() if name.startswith(CHANGE)}
 
 
 def _number(sql: str, facts: Facts, folder: Path | None) -> Migration:
-    """The change as the next migration, or as the one that is there and waits to be applied."""
+    """The change as the next migration, or the same change if its file exists and is not applied yet."""
     files = _changes(folder)
     waiting = [name for name in files if name not in facts.applied]
     numbers = [int(name.removeprefix(CHANGE)) for name in {*files, *facts.applied} if name.startswith(CHANGE)]

@@ -1,4 +1,4 @@
-"""Refuses what a project has under the names that autotag needs, before anything is written or applied."""
+"""Refuses objects of a project that have names which autotag needs, before anything is written or applied."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from autotag.install.keys import RESULT_COLUMN, RESULT_TYPES, STAGE_COLUMNS
 from autotag.install.quoting import quote, table_name
 from autotag.texts import name_some, printable
 
-#: How the comment begins that autotag puts on the columns that it adds: their values are its own.
+#: The beginning of the comment that autotag puts on the columns that it adds. The values in them are its own.
 MARK = "autotag: "
-#: Types of these columns in which every value of autotag's fits, as Postgres prints them.
+#: For each of these columns, the types that can hold all of autotag's values, as Postgres prints them.
 _FITTING = {**STAGE_COLUMNS, RESULT_COLUMN: RESULT_TYPES}
-#: Every result of autotag has these keys (autotag.remember_tags), also one of a row whose tags were left as they are.
+#: Every result of autotag has these keys (autotag.remember_tags), even if the row's tags were left as they are.
 _OWN_RESULT = (
     f"jsonb_typeof({RESULT_COLUMN} -> 'given') = 'array' and {RESULT_COLUMN} ?& '{{model,caption,confidence}}'"
 )
@@ -51,15 +51,16 @@ _COLUMNS = """
 
 
 def check_names(connection: Connection[Any], missing: Sequence[str], present: Sequence[str]) -> None:
-    """Refuses objects in ``public`` that have the names of autotag's.
+    """Refuses objects in ``public`` that have names of autotag's objects.
 
     Args:
         connection: of the database's owner.
-        missing: the SQL of the migrations that the database does not have yet.
-        present: that of those that it has.
+        missing: the SQL of migrations that are not applied yet.
+        present: the SQL of migrations that are applied.
 
     Raises:
-        HostError: there are some. (A function with other arguments counts: autotag's rights are given by name.)
+        HostError: there are such objects. (A function with other arguments counts, too, because autotag grants rights
+            by name.)
     """
     names, own = (
         {found["name"] for text in texts for found in _CREATED.finditer(text)} for texts in (missing, present)
@@ -74,10 +75,10 @@ def check_names(connection: Connection[Any], missing: Sequence[str], present: Se
 
 
 def check_schema(connection: Connection[Any]) -> None:
-    """Refuses a schema ``autotag`` with objects, where autotag is not installed.
+    """Refuses a schema ``autotag`` with objects if autotag is not installed.
 
     Raises:
-        HostError: there is one.
+        HostError: there is such a schema.
     """
     taken = _taken(connection, "autotag", None)
     if taken:
@@ -96,13 +97,13 @@ def _taken(connection: Connection[Any], schema: str, names: Sequence[str] | None
 
 
 def check_columns(connection: Connection[Any], table: str) -> list[str]:
-    """Refuses columns of the table of images that have the names of autotag's and are the project's own.
+    """Refuses the project's own columns in the table of images that have names of autotag's columns.
 
-    A column that no installation of autotag made is taken only if nothing can depend on what is in it: it has the right
-    type, no value, no default and no constraint. Results of an earlier installation may stay.
+    autotag uses an existing column only if nothing can depend on its contents: it has the right type, no value, no
+    default and no constraint. Results of an earlier installation may stay.
 
     Returns:
-        What a person should know.
+        Notes for a person.
 
     Raises:
         HostError: there is such a column.
@@ -140,11 +141,11 @@ def check_columns(connection: Connection[Any], table: str) -> list[str]:
 
 
 def _values(connection: Connection[Any], table: str, column: str) -> str:
-    """What is in a column that autotag has not written, as text; empty: nothing."""
+    """The values in a column that autotag has not written, as text; empty: there are none."""
     foreign = f"({_OWN_RESULT}) is not true" if column == RESULT_COLUMN else "true"
     try:
         with connection.transaction():
-            connection.execute("set local row_security = off")  # rather an error than rows that are not seen
+            connection.execute("set local row_security = off")  # an error is better than missing rows
             row = connection.execute(
                 f"select left({quote(column)}::text, 100) from {table_name(table)}"  # noqa: S608 - quoted
                 f" where {quote(column)} is not null and {foreign} limit 1".encode()

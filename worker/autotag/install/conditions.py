@@ -1,7 +1,8 @@
 """Checks the conditions that a project's owner gives (``--where``, ``--members-where``) for the adapter.
 
-They are the owner's own code. But a slip must be one sentence before anything is written, and a condition must stay
-one: it cannot end its parenthesis or the function around it, and it has no comment that swallows what follows.
+They are the owner's own code. But a mistake must lead to a clear message before anything is written. And a condition
+must stay a condition: it must not close the parenthesis or the function around it, or contain a comment that hides the
+code after it.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def check_form(condition: str, option: str) -> str:
     """Returns the condition without white space around it.
 
     Raises:
-        HostError: it is empty or too long, it ends a parenthesis that it did not begin, or it has a comment, a
-            semicolon or a dollar sign outside a string, or ``$$`` anywhere.
+        HostError: it is empty or too long, it closes a parenthesis that it did not open, it has a comment, a semicolon
+            or a dollar sign outside a string, or ``$$`` anywhere.
     """
     text = condition.strip()
     if not text or len(text) > MAX_LENGTH:
@@ -58,10 +59,10 @@ def check_condition(url: str, table: str, alias: str, condition: str, option: st
         table: qualified name.
         alias: the name of the row in the adapter.
         condition: the condition.
-        option: that gave it.
+        option: the option that gave it.
 
     Raises:
-        HostError: it is no condition on this table, or a function in it may change something.
+        HostError: it is not a condition on this table, or a function in it may change something.
         psycopg.OperationalError: the database cannot be reached.
     """
     text = check_form(condition, option)
@@ -85,7 +86,7 @@ def check_condition(url: str, table: str, alias: str, condition: str, option: st
 
 
 PATH = "set local search_path = pg_catalog, public, extensions, pg_temp"
-#: Parsing a view runs nothing; its tree has the numbers of all functions and operators in it.
+#: Parsing a view runs nothing. The view's tree contains the oids of all its functions and operators.
 VOLATILE = r"""
     select p.proname from pg_rewrite w
     cross join regexp_matches(w.ev_action::text, ':(?:funcid|opfuncid|aggfnoid|winfnoid) (\d+)', 'g') m (found)
@@ -94,7 +95,7 @@ VOLATILE = r"""
 
 
 def _try(connection: psycopg.Connection[Any], statements: str) -> str:
-    """Runs statements and undoes them; returns a volatile function of the temporary view, if they made one."""
+    """Runs statements and rolls back. Returns a volatile function that the temporary view uses, if there is one."""
     with connection.transaction(force_rollback=True):
         connection.execute(statements.encode())
         row = connection.execute(VOLATILE.encode()).fetchone()
@@ -102,7 +103,7 @@ def _try(connection: psycopg.Connection[Any], statements: str) -> str:
 
 
 def check_tags(url: str, table: str, column: str, default: str | None) -> None:
-    """Refuses a json column of something else than lists, of which no object could be tagged.
+    """Refuses a json column that does not hold lists, because autotag could not add tags to its values.
 
     Args:
         url: connection URL of the database's owner.
@@ -110,8 +111,8 @@ def check_tags(url: str, table: str, column: str, default: str | None) -> None:
         default: of the column.
 
     Raises:
-        HostError: its default is an object, most of the first rows that have something have no list, or most of their
-            lists have objects.
+        HostError: its default is an object, most of the first values are not lists, or most of the lists contain
+            objects.
         psycopg.OperationalError: the database cannot be reached.
     """
     value = f"a.{quote(column)}::jsonb"
@@ -141,14 +142,14 @@ def check_tags(url: str, table: str, column: str, default: str | None) -> None:
 
 
 def check_tag_ids(url: str, table: str, column: str) -> None:
-    """Refuses a column whose lists have ids of tags in another table: numbers or uuids.
+    """Refuses a column whose lists hold ids of another table (numbers or uuids) instead of tags.
 
     Args:
         url: connection URL of the database's owner.
         table, column: their names.
 
     Raises:
-        HostError: most lists of the first rows have some.
+        HostError: most lists of the first rows contain ids.
         psycopg.OperationalError: the database cannot be reached.
     """
     uuids = "^[0-9a-fA-F]{8}-([0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}$"
@@ -167,7 +168,7 @@ def check_tag_ids(url: str, table: str, column: str) -> None:
 
 
 def find_user(url: str, table: str, column: str) -> str | None:
-    """A user of the first rows: one whose id is no uuid, if there is one; None: there is no user.
+    """A user in the first rows, preferably one whose id is not a uuid; None: there is no user.
 
     Raises:
         psycopg.OperationalError: the database cannot be reached.
@@ -182,7 +183,7 @@ def find_user(url: str, table: str, column: str) -> str | None:
 
 
 def check_users(url: str, table: str, column: str) -> None:
-    """Refuses users of another login where the adapter would look for Supabase's own, whose ids are uuids.
+    """Refuses users of another login service if the adapter would look for Supabase's own users, whose ids are uuids.
 
     Raises:
         HostError: the column has such a user.

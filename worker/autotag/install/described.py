@@ -32,7 +32,7 @@ def describe(host: Host, facts: Facts) -> dict[str, str]:
 
 
 def _describe_rows(host: Host, facts: Facts) -> str:
-    """Which images of their workspace members may tag: those that they see (``autotag.visible_assets``)."""
+    """Which images of their workspace the members may tag: those that they see (``autotag.visible_assets``)."""
     table = facts.tables.get(host.table)
     if table is None or not table.users_read:
         return "all of their workspace (signed-in users have no privilege to read the table)"

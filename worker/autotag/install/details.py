@@ -1,4 +1,5 @@
-"""Reads what decides whether a table can be trusted: keys, references, constraints; and functions about members."""
+"""Reads the properties that show whether a table can be trusted: keys, references, constraints, and functions about
+members."""
 
 from __future__ import annotations
 
@@ -86,9 +87,9 @@ class Gin:
 
     Attributes:
         name: without the schema, which is the table's.
-        columns: that it has as they are; expressions are left out.
+        columns: its plain columns; expressions are left out.
         valid: it is built.
-        partial: it has only some rows.
+        partial: it covers only some rows.
     """
 
     name: str
@@ -107,7 +108,7 @@ class Policy:
     """A policy of a table.
 
     Attributes:
-        using, check: its expressions, every name in them with its schema; None: it has no such expression.
+        using, check: its expressions, with the schema of every name; None: it has no such expression.
         reads, updates: it lets signed-in users select rows, or update them.
         writes: it lets signed-in users, or callers without a login, insert or update rows.
         permissive: it allows; False: it restricts.
@@ -122,10 +123,10 @@ class Policy:
 
 
 def read_policies(connection: Connection[tuple[Any, ...]]) -> dict[str, list[Policy]]:
-    """The policies for those who use the API: qualified name of the table -> its policies."""
+    """The policies for users of the API: qualified name of the table -> its policies."""
     found: dict[str, list[Policy]] = {}
     with connection.transaction():
-        connection.execute("set local search_path = ''")  # so that expressions have the schema of every name
+        connection.execute("set local search_path = ''")  # so that expressions contain the schema of every name
         for name, *policy in connection.execute("""
             select n.nspname || '.' || c.relname, pg_get_expr(p.polqual, c.oid), pg_get_expr(p.polwithcheck, c.oid),
               u.signed_in and p.polcmd in ('r', '*'), u.signed_in and p.polcmd in ('w', '*'),
@@ -143,7 +144,8 @@ def read_policies(connection: Connection[tuple[Any, ...]]) -> dict[str, list[Pol
 
 
 def read_details(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
-    """Attributes of `facts.Table`, of every table and view: qualified name -> ``columns``, those behind ``rules``."""
+    """Attributes of `facts.Table` for every table and view: qualified name -> ``columns``, and the attributes after
+    ``rules``."""
     rows = connection.execute(_DETAILS.encode(), (list(NOT_THE_PROJECTS),)).fetchall()
     return {
         row[0]: {
@@ -161,7 +163,8 @@ def read_details(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str,
 
 
 def read_indexes(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
-    """The attributes ``indexes`` and ``gin`` of `facts.Table`, of every table that has indexes: its name -> them."""
+    """The attributes ``indexes`` and ``gin`` of `facts.Table`, for every table that has indexes: qualified name ->
+    both."""
     rows = connection.execute(
         """
         select n.nspname || '.' || c.relname, x.relname::text, m.amname = 'gin', i.indisvalid, i.indpred is not null,
@@ -181,7 +184,8 @@ def read_indexes(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str,
 
 
 def read_caller_functions(connection: Connection[tuple[Any, ...]]) -> dict[str, str]:
-    """The project's functions that read who the caller is: name -> ``uid`` (auth.uid()) or ``sub`` (of the token)."""
+    """The project's functions that read the caller: name -> ``uid`` (by auth.uid()) or ``sub`` (by the token's
+    claim)."""
     rows = connection.execute(
         r"""
         select n.nspname || '.' || p.proname, case when s.text ~ '\mauth\.uid\(' then 'uid' else 'sub' end
@@ -198,7 +202,8 @@ def read_caller_functions(connection: Connection[tuple[Any, ...]]) -> dict[str, 
 def read_member_functions(connection: Connection[tuple[Any, ...]]) -> dict[str, dict[str, str]]:
     """The project's functions that can be called with one argument and return one boolean.
 
-    Returns: name -> the argument's types, each with a sentence why autotag cannot call it (empty: it can).
+    Returns: name -> the types of its argument, each with the reason why autotag cannot call the function (empty: it
+    can).
     """
     rows = connection.execute(
         """

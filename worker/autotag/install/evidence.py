@@ -1,7 +1,7 @@
-"""Says why the rows of a table may not be memberships, and which claim names the workspaces of a user.
+"""Finds reasons why the rows of a table may not be memberships, and the claim that names a user's workspaces.
 
-Names rank candidates. What makes a table certain is its structure: its key, its references, columns that cannot carry a
-state, and policies of the table of images that ask for one of its rows and for nothing else.
+Names only rank candidates. A table is certain because of its structure: its key, its references, columns that cannot
+hold a state, and policies of the table of images that require one of its rows and nothing else.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ UNLIKE_MEMBERS = re.compile(
     r"|likes?|bookmark\w*|subscri\w*|notif\w*|requests?|invit\w*|pending|appli\w*|wait\w*|bans?|banned|block\w*|mute\w*"
     r"|reports?|tokens?|devices?|settings?|preferences?|usages?|archiv\w*|former|ex|deleted|old)(?=_|$)"
 )
-#: The words of a name that says nothing but `members of a workspace`, beside those of the workspace itself.
+#: Words of a name that means only `members of a workspace`, in addition to the words for the workspace itself.
 MEMBERS_ONLY = re.compile(r"members?|memberships?|users?|people|persons?|staff|employees?|collaborators?|crew")
 WORKSPACE = re.compile(
     r"(workspace|organi[sz]ation|org|tenant|team|account|project|library|librarie|group|company|companie)s?"
 )
-#: Times that every row has: they are no state if they are not null and default to now.
+#: Times that every row has. They are not a state if they are not null and default to now.
 TIMES = re.compile(r"(created|inserted|updated|modified|joined|added)(_at|_on|_date)?")
 NOW = re.compile(
     r"(now|clock_timestamp|statement_timestamp|transaction_timestamp|CURRENT_(TIMESTAMP|DATE)|LOCALTIMESTAMP)"
@@ -38,7 +38,7 @@ STATE = re.compile(
     r"(?:^|_)(?:status|state|active|enabled|disabled|pending|accepted|approved|confirmed|verified|revoked|removed|deleted|left"
     r"|invit\w*|request\w*|propos\w*|previous|former|expire\w*|expiry|valid_\w+|bann?ed|blocked|suspended|archived|locked)(?=_|$)"
 )
-#: Flags and times that are about something else than being a member.
+#: Flags and times that are not about membership.
 NO_STATE = re.compile(
     r"(?:^|_)(?:admin|owner|default|primary|notif\w*|favou?rite|pinned|seen|read|login|visit\w*|born|birth\w*)(?=_|$)"
 )
@@ -53,9 +53,9 @@ TOKEN = re.compile(
     | ::(?:character\ varying|[\w."]+)(?:\(\d+\))?(?:\[\])? | [<>=!?|&\#@~+\-*/%^]+ | \S""",
     re.VERBOSE,
 )
-#: Who the caller is, or what their token says, in the output of `plain`.
+#: Expressions for the caller, or for a claim of their token, in the output of `plain`.
 CALLER = r"auth\.(?:uid|jwt(?: ->>? '[^']*')*)"
-#: Where rows may come from other tables.
+#: Keywords after which rows of other tables may come.
 NO_PLAIN_TABLE = KINDS | {"p": "partitioned"}
 
 
@@ -65,7 +65,7 @@ def snake(name: str) -> str:
 
 
 def sounds_like_members(name: str) -> bool:
-    """Whether the name of a table or function suggests members. It ranks, and decides nothing."""
+    """Whether the name of a table or function suggests members. This is used only for ranking."""
     short = snake(name.rpartition(".")[2])
     return bool(LIKE_MEMBERS.search(short)) and not UNLIKE_MEMBERS.search(short)
 
@@ -97,7 +97,7 @@ def doubts_about(
     if not other.is_unique(set(columns)):
         doubts.append(f"has a key other than {columns[0]} and {columns[1]}")
     doubts += _states(other, columns)
-    doubts += filter(None, [users_join(other, columns)])
+    doubts += filter(None, [users_can_join(other, columns)])
     doubts += _policies(images, workspace, other, columns, caller)
     return doubts + _references(facts, images, workspace, other, columns, own_logins=not caller)
 
@@ -105,7 +105,7 @@ def doubts_about(
 def _policies(
     images: Table, workspace: str, other: Table, columns: tuple[str, str], caller: Sequence[str]
 ) -> list[str]:
-    """What the row level security of the images says against a table; without any, its name decides."""
+    """Doubts about a table from the row level security of the images. If that is off, the table's name decides."""
     if not images.users_read or (
         images.row_security and not any(p.reads and p.permissive for p in images.row_policies)
     ):
@@ -130,19 +130,19 @@ def _policies(
 
 
 def _agree_on_updates(holds: Mapping[Policy, bool]) -> bool:
-    """Whether the policies for update, if there are any, let those update for whom this holds."""
+    """Whether the policies for update, if there are any, allow updates to the users for whom `holds` is true."""
     updates = {policy: held for policy, held in holds.items() if policy.updates}
     return not updates or (any(updates.values()) and all(policy.permissive for policy in updates))
 
 
 def called_functions(conditions: Iterable[Policy | str], names: Iterable[str]) -> list[str]:
-    """Which of these functions the conditions, of policies or as text, call."""
+    """The functions among these that are called by the conditions (policies or texts)."""
     text = " ".join(one if isinstance(one, str) else f"{one.using} {one.check}" for one in conditions)
     return [name for name in names if re.search(rf'(?<![\w".]){re.escape(table_name(name))}\(', text)]
 
 
 def describe_functions(images: Table, names: Sequence[str]) -> dict[str, str]:
-    """Those of these functions that the policies of the images call, with what they decide; first those for update."""
+    """The functions among these that the policies of the images call, with what they decide; those for update first."""
     updating = called_functions([policy for policy in images.row_policies if policy.updates], names)
     reading = called_functions([policy for policy in images.row_policies if policy.reads], names)
     may_see = {name: "decides who may see images" for name in reading if name not in updating}
@@ -171,7 +171,7 @@ def _references(
 
 
 def _states(other: Table, columns: tuple[str, str]) -> list[str]:
-    """Columns that can say that a row is no current member."""
+    """Columns that can mean that a row is not a current member."""
     roles, doubts = [], []
     for name in other.columns:
         if name in columns or (snake(name) in ("id", "uuid") and other.is_unique({name})):
@@ -200,7 +200,7 @@ def _role(other: Table, name: str, *, required: bool) -> list[str]:
 
 
 def _checked(other: Table, name: str) -> list[str]:
-    """The values that a constraint of a table, or of a column's domain, lists; empty: none does."""
+    """The values that a constraint of the table or of the column's domain lists; empty: no constraint lists values."""
     checks = [(quote(name), check) for check in other.checks]
     checks += [("VALUE", check) for check in other.domain_checks.get(name, [])]
     for column, check in checks:
@@ -213,7 +213,7 @@ def _checked(other: Table, name: str) -> list[str]:
 
 
 def _only_members(other: Table, target: tuple[str, str] | None, workspace: str) -> bool:
-    """Whether the name of a table is made of words for members and for its workspace alone."""
+    """Whether the name of a table consists only of words for members and for its workspace."""
     words = snake(other.name.rpartition(".")[2]).split("_")
     own = snake(workspace).removesuffix("_id").split("_")
     if target:
@@ -231,14 +231,14 @@ def plain(expression: str | None) -> str:
 
 
 def caller_code(path: Sequence[str]) -> str:
-    """Who the caller is by a claim, in the output of `plain`; without one: `auth.uid()`."""
+    """The expression for the caller in the output of `plain`: the claim at `path`, or `auth.uid()` without one."""
     return f"auth.jwt {''.join(f'-> {part!r} ' for part in path[:-1])}->> '{path[-1]}'" if path else "auth.uid"
 
 
 def asks_for_row(
     using: str | None, images: Table, workspace: str, other: Table, columns: tuple[str, str], claim: Sequence[str]
 ) -> bool:
-    """Whether a policy of the table of images says: there is a row with this workspace and the caller. Nothing else."""
+    """Whether a policy of the table of images requires only a row with this workspace and the caller."""
     head, _, rest = plain(using).partition(" FROM ")
     schema, _, short = other.name.partition(".")
     match = re.fullmatch(rf"{re.escape(quote(schema))}\.{re.escape(quote(short))}(?: (\S+))? WHERE (.+)", rest)
@@ -257,7 +257,8 @@ def asks_for_row(
 
 
 def _shows_own_rows(other: Table, columns: tuple[str, str], claim: Sequence[str]) -> bool:
-    """Whether users see all their rows of a table. The policies of the images do not find a row that its own hide."""
+    """Whether users see all their own rows of a table. The policies of the images cannot find rows that the table's own
+    policies hide."""
     if not other.users_read.issuperset(columns):
         return False
     read, user = [policy for policy in other.row_policies if policy.reads], quote(columns[1])
@@ -266,7 +267,7 @@ def _shows_own_rows(other: Table, columns: tuple[str, str], claim: Sequence[str]
     return not other.row_security or (all(policy.permissive for policy in read) and bool(ways & own))
 
 
-def users_join(other: Table, columns: tuple[str, str]) -> str:
+def users_can_join(other: Table, columns: tuple[str, str]) -> str:
     """How users can write rows of a table by who they are, without a right in the workspace; empty: they cannot.
 
     It continues a sentence that begins with the table.
@@ -281,9 +282,9 @@ def users_join(other: Table, columns: tuple[str, str]) -> str:
 
 
 def _asks_for_right(expression: str, other: Table, columns: tuple[str, str]) -> bool:
-    """Whether a condition is about a right of the caller in the workspace of a row, not only about who they are.
+    """Whether a condition requires a right of the caller in the row's workspace, not just a certain caller.
 
-    A function of the project that gets the workspace counts: what it asks cannot be read.
+    A function of the project that gets the workspace counts as such, because its code cannot be judged.
     """
     for word, enough in (("OR", all), ("AND", any)):
         parts = parts_of(expression, word)
@@ -299,7 +300,7 @@ def _asks_for_right(expression: str, other: Table, columns: tuple[str, str]) -> 
 
 
 def writes_unchecked(table: Table, column: str) -> bool:
-    """Whether users may write any value into a column: no policy for writing says what it may be."""
+    """Whether users may write any value into a column, because no policy for writing restricts it."""
     if column not in table.users_write:
         return False
     allowed = [policy for policy in table.row_policies if policy.writes and policy.permissive]
@@ -310,8 +311,8 @@ def writes_unchecked(table: Table, column: str) -> bool:
 
 
 def states(table: Table, columns: tuple[str, str]) -> list[str]:
-    """Columns of a table that may say that a row is no current member, where a person has named the table as one of
-    members: a flag, a time at which something ended, a status, a role of nobody's."""
+    """Columns that may mean that a row is not a current member, in a table that a person has named: a flag, a time at
+    which something ended, a status, or a role such as ``invited``."""
     found = []
     for name, declared in table.columns.items():
         kind, word = table.base_type(name) or "", snake(name)
@@ -328,7 +329,7 @@ def states(table: Table, columns: tuple[str, str]) -> list[str]:
 
 
 def parts_of(expression: str, word: str) -> list[str]:
-    """The parts of an expression, as Postgres prints it, between its outermost ``word`` (AND or OR)."""
+    """Splits an expression, as Postgres prints it, at its outermost ``word`` (AND or OR)."""
     depth, begin, parts = 0, 1, []
     for match in re.finditer(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|[()]|\b(?:AND|OR)\b", expression):
         depth += {"(": 1, ")": -1}.get(match[0], 0)
@@ -343,7 +344,7 @@ def parts_of(expression: str, word: str) -> list[str]:
 def claim_in(images: Table, workspace: str) -> tuple[tuple[str, ...], str]:
     """The claim that every policy for reading images compares with the workspace, and with nothing else; or empty.
 
-    Beside it its form (`members.Members.claim_form`), as the policies read it.
+    Also its form in the policies (`members.Members.claim_form`).
     """
     none: tuple[tuple[str, ...], str] = (), ""
     claims = {p: claim_of(plain(p.using), quote(workspace)) if p.permissive else none for p in images.row_policies}
@@ -355,7 +356,7 @@ def claim_in(images: Table, workspace: str) -> tuple[tuple[str, ...], str]:
 
 
 def read_as(images: Table, claim: Sequence[str]) -> str:
-    """The form of a claim in policies that compare it in another way (``coalesce``): ``text``, or empty: not known."""
+    """The form of a claim in policies that compare it in another way (``coalesce``): ``text``, or empty if unknown."""
     text = " ".join(plain(one) for policy in images.row_policies for one in (policy.using, policy.check))
     as_text = caller_code(claim)
     return "text" if as_text in text and as_text.replace("->>", "->") not in text else ""

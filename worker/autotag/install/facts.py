@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,25 +37,25 @@ class Table:
         name: qualified with the schema.
         columns: name -> type, as Postgres prints it.
         primary_key: its columns.
-        rules: that change its updates.
+        rules: its rules that change updates.
         kind: what it is: ``r`` (a table), ``p`` (partitioned), ``v``, ``m`` (views) or ``f`` (foreign), as in pg_class.
         required: its columns that are not null.
-        keys: its columns that are unique together: of the primary key and of unique indexes on plain columns that are
-            not null, without a condition.
+        keys: its sets of columns that are unique together: the primary key, and unique indexes without a condition on
+            plain columns that are not null.
         references: column -> the table and column of its foreign key.
-        base_types: column -> its type, of a domain the type below.
+        base_types: column -> its type; for a domain, the type below it.
         labels: column -> the labels of its enum.
         checks: the conditions of its constraints.
         defaults: column -> its default.
         generated: its columns that nobody can write.
-        loose: its columns with a collation in which different texts are equal.
+        loose: its columns whose collation treats different texts as equal.
         partition_of: the table that it is a partition of.
         has_children: other tables inherit from it.
         indexes: the names of its indexes.
-        gin: those of its indexes that are GIN.
+        gin: its GIN indexes.
         domain_checks: column -> the conditions of its domain.
         as_caller: it is a view with the rights of its caller (security_invoker).
-        row_policies: its policies for those who use the API.
+        row_policies: its policies for users of the API.
         row_security: row level security is on.
         users_write: its columns that anon or signed-in users may write, as far as privileges go.
         users_read: its columns that signed-in users may read, as far as privileges go.
@@ -86,7 +87,7 @@ class Table:
     users_read: frozenset[str] = frozenset()
 
     def base_type(self, column: str) -> str | None:
-        """The type of a column, of a domain the type below; None: there is no such column."""
+        """The type of a column; for a domain, the type below it; None: there is no such column."""
         return self.base_types.get(column, self.columns.get(column))
 
     def is_unique(self, columns: set[str]) -> bool:
@@ -120,6 +121,7 @@ class Facts:
         spending_limits: the dollars that each workspace may spend in a month, by its row in `autotag.quotas` (None: the
             row limits images only); empty: there is no such row.
         answers: what the installed adapter was told (``autotag.adapter_answers``); None: there is none.
+        lacking: schemas of Supabase that the database lacks (`lacking_schemas`).
     """
 
     tables: dict[str, Table]
@@ -135,9 +137,10 @@ class Facts:
     answers: dict[str, Any] | None = None
     caller_functions: dict[str, str] = field(default_factory=dict)
     spending_limits: list[float | None] = field(default_factory=list)
+    lacking: list[str] = field(default_factory=list)
 
     def name_of(self, wanted: str) -> str:
-        """The qualified name of the table that a person names, with or without its schema and quotes."""
+        """The qualified name of a table that a person has named, with or without its schema and quotes."""
         bare = wanted.replace('"', "").strip()
         names = [name for text in (wanted, bare) for name in (text, f"public.{text}")]
         plain = bare if "." in bare else f"public.{bare}"
@@ -173,7 +176,41 @@ def read_facts(url: str) -> Facts:
             _file_functions(connection), _of_adapter(connection, "file_rule"), adapter_version(connection),
             views, read_member_functions(connection), _of_adapter(connection, "adapter_answers"),
             read_caller_functions(connection), _column(connection, "autotag.quotas", SPENDING),
+            lacking_schemas(connection),
         )  # fmt: skip
+
+
+USE_SUPABASE = "Set DATABASE_URL to the database of a project; supabase start runs a local one."
+
+
+def lacking_schemas(connection: Connection[tuple[Any, ...]]) -> list[str]:
+    """Schemas of Supabase that the migrations need, and a database lacks. Only the host's own tables for an empty
+    project need storage."""
+    rows = connection.execute("select s from unnest(array['auth', 'storage']) s where to_regnamespace(s) is null")
+    return [name for (name,) in rows]
+
+
+def read_lacking_schemas(url: str) -> list[str]:
+    """The same of the database at this URL."""
+    with psycopg.connect(url, connect_timeout=10) as connection:
+        return lacking_schemas(connection)
+
+
+def check_supabase(connection: Connection[tuple[Any, ...]], *, stand_alone: bool = False) -> None:
+    """Refuses a database in which the migrations fail. stand_alone: also those of the host's own tables.
+
+    Raises:
+        HostError: it lacks what they need.
+    """
+    lacking = lacking_schemas(connection)
+    if "auth" in lacking or (stand_alone and lacking):
+        raise HostError(f"{not_supabase(lacking)} {USE_SUPABASE}")
+
+
+def not_supabase(lacking: Sequence[str]) -> str:
+    """What is wrong with a database that lacks schemas of Supabase; `USE_SUPABASE` is the fix."""
+    schemas = "schema" if len(lacking) == 1 else "schemas"
+    return f"This is not the database of a Supabase project: it lacks the {schemas} {' and '.join(lacking)}."
 
 
 def _tables(
@@ -227,7 +264,8 @@ def applied_migrations(connection: Connection[tuple[str, ...]]) -> dict[str, str
     """autotag's migrations in a database, applied by any tool: name without ``autotag_`` -> version.
 
     Raises:
-        HostError: the history has them, but somebody has dropped the schema. The Supabase CLI would skip them for ever.
+        HostError: they are in the history, but somebody has dropped the schema. The Supabase CLI would skip them for
+            ever.
     """
     recorded = _column(
         connection, "supabase_migrations.schema_migrations",
@@ -254,7 +292,7 @@ def adapter_version(connection: Connection[tuple[str, ...]]) -> int | None:
 
 
 def _of_adapter(connection: Connection[tuple[Any, ...]], function: str) -> Any:
-    """What a function of the installed adapter returns; None: there is no such function."""
+    """The result of a function of the installed adapter; None: there is no such function."""
     row = connection.execute("select to_regprocedure(%s) is not null", (f"autotag.{function}()",)).fetchone()
     found = connection.execute(f"select autotag.{function}()".encode()).fetchone() if row and row[0] else None
     return found[0] if found else None

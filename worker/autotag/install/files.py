@@ -26,9 +26,9 @@ from autotag.install.location import too_long_code
 from autotag.install.quoting import quote, table_name
 from autotag.texts import printable
 
-MAX_ROWS = 100_000  # rows that are read; in a larger table the first ones
-MAX_DEPTH = 4  # segments of a path in which the folder is looked for
-MAX_BUCKETS = 50  # that a rule lists
+MAX_ROWS = 100_000  # rows that are read; in a larger table, the first ones
+MAX_DEPTH = 4  # segments of a path that are searched for the folder
+MAX_BUCKETS = 50  # max buckets that a rule lists
 #: Columns with the user who uploaded an image, the most likely first.
 UPLOADERS = ("uploaded_by", "uploader_id", "user_id", "owner_id", "created_by", "author_id", "profile_id", "owner")
 #: The rules from strict to weak.
@@ -41,7 +41,7 @@ RULES = {
 }
 #: `(storage.foldername(name))[1]` and `split_part(name, '/', 1)` in the output of `evidence.plain`.
 FOLDER = r"(?:[\w.]*foldername (?:objects\.)?name \[ (\d+) \]|split_part (?:objects\.)?name , '/' , (\d+))"
-#: The rules about ids in names. An id is a number where another thing may have the same one.
+#: The rules that compare ids with names in paths. If ids are numbers, something else may have the same number.
 BY_ID = ("workspace-folder", "workspace-bucket", "uploader-folder")
 
 
@@ -51,7 +51,7 @@ Run = Callable[[str], list[tuple[Any, ...]]]
 
 @dataclass(frozen=True)
 class Fit:
-    """A rule, the number of rows that it fits, and the ids of up to three that it does not."""
+    """A rule, the number of rows that fit it, and the ids of up to three rows that do not."""
 
     rule: FileRule
     rows: int
@@ -65,7 +65,7 @@ class Rows:
     Attributes:
         count: number of rows that name a file.
         buckets: the buckets that they name, at most `MAX_BUCKETS` + 1.
-        fits: the rules to choose from, and how many rows each fits.
+        fits: the rules to choose from, each with the number of rows that fit it.
     """
 
     count: int = 0
@@ -82,8 +82,8 @@ def find_rule(url: str, facts: Facts, host: Host, wanted: str | None, ask: Ask, 
         host: its tables; the rule in it is ignored.
         wanted: the choice of the caller: one of `RULES`, or a function (key, text, text) -> boolean of the project.
         ask: called when the rows and the policies do not agree on one rule.
-        may_ask: whether ``ask`` reaches a person. Without one the strictest rule that fits all rows is taken, if that
-            cannot be by chance.
+        may_ask: whether ``ask`` reaches a person. If not, take the strictest rule that all rows fit, unless they may
+            fit it by chance.
 
     Raises:
         HostError: there is no such rule, or none fits.
@@ -116,7 +116,7 @@ def _find(rows: Rows, facts: Facts, host: Host, wanted: str | None, ask: Ask, *,
     hinted = {name for name, _ in hints}
     if rows.count:
         certain = bool(fitting) and (not hints or fitting[0].name in hinted)
-        # A single odd row must not lead to a rule that is weaker than the policies suggest.
+        # A single wrong row must not lead to a rule that is weaker than the policies suggest.
         if fitting and any(list(RULES).index(hint) < list(RULES).index(fitting[0].name) for hint in hinted):
             fitting = []
     else:
@@ -132,9 +132,10 @@ def _find(rows: Rows, facts: Facts, host: Host, wanted: str | None, ask: Ask, *,
 
 
 def _by_chance(chosen: FileRule, rows: Rows, fitting: Sequence[FileRule], host: Host) -> str:
-    """Why a rule may fit all rows without being the project's, as a sentence; empty: it cannot be by chance.
+    """Why all rows may fit a rule by chance, as a sentence; empty: they cannot.
 
-    No two uuids are the same. A number may be the id of a workspace, a user, an album and a year, and a text a name.
+    No two uuids are the same. But a number may be the id of a workspace, a user or an album, or a year, and a text may
+    be any name.
     """
     kind = host.user_type if chosen.name == "uploader-folder" else host.workspace_type
     if chosen.name not in BY_ID or kind == "uuid":
@@ -151,8 +152,8 @@ def _by_chance(chosen: FileRule, rows: Rows, fitting: Sequence[FileRule], host: 
 
 
 def _nearly(rows: Rows, chosen: FileRule) -> Fit | None:
-    """A rule that most rows fit, and that is stricter than the one that all fit: users write rows, so a single one of
-    theirs could weaken the rule of all workspaces."""
+    """A stricter rule than the chosen one that most rows fit, although not all. Users write rows, so one row of theirs
+    could otherwise weaken the rule for all workspaces."""
     stricter = itertools.takewhile(lambda fit: fit.rule != chosen, rows.fits)
     return next((fit for fit in stricter if fit.rows and fit.rows * 2 >= rows.count), None)
 
@@ -202,7 +203,7 @@ def _hints(policies: Iterable[Policy], host: Host, buckets: Sequence[str]) -> se
             users = whose in (caller, "auth.uid", "auth.jwt ->> 'sub'")
             known = users or not whose.startswith("auth.") or whose == caller_code(host.members.claim)
             hints.add(("uploader-folder" if users else "workspace-folder", int(depth) if known else 0))
-        if not compared and re.search(FOLDER, text):  # an argument of a function, for example
+        if not compared and re.search(FOLDER, text):  # for example as an argument of a function
             hints.add(("workspace-folder", 0))
         elif not compared and caller in text and re.search(r"(?<![\w.])(objects\.)?owner(_id)?\b", text):
             hints.add(("owner", 1))
@@ -217,13 +218,14 @@ def users_see_files(facts: Facts, rule: FileRule) -> bool:
 
 
 def _applies_to(policy: Policy, buckets: Sequence[str]) -> bool:
-    """Whether a policy can apply to one of these buckets: unless all that it allows requires one of other buckets."""
+    """Whether a policy can apply to one of these buckets. It cannot if everything that it allows requires another
+    bucket."""
     ways = parts_of(policy.using or policy.check or "true", "OR")
     return not buckets or not all(any(_is_other(plain(part), buckets) for part in parts_of(way, "AND")) for way in ways)
 
 
 def _is_other(condition: str, buckets: Sequence[str]) -> bool:
-    """Whether a condition says that the bucket is one of a list, and none of these."""
+    """Whether a condition requires one of a list of buckets that contains none of these."""
     text = r"'(?:[^']|'')*'"
     match = re.fullmatch(rf"(?:objects\.)?bucket_id = (?:({text})|ANY ARRAY \[ ({text}(?: , {text})*) \])", condition)
     named = re.findall(r"'((?:[^']|'')*)'", match[1] or match[2]) if match else []
@@ -233,8 +235,8 @@ def _is_other(condition: str, buckets: Sequence[str]) -> bool:
 def find_full_paths(url: str, host: Host) -> bool:
     """Whether paths begin with the name of their bucket, as ``fullPath`` in the reply to an upload does.
 
-    A folder may have the name of its bucket, so the objects in Storage decide. Where Storage has neither, all rows must
-    begin so.
+    A folder may have the same name as its bucket, so the objects in Storage decide. If Storage has neither object, all
+    rows must begin with the bucket.
     """
     if not host.path or not (host.bucket or host.bucket_column):
         return False
@@ -252,7 +254,7 @@ def find_full_paths(url: str, host: Host) -> bool:
 
 
 def _source(host: Host, rows: int = MAX_ROWS) -> str:
-    """The rows ``a`` that count, each with its place ``f``."""
+    """The rows ``a`` that autotag tags, each with its location ``f``."""
     counted = f" where ({host.where})" if host.where else ""
     place = place_code(host, FileRule("none"), f"not ({too_long_code(host)})")
     return f"(select a.* from {table_name(host.table)} a{counted} limit {rows}) a {place}".replace(
@@ -261,7 +263,7 @@ def _source(host: Host, rows: int = MAX_ROWS) -> str:
 
 
 def _read_urls(connection: psycopg.Connection[Any], host: Host) -> None:
-    """Makes the adapter's functions that read URLs of Storage, for this connection."""
+    """Creates the adapter's functions that read URLs of Storage, for this connection only."""
     begin = r"create or replace function autotag\.(?:storage_hosts|percent_decode|storage_file)\("
     found = re.findall(rf"{begin}.*?\n(?:end )?\$\$;", TEMPLATE.read_text("utf-8"), re.DOTALL)
     for text in found:
@@ -304,7 +306,8 @@ def _read_rows(url: str, facts: Facts, host: Host) -> Rows:
 
 
 def _runner(connection: psycopg.Connection[Any]) -> Run:
-    """Runs statements that read. Conditions of the project run in them, so they cannot write."""
+    """Returns a function that runs read-only statements. They contain conditions of the project, so they must not be
+    able to write."""
 
     def run(statement: str) -> list[tuple[Any, ...]]:
         try:
@@ -313,7 +316,7 @@ def _runner(connection: psycopg.Connection[Any]) -> Run:
                 return connection.execute(statement.encode()).fetchall()
         except psycopg.OperationalError:
             raise
-        except psycopg.Error as error:  # a condition of the project that fails on a row, or that locks rows
+        except psycopg.Error as error:  # a condition of the project fails on a row, or locks rows
             reason = (error.diag.message_primary or str(error)).splitlines()[0]
             raise HostError(f"The rows of the images cannot be read: {printable(reason, 300)}.") from None
 
@@ -321,8 +324,9 @@ def _runner(connection: psycopg.Connection[Any]) -> Run:
 
 
 def _listed(named: Sequence[str], facts: Facts, host: Host) -> tuple[str, ...]:
-    """The buckets that a rule allows: those that rows name, or all of the project. Empty: more than `MAX_BUCKETS`."""
-    # Users write the rows, so only names of existing buckets count.
+    """The buckets that a rule allows: those that rows name, or all buckets of the project. Empty: more than
+    `MAX_BUCKETS`."""
+    # Users write the rows, so only existing buckets count.
     found = set(named) & set(facts.buckets) or ([host.bucket] if host.bucket else facts.buckets)
     allowed = {*found, *([host.bucket] if host.bucket else [])}
     return tuple(sorted(allowed)) if len(allowed) <= MAX_BUCKETS else ()
@@ -332,7 +336,7 @@ def _person(members: Members, uploader: str | None, host: Host) -> Callable[[str
     """The condition that a folder belongs to the uploader or to a member; None: there is no table of members."""
     if (
         not members.table and not members.owner
-    ):  # a token or a function names the workspaces of its own user, not those of the user in a row
+    ):  # a token or a function knows the workspaces of the caller, not those of the user in a row
         return None
     if uploader:
         return lambda folder: f"{folder} = a.{quote(uploader)}::text"

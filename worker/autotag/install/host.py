@@ -1,6 +1,6 @@
-"""A project's tables as autotag needs to know them.
+"""What autotag needs to know about a project's tables.
 
-`propose` derives them from the project's schema, and asks for what it does not show. `adapter` writes them as SQL.
+`propose` derives it from the project's schema, and asks for the rest. `adapter` writes it as SQL.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ PATHS = ("storage_path", "file_path", "object_path", "image_path", "storage_key"
 BUCKETS = ("storage_bucket", "bucket", "bucket_id", "bucket_name")
 URLS = ("image_url", "public_url", "file_url", "photo_url", "source_url", "url", "src")
 TAGS = ("tags", "ai_tags", "labels", "keywords")
-#: By this name only: what an app keeps in a column of another name is not for autotag to replace.
+#: Only this name is accepted. An app may keep its own data in a column of another name, which autotag must not replace.
 RESULT = "tagging_result"
-#: Columns that may hold the id of an object in Storage, where no foreign key says so.
+#: Columns that may hold the id of an object in Storage without a foreign key.
 OBJECTS = ("object_id", "storage_object_id", "file_id", "storage_id")
 OWNERS = ("user_id", "owner_id", "profile_id", "created_by", "uploaded_by", "author_id", "owner")
 TEXT = ("text", "character varying")
-#: Types of a column for tags, as Postgres prints them; also citext[] of any schema.
+#: Types of a column for tags, as Postgres prints them. citext[] may be in any schema.
 TAG_TYPES = ("text[]", "character varying[]", "citext[]", "jsonb", "json")
-#: Columns that say that a row is in the trash; and those that say that it is out of the way.
+#: Columns that mean that a row is in the trash, and columns that mean that it is archived.
 TRASH = re.compile(r"(?:is_|was_|in_)?(?:soft_)?(?:deleted|trash|trashed|removed|discarded|binned)(?:_at|_on|_date)?")
 PUT_AWAY = re.compile(r"(?:is_|was_)?(?:archived|hidden|unpublished|expired|rejected)(?:_at|_on|_date)?")
-BUCKET = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9_!.*'() &$@=;:+,?-]{1,100}")  # what Storage takes (its isValidBucketName)
+#: names that Storage accepts (its isValidBucketName)
+BUCKET = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9_!.*'() &$@=;:+,?-]{1,100}")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class FileRule:
     Attributes:
         name: one of `files.RULES`, a function of the project, or ``none`` (rows name no files).
         buckets: the buckets that rows may name; empty: any bucket.
-        prefix: what every path begins with, before the folder (``images/``).
+        prefix: the beginning of every path, before the folder (``images/``).
         depth: which segment of the path is the folder, counted from 1.
         uploader: the column with the user who uploaded an image; None: the folder or object of any member counts.
     """
@@ -74,11 +75,12 @@ class Host:
         path, bucket_column, url: its columns that say where an image is; None: it has no such column.
         bucket: the bucket of rows that name none.
         tags, tags_type: the column for tags, and its type (one of `TAG_TYPES`).
-        result: the jsonb column for the whole answer, and for whose each tag is.
+        result: the jsonb column for the whole answer, and for who gave each tag.
         members: who belongs to a workspace.
         files: which files a row may name.
         caller: the path of the claim that says who the caller is; empty: ``auth.uid()``.
-        where: a condition on the rows ``a`` of the table; autotag leaves out the others. None: every row counts.
+        where: a condition on the rows ``a`` of the table. autotag leaves out rows that do not meet it. None: no
+            condition.
         object: its column with the id of an object in Storage, instead of ``path``.
         full_paths: paths begin with the name of their bucket.
         storage_hosts: where the project serves its Storage; URLs of these hosts are files.
@@ -121,7 +123,7 @@ def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
     Args:
         facts: of the project.
         choices: what the caller decides.
-        ask: answers what the schema does not show.
+        ask: answers questions that the schema does not answer.
 
     Raises:
         HostError: a table or column is missing or has the wrong type, or ``ask`` raised it.
@@ -151,7 +153,7 @@ def propose(facts: Facts, choices: Choices, ask: Ask) -> Host:
 
 
 def user_type(members: Members, caller: Sequence[str]) -> str:
-    """The base type of users' ids: those of Supabase's own are uuids, others have the type that is stored."""
+    """The base type of users' ids: uuid for Supabase's own users, otherwise the type of the stored ids."""
     if not caller:
         return "uuid"
     kind = "text" if members.claim or members.function else members.user_type
@@ -159,8 +161,8 @@ def user_type(members: Members, caller: Sequence[str]) -> str:
 
 
 def _where(table: Table, choices: Choices, ask: Ask) -> str | None:
-    """The condition on the rows to tag. Rows in the trash are never to be tagged, so it is asked for where a column
-    says that a row is there."""
+    """The condition on the rows to tag. Rows in the trash must never be tagged, so this asks for the condition if a
+    column marks such rows."""
     where = choices.where
     if where is None:
         kept = [condition for name in table.columns if (condition := _not_in(table, name, TRASH))]
@@ -173,7 +175,8 @@ def _where(table: Table, choices: Choices, ask: Ask) -> str | None:
 
 
 def _not_in(table: Table, name: str, words: re.Pattern[str]) -> str | None:
-    """The condition that a row is not what a column's name says; None: its name or type says no such thing."""
+    """The condition that a row does not have the state in a column's name; None: the name or type has no such
+    meaning."""
     kind = table.base_type(name) or ""
     if not words.fullmatch(snake(name)):
         return None
@@ -183,7 +186,7 @@ def _not_in(table: Table, name: str, words: re.Pattern[str]) -> str | None:
 
 
 def notes_on_rows(table: Table, host: Host) -> list[str]:
-    """What a person should know about rows that will be tagged."""
+    """Notes for a person about the rows that will be tagged."""
     if host.where:
         return []
     kept = [condition for name in table.columns if (condition := _not_in(table, name, PUT_AWAY))]
@@ -195,7 +198,7 @@ def notes_on_rows(table: Table, host: Host) -> list[str]:
 
 
 def notes_on_tags(facts: Facts, host: Host) -> list[str]:
-    """What a person should know about tags that are somewhere else."""
+    """Notes for a person about tags in other tables."""
     about = {table.name for table in facts.tables.values() if host.table in {to for to, _ in table.references.values()}}
     other = sorted(name for name in about if re.search(r"tag|label|keyword", snake(name.rpartition(".")[2])))
     if not other or host.tags in facts.tables[host.table].columns:
@@ -230,7 +233,7 @@ def _editors(wanted: str | None) -> str:
 
 
 def _workspace(table: Table, choices: Choices, ask: Ask) -> tuple[str, bool]:
-    """The column with the workspace, and whether each user is a workspace of their own."""
+    """The column with the workspace, and whether each user has a workspace of their own."""
     if choices.owner:
         if choices.workspace:
             raise HostError("--owner-column and --workspace-column exclude each other: the owner is the workspace.")
@@ -275,9 +278,8 @@ def _places(table: Table, choices: Choices, ask: Ask) -> tuple[str | None, str |
 
 def _table(facts: Facts, wanted: str | None, ask: Ask) -> Table:
     if not facts.tables:
-        raise HostError(
-            "The database has no table of images yet; create it first, or let autotag migrate --stand-alone create one."
-        )
+        alone = "" if facts.lacking else ", or let autotag migrate --stand-alone create one"
+        raise HostError(f"The database has no table of images yet; create it first{alone}.")
     if wanted is None:
         found = _named_like_images(facts.tables)
         # `assets` is the usual name. A table of another name is taken only if it is the only candidate.
@@ -296,7 +298,7 @@ def _table(facts: Facts, wanted: str | None, ask: Ask) -> Table:
 
 
 def _named_like_images(names: Iterable[str]) -> list[str]:
-    """Those in the schema public, or else in any other, whose name is one for images; the most likely first."""
+    """The tables in the schema public, or otherwise in other schemas, with a name for images; most likely first."""
     likely = (*TABLES, *(name.removesuffix("s") for name in TABLES))
     for schemas in (["public"], sorted({name.partition(".")[0] for name in names} - {"public"})):
         found = []
@@ -338,7 +340,7 @@ def _optional(table: Table, option: str, wanted: str | None, likely: Sequence[st
 
 
 def _likely(columns: Iterable[str], likely: Sequence[str]) -> list[str]:
-    """The columns with a likely name, the most likely first; ``workspaceId`` is ``workspace_id``."""
+    """The columns with a likely name, most likely first. ``workspaceId`` counts as ``workspace_id``."""
     names: dict[str, str] = {}
     for name in columns:
         names.setdefault(snake(name), name)

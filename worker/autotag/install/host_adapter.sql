@@ -25,7 +25,7 @@ declare
   v_comments constant jsonb := {{ marks }};
   v_new constant name[] := array(
     select n.name from jsonb_object_keys(v_comments) k (name) cross join lateral (select k.name::name) n (name)
-    where not exists (select from pg_attribute a where a.attrelid = {{ table_literal }}::regclass and a.attname = n.name and not a.attisdropped));
+    where not exists (select from pg_attribute att where att.attrelid = {{ table_literal }}::regclass and att.attname = n.name and not att.attisdropped));
   v_name name;
   v_own name[];
 begin
@@ -40,8 +40,8 @@ begin
     execute format('comment on column %s.%I is %L', {{ table_literal }}, v_name, v_comments ->> v_name::text);
   end loop;
   v_own := array(
-    select a.attname from pg_attribute a where a.attrelid = {{ table_literal }}::regclass and not a.attisdropped
-      and col_description(a.attrelid, a.attnum) = v_comments ->> a.attname::text);
+    select att.attname from pg_attribute att where att.attrelid = {{ table_literal }}::regclass and not att.attisdropped
+      and col_description(att.attrelid, att.attnum) = v_comments ->> att.attname::text);
   if 'tagging_stage' = any (v_own) and not exists (
     select from pg_constraint c where c.conrelid = {{ table_literal }}::regclass and c.conname = 'assets_tagging_stage_check') then
     alter table {{ table }} add constraint assets_tagging_stage_check check (tagging_stage in
@@ -59,8 +59,8 @@ end $$;
 -- policies run inside them. pg_temp is last everywhere: if it is not listed, Postgres looks there first for types, and a caller
 -- could replace jsonb by a type of their own whose code would run as the function's owner.
 
--- Who the caller is: {{ caller_text }}. Null: nobody that your tables can know, because there is no token, or because its claim is
--- not of the type of your users' ids. Everything that needs the user asks this function.
+-- The caller's id: {{ caller_text }}. Null if there is no token, or if its claim does not have the type of your users' ids.
+-- Everything that needs the user asks this function.
 create or replace function autotag.caller() returns autotag.user_id
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
@@ -141,7 +141,7 @@ exception when character_not_in_repertoire or untranslatable_character then
   return array['', '']::text[];
 end $$;
 
--- Replaces %20 and the like in a part of a URL. Raises where the bytes are not UTF-8.
+-- Decodes %20 and the like in a part of a URL. Raises if the bytes are not UTF-8.
 create or replace function autotag.percent_decode(p_text text) returns text
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$
@@ -160,12 +160,13 @@ $$;
 -- Workspace and location of images: a Storage bucket and path, or an https URL. Images that do not exist (any more) are missing
 -- from the result. A row that is refused has no location. refused: `filtered` (the row filter leaves it out), `foreign_file` (it
 -- names a file of another workspace, and the worker reads Storage with a key that opens every file) or `location_too_long`. The
--- lengths are checked first: octet_length() reads only the header of a value, however large it is, and members can write large
--- values. mark: of the picture, a hash of its location as it stands. file_mark: of its file (function file_mark). stage: what the row shows.
--- A path is read as supabase-js leaves it: without blanks around it, and each run of slashes counts as one. An empty path or URL is
--- none. A URL of your own Storage is the file that it names (storage_file). {{ full_path_text }}
-create or replace function autotag.describe_assets(p_asset_ids autotag.asset_id[])
-returns table (asset_id autotag.asset_id, workspace_id autotag.workspace_id, bucket text, path text, url text, refused text, mark uuid, file_mark uuid, stage text)
+-- lengths are checked first, because members can write large values, and octet_length() reads only the header of a value.
+-- place: the picture's location as the row has it. mark: of the picture, a hash of its place. file_mark: of its file (function file_mark);
+-- p_marks false: neither, which saves 3 µs an image. stage: what the row shows.
+-- A path is read as supabase-js leaves it: without blanks around it, and each run of slashes counts as one. An empty path or URL counts
+-- as none. A URL of your own Storage means the file that it names (storage_file). {{ full_path_text }}
+create or replace function autotag.describe_assets(p_asset_ids autotag.asset_id[], p_marks boolean default true)
+returns table (asset_id autotag.asset_id, workspace_id autotag.workspace_id, bucket text, path text, url text, refused text, mark uuid, file_mark uuid, stage text, place text)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set jit = off
 as $$
@@ -175,34 +176,38 @@ begin
     select d.id, d.workspace, case when d.refused is null then d.bucket end, case when d.refused is null then d.path end,
            case when d.refused is null then d.url end, d.refused,
            case when d.refused is null then d.mark end,
-           -- the mark is the file's where the row has its place in the plain form, and a hash costs 4 µs
-           case when d.refused is null then case when d.plain then d.mark else autotag.file_mark(d.bucket, d.path) end end, d.stage
+           -- If the row already holds bucket/path, its own mark is the file's; this saves a hash (4 µs).
+           case when d.refused is null and p_marks then case when (d.bucket || '/' || d.path) collate "C" = d.place then d.mark
+             else autotag.file_mark(d.bucket, d.path) end end, d.stage, case when d.refused is null then d.place end
     from (
-      select a.{{ id }}::autotag.asset_id as id, a.{{ workspace }}::autotag.workspace_id as workspace, f.bucket, f.path, f.url, a.tagging_stage::text as stage,
-             case when not c.counts then 'filtered'
-             when c.too_long then 'location_too_long'
-             when f.path is not null and not coalesce(
-               -- a bucket name that Storage allows, and a path that cannot leave the bucket
-               f.bucket ~ '^[A-Za-z0-9_!.*''() &$@=;:+,?-]+$' and f.bucket not in ('.', '..')
-               and f.path !~ '(^|/)[.]{0,2}(/|$)|[\\[:cntrl:]]'
-               -- the file rule
-               and {{ own_file }}
-             , false) then 'foreign_file' end as refused,
-             case when c.counts and not c.too_long then {{ mark }} end as mark,
-             c.counts and not c.too_long and (f.bucket || '/' || f.path) collate "C" = {{ written_place }} as plain
-      from {{ table }} a
-      cross join lateral (
-        select coalesce({{ counts }}, false) as counts, {{ too_long }} as too_long
-      ) c
-      {{ location }}
-      where a.{{ id }} = any (p_asset_ids)
-      offset 0  -- evaluate `refused` once per row, not once per use
+      select r.*, case when p_marks and r.refused is null then md5(r.place)::uuid end as mark
+      from (
+        select a.{{ id }}::autotag.asset_id as id, a.{{ workspace }}::autotag.workspace_id as workspace, f.bucket, f.path, f.url, a.tagging_stage::text as stage,
+               case when not c.counts then 'filtered'
+               when c.too_long then 'location_too_long'
+               when f.path is not null and not coalesce(
+                 -- a bucket name that Storage allows, and a path that cannot leave the bucket
+                 f.bucket ~ '^[A-Za-z0-9_!.*''() &$@=;:+,?-]+$' and f.bucket not in ('.', '..')
+                 and f.path !~ '(^|/)[.]{0,2}(/|$)|[\\[:cntrl:]]'
+                 -- the file rule
+                 and {{ own_file }}
+               , false) then 'foreign_file' end as refused,
+               case when c.counts and not c.too_long then {{ written_place }} end as place
+        from {{ table }} a
+        cross join lateral (
+          select coalesce({{ counts }}, false) as counts, {{ too_long }} as too_long
+        ) c
+        {{ location }}
+        where a.{{ id }} = any (p_asset_ids)
+        offset 0  -- evaluate what stands here once per row, not once per use
+      ) r
+      offset 0
     ) d;
 end $$;
 
 -- For `autotag doctor`: checks the files that rows name. checked: number of rows; foreign_files: how many of them name a file
 -- of another workspace, with up to three examples. may_write: why signed-in users can write such rows; null: they cannot.
--- (Who may only edit tags writes no column that says which file it is.)
+-- (A user who may edit only tags cannot change which file a row names.)
 create or replace function autotag.check_files(p_rows integer, out checked integer, out foreign_files integer, out examples autotag.asset_id[], out may_write text)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
@@ -251,39 +256,35 @@ begin
   v_live := autotag.own_live_assets(p_asset_ids);
   return query
     with files as materialized (
-      select d.* from autotag.describe_assets(
-        case v_live when '{}' then p_asset_ids else array(select unnest(p_asset_ids) except select unnest(v_live)) end) d
+      select d.asset_id, d.workspace_id, d.bucket, d.path from autotag.describe_assets(
+        case v_live when '{}' then p_asset_ids else array(select unnest(p_asset_ids) except select unnest(v_live)) end, false) d
       where d.refused is null
     ), theirs as materialized (
       -- offset 0: call is_member once per workspace, not once per image
       select w.id from (select distinct f.workspace_id as id from files f offset 0) w where autotag.is_member(w.id)
     )
-    select f.asset_id, f.bucket, f.path, f.file_mark,
+    select f.asset_id, f.bucket, f.path, md5(coalesce(f.bucket || '/' || f.path, ''))::uuid,   -- file_mark(), inline
       f.path is null or exists (select from storage.buckets b where b.id = f.bucket and b.public)
     from files f where f.workspace_id in (select t.id from theirs t)
     union all
     select l.asset_id, null, null, null, false from unnest(v_live) l (asset_id);
 end $$;
 
--- For each image the mark of its file, if the caller may see that file; this runs as the caller, under row level security. A
--- zero mark: they may not, or the file does not exist (yet), which looks the same. Null: not checked. An error of a policy can have
--- parts of any file's name, so it is not passed on.
+-- For each image the mark of its file, if the caller may see that file. This runs as the caller, under row level security. A zero mark:
+-- the caller may not see the file, or it does not exist (yet), which looks the same. Null: not checked. An error of a policy is not
+-- passed on, because it can contain parts of any file's name.
 create or replace function autotag.visible_file_marks(p_asset_ids autotag.asset_id[]) returns uuid[]
 language plpgsql stable set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
 begin
   return array(
-    with files as materialized (select * from autotag.files_to_check(p_asset_ids)),
-    -- all files at once: a search for each one takes twice as long
-    seen as materialized (
-      select o.bucket_id, o.name from storage.objects o
-      where o.bucket_id = any (array(select distinct f.bucket from files f)) and o.name = any (array(select f.path from files f)))
-    select case
-      when f.asset_id is null then null
-      when f.everybody or (f.bucket, f.path) in (select o.bucket_id, o.name from seen o) then f.mark
-      else '00000000-0000-0000-0000-000000000000'::uuid end
-    from unnest(p_asset_ids) with ordinality a (id, i) left join files f on f.asset_id = a.id
-    order by a.i);
+    with marks as materialized (
+      -- The policies of storage.objects are asked about these files alone, by their names: another row of the bucket may make one raise.
+      select f.asset_id, case when f.everybody or f.path is not null and (
+        select true from storage.objects o where o.bucket_id = f.bucket and o.name = f.path limit 1)
+        then f.mark else '00000000-0000-0000-0000-000000000000'::uuid end as mark
+      from autotag.files_to_check(p_asset_ids) f)
+    select k.mark from unnest(p_asset_ids) with ordinality x (id, i) left join marks k on k.asset_id = x.id order by x.i);
 exception when others or assert_failure then
   perform autotag.check_caller();
   raise exception using errcode = 'PT403', detail = '{"code": "unreadable_files"}',
@@ -291,8 +292,8 @@ exception when others or assert_failure then
     hint = 'Ask who runs this project: reading storage.objects fails in your name, by its policies or privileges.';
 end $$;
 
--- What a role may read of the table of images: nothing (null), its `columns` without the ids, or its `ids`. Which rows it sees is another
--- matter (visible_assets).
+-- What a role may read of the table of images: nothing (null), some `columns` but not the ids, or the `ids`. visible_assets() tells which
+-- rows it sees.
 create or replace function autotag.may_read_images(p_role name) returns text
 language sql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -302,8 +303,8 @@ as $$
   from pg_class c where c.oid = autotag.image_table()
 $$;
 
--- Whether the caller, who acts as this role, has to see the rows of images to tag them. Raises if they have, but may not read the ids,
--- because then nobody can ask in their name.
+-- Whether the caller, who acts as this role, may tag only images whose rows they see. Raises if so and the role may not read the ids,
+-- because then visible_assets() cannot read the rows as this role.
 create or replace function autotag.has_to_see(p_role name) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -324,9 +325,9 @@ begin
   return true;
 end $$;
 
--- Those of these images whose rows the caller can read, in their order; this runs as the caller, so your policies decide, and the
--- rights of a view. All of them if the caller is a service, or has no privilege to read any column of the table, because then only your
--- server shows images to users: membership alone decides.
+-- The images among these whose rows the caller can read, in their order. This runs as the caller, so your policies decide, and the
+-- rights of a view. If the caller is a service, it returns all of them. It does so, too, if the caller may read no column of the table:
+-- only your server shows images to users then, so membership alone decides.
 create or replace function autotag.visible_assets(p_asset_ids autotag.asset_id[]) returns autotag.asset_id[]
 language plpgsql stable set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_seqscan = on
@@ -337,8 +338,8 @@ begin
   end if;
   begin
     return array(
-      select a.id from unnest(p_asset_ids) with ordinality a (id, i)
-      where a.id in (select t.{{ id }} from {{ table }} t where t.{{ id }} = any (p_asset_ids)) order by a.i);
+      select x.id from unnest(p_asset_ids) with ordinality x (id, i)
+      where x.id in (select a.{{ id }} from {{ table }} a where a.{{ id }} = any (p_asset_ids)) order by x.i);
   exception when others or assert_failure then
     perform autotag.check_caller();
     raise exception using errcode = 'PT403', detail = '{"code": "unreadable_rows"}',
@@ -348,8 +349,8 @@ begin
 end $$;
 
 -- The next images of a workspace that are not being tagged and that the row filter does not leave out, by id after p_after.
--- p_untagged: only those without tags (null and an empty list are none) that autotag has not tagged: where nothing fits, an answer
--- has no tags, and asking again would give none again. p_profile: only those that autotag has tagged with another
+-- p_untagged: only those without tags (null or an empty list) that autotag has not tagged. (If no tag fits an image, its answer has
+-- none, and would have none again.) p_profile: only those that autotag has tagged with another
 -- version of the profile; without one counts as version 0.
 create or replace function autotag.list_assets(
   p_workspace_id autotag.workspace_id, p_untagged boolean, p_after autotag.asset_id, p_limit integer, p_profile integer default null
@@ -370,8 +371,8 @@ as $$
 $$;
 
 -- At most p_limit images of a workspace that have tags, with what is stored about them; spread evenly by id, and the same at
--- every call. tags: a JSON array. Images with more than 20,000 stored bytes of tags or result are left out: only people write that
--- much.
+-- every call. tags: a JSON array. Images with more than 20,000 stored bytes of tags or result are left out, because only people write
+-- that much.
 create or replace function autotag.tagged_assets(p_workspace_id autotag.workspace_id, p_limit integer)
 returns table (asset_id autotag.asset_id, tags jsonb, result jsonb)
 language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
@@ -391,8 +392,8 @@ as $$
   order by a.{{ id }}
 $$;
 
--- What the next p_limit images by id after p_after have as tags, in a workspace or in all (null): {tags: {tag: images}, images, last (null:
--- no more images)}. For `autotag vocabulary import --from-tags`.
+-- The tags of the next p_limit images by id after p_after, in a workspace or in all (null): {tags: {tag: images}, images, last (null: no
+-- more images)}. For `autotag vocabulary import --from-tags`.
 create or replace function autotag.tags_in_use(p_workspace_id autotag.workspace_id, p_after autotag.asset_id, p_limit integer) returns jsonb
 language sql stable security definer set search_path = pg_catalog, public, extensions, pg_temp
 as $$
@@ -409,7 +410,7 @@ as $$
     'tags', (select coalesce(jsonb_object_agg(c.tag, c.images), '{}') from counted c where length(c.tag) between 1 and 50))
 $$;
 
--- What the rows of images have: the texts in their tags (null: too large to be read), what autotag remembers, and what they show.
+-- The rows of images: the texts in their tags (null: too large to be read), what autotag remembers, and the stage and error that they show.
 create or replace function autotag.stored_tags(p_asset_ids autotag.asset_id[])
 returns table (asset_id autotag.asset_id, tags text[], result jsonb, stage text, error text)
 language plpgsql stable security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -427,11 +428,11 @@ end $$;
 -- Stores the tags and everything else about finished images of a workspace, in one update per row. What a person typed stays, and
 -- what a person removed stays away (autotag.merge_tags). The update compares the row as it finds it, so an edit that commits while it
 -- waits counts. Values too large to be compared are not read: a value's header has its size. If the table has triggers on update, it then
--- looks at what they left: a row that shows nothing of this was not written, and the memory has only tags that are there (kept_tags; the
--- triggers run once more if it changes). Returns the images whose rows it wrote. A
--- row that has moved to another workspace gets nothing, because it may be another image; nor does one whose picture is not the one
--- that the model saw. p_results[i] and p_marks[i] belong to p_asset_ids[i]: {tags: [tag, …], confidence: {tag: 0 to 1}, caption,
--- model}, with normalized tags, each with a key of its own (clean_result), the most confident first; and the picture's mark (describe_assets; null: any).
+-- reads the rows again: a row that shows nothing of this was not written, and the memory keeps only tags that are there (kept_tags; the
+-- triggers run once more if it changes). Returns the images whose rows it wrote. A row that has moved to another workspace is not
+-- written, because it may be another image, and neither is one whose picture is not the one that the model saw.
+-- p_results[i] and p_marks[i] belong to p_asset_ids[i]: {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}, with normalized tags,
+-- each with a key of its own (clean_result), the most confident first; and the picture's mark (describe_assets; null: any).
 create or replace function autotag.store_tags(p_asset_ids autotag.asset_id[], p_workspace_id autotag.workspace_id, p_results jsonb[], p_marks uuid[])
 returns autotag.asset_id[]
 language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -444,14 +445,14 @@ begin
   with written as (
     update {{ table }} a
     set ({{ tags }}, {{ result }}, tagging_error) = (
-          -- nothing to compare with, as nearly always: a call of the function takes longer than the rest of the update
+          -- Usually the row has no tags yet, so there is nothing to merge. Calling {{ merge }}() would take longer than the update.
           select {{ new_tags }}, r.result - '{tags,names,above}'::text[] || jsonb_build_object('given', r.result -> 'tags'), null
           where a.{{ tags }} is null and a.{{ result }} is null{{ and_no_limit }}
           union all
-          select {{ merged_tags }}, m.result, m.error
+          select {{ merged_tags }}, merged.result, merged.error
           from autotag.{{ merge }}(
             case when pg_column_size(a.{{ tags }}) <= 65536 then {{ current_tags }} end, coalesce(pg_column_size(a.{{ tags }}) > 65536, false),
-            case when pg_column_size(a.{{ result }}) <= 200000 then a.{{ result }} end, r.result{{ longest_tag }}, p_workspace_id) m
+            case when pg_column_size(a.{{ result }}) <= 200000 then a.{{ result }} end, r.result{{ longest_tag }}, p_workspace_id) merged
           where a.{{ tags }} is not null or a.{{ result }} is not null{{ or_limit }}),
         tagging_stage = 'completed', tagging_progress = 100, tagging_eta = null
     from unnest(p_asset_ids, p_results, p_marks) as r (asset_id, result, mark)
@@ -486,7 +487,7 @@ begin
   update {{ table }} a
   set tagging_stage = p_stage,
       tagging_progress = case
-        -- the row of the last pass: it was locked when this pass began
+        -- The row still shows the last pass, because it was locked when this pass began.
         when p_stage = 'queued' or p_stage <> 'failed' and a.tagging_stage in ('completed', 'failed') then p_progress
         else greatest(a.tagging_progress, p_progress) end,
       tagging_eta = case p_stage when 'queued' then p_eta when 'failed' then null
@@ -498,7 +499,7 @@ begin
       or coalesce(a.tagging_progress, 0) < p_progress);
 end $$;
 
--- Those of these images whose rows another transaction holds at the moment. The other rows are locked.
+-- The images among these whose rows another transaction holds. The other rows are locked.
 create or replace function autotag.held_assets(p_asset_ids autotag.asset_id[]) returns autotag.asset_id[]
 language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
   set enable_seqscan = on
@@ -510,9 +511,9 @@ begin
   return array(select a.{{ id }} from {{ table }} a where a.{{ id }} = any (p_asset_ids) and a.{{ id }} not in (select unnest(v_free)));
 end $$;
 
--- The trigger of automatic mode on the host's table: collects the rows that one statement inserted. No error reaches your insert,
--- whatever it is: it becomes a warning, and the images wait for enqueue_tagging. If the rows cannot be collected together, each is
--- collected by itself, so that an odd one costs no other; after 20 errors it gives up, because then it is not the rows.
+-- The trigger of automatic mode on the host's table: collects the rows that one statement inserted. No error reaches your insert. It
+-- becomes a warning, and the images wait for enqueue_tagging. If the rows cannot be collected together, each is collected by itself, so
+-- that one bad row affects no other. After 20 errors it gives up, because then the rows are not the cause.
 create or replace function autotag.collect_inserted() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -521,12 +522,12 @@ declare
   v_failed integer := 0;
 begin
   begin
-    perform autotag.collect(array_agg(a.{{ id }}), array_agg(a.{{ workspace }})) from added a;
+    perform autotag.collect(array_agg(n.{{ id }}), array_agg(n.{{ workspace }})) from added n;
     return null;
   exception when others or assert_failure then
     null;
   end;
-  for v_row in select a.* from added a loop
+  for v_row in select n.* from added n loop
     begin
       perform autotag.collect(array[v_row.{{ id }}], array[v_row.{{ workspace }}]);
     exception when others or assert_failure then
@@ -541,7 +542,7 @@ exception when others or assert_failure then
   return null;
 end $$;
 
--- Turns automatic mode on or off. The trigger exists only while it is on, so that off costs nothing.
+-- Turns automatic mode on or off. The trigger exists only while the mode is on, so that it costs nothing otherwise.
 --   select autotag.set_automatic(true);
 create or replace function autotag.set_automatic(p_on boolean) returns void
 language plpgsql set search_path = pg_catalog, pg_temp

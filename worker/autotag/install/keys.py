@@ -1,4 +1,4 @@
-"""What autotag can work with: the types of keys, ids that are unique, columns that can be written."""
+"""Checks what autotag can work with: types of keys, unique ids, writable columns."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ KEY_TYPES = {
 }  # fmt: skip
 _TEXT = ("text", "character varying")
 _INTEGERS = ("integer", "smallint", "bigint")
-#: The columns that show a state, and their types where a project has them already; and the column of what was answered.
+#: The columns that show a state and the column for the answer, each with the types that an existing column may have.
 STAGE_COLUMNS = {
     "tagging_stage": _TEXT, "tagging_progress": _INTEGERS, "tagging_eta": ("timestamp with time zone",),
     "tagging_error": _TEXT,
 }  # fmt: skip
 RESULT_COLUMN, RESULT_TYPES = "tagging_result", ("jsonb",)
-#: What is no table of its own, by its kind in pg_class.
+#: Names of relations that are not plain tables, by their kind in pg_class.
 KINDS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
 
 
@@ -30,7 +30,7 @@ def key_type(table: Table, column: str, option: str) -> str:
     """The base type of the ids in a column: ``uuid``, ``bigint``, ``integer`` or ``text``.
 
     Raises:
-        HostError: autotag has no ids of the column's type.
+        HostError: autotag does not support ids of the column's type.
     """
     kind = table.base_type(column)
     if kind not in KEY_TYPES:
@@ -46,7 +46,7 @@ def key_type(table: Table, column: str, option: str) -> str:
 
 
 def key_columns(table: Table) -> list[str]:
-    """The columns whose type is that of a key."""
+    """The columns that have a type of keys."""
     return [name for name in table.columns if table.base_type(name) in KEY_TYPES and name not in table.loose]
 
 
@@ -56,10 +56,10 @@ def find_id(table: Table, wanted: str | None, ask: Ask) -> str:
     Args:
         table: of the images.
         wanted: the choice of the caller.
-        ask: asked where the primary key has several columns, or there is none.
+        ask: called if the primary key has several columns, or if there is none.
 
     Raises:
-        HostError: no column does, or not the one that was chosen; or ``ask`` raised it.
+        HostError: no column does, the chosen column does not, or ``ask`` raised it.
     """
     if wanted is None and len(table.primary_key) == 1:
         return table.primary_key[0]
@@ -102,10 +102,10 @@ def _what_to_do(table: Table, column: str | None, unique: Sequence[str]) -> str:
 
 
 def check_table(table: Table) -> None:
-    """Refuses what autotag cannot add columns to, or where an id may occur twice.
+    """Refuses a table to which autotag cannot add columns, or in which an id may occur twice.
 
     Raises:
-        HostError: it is a view or a foreign table, a partition, or has child tables.
+        HostError: it is a view, a foreign table or a partition, or it has child tables.
     """
     if table.kind in KINDS:
         raise HostError(
@@ -123,7 +123,7 @@ def check_written(table: Table, tags: str, result: str) -> None:
     """Refuses columns that autotag could not write.
 
     Raises:
-        HostError: one is generated, or has another type than the column that autotag would add.
+        HostError: a column is generated, or does not have the type of the column that autotag would add.
     """
     for column in (tags, result, *STAGE_COLUMNS):
         if column in table.generated:

@@ -1,10 +1,10 @@
-"""Writes as SQL where the image of a row is: a file in Storage or a URL, as people leave it in their columns.
+"""Writes the SQL that finds the image of a row: a file in Storage or a URL, in the forms that apps store.
 
-A path is read as supabase-js leaves it: without blanks around it, each run of slashes as one. An empty string is null.
-
-A path may begin with the name of its bucket (``fullPath`` of an upload's reply). Whether it does is not looked up for
-each image: `init` looks at the existing rows (`files.find_full_paths`). If they say no, or there are none, a path is
-taken as it stands if the file rule allows it so; otherwise, if it begins with its bucket's name, without that name.
+Blanks around a path are removed, and several slashes count as one, as in supabase-js. An empty string is null. A path
+may begin with the name of its bucket (``fullPath`` of an upload's reply). The adapter does not look that up for each
+image; instead, `init` looks at the existing rows (`files.find_full_paths`). If their paths do not begin with it, or
+there are no rows, a path is taken unchanged if the file rule allows that. Otherwise, if it begins with its bucket's
+name, that name is removed.
 """
 
 from __future__ import annotations
@@ -12,39 +12,41 @@ from __future__ import annotations
 from autotag.install.host import Host
 from autotag.install.quoting import literal, quote
 
-BLANKS, ENDS = r"e' \t\r\n'", r"e' \t\r\n/'"  # around a URL; around a path
+BLANKS, ENDS = r"e' \t\r\n'", r"e' \t\r\n/'"  # characters to remove around a URL, and around a path
 IS_URL = r"'^\s*https?://'"
 MAX_URL, MAX_PATH, MAX_BUCKET = 8192, 1024, 100  # bytes; docs/install.md names them
-MAX_KEY = 1024  # bytes of a workspace's or user's id that is a text: an index takes no key over 2.7 kB
+MAX_KEY = 1024  # bytes of a text id of a workspace or user; an index cannot hold a key over 2.7 kB
 
 
 def location_code(host: Host, as_written: str | None, guard: str) -> str:
-    """The joins behind the table ``a`` that give ``f`` (bucket, path, url).
+    """The joins after the table ``a`` that compute ``f`` (bucket, path, url).
 
     Args:
         host: the project's tables.
-        as_written: the file rule for a path as it stands (``s``); None: the rule says nothing about that.
-        guard: the condition that the values of a row may be read; they may be gigabytes.
+        as_written: the file rule for an unchanged path (``s``); None: the rule does not decide that.
+        guard: the condition that the values of a row may be read, because they may have gigabytes.
     """
     joins = []
     if host.object:
         joins.append(f"left join storage.objects o on o.id = a.{quote(host.object)}")
     values = {"bucket": _bucket(host), "path": _path(host), "url": _url(host)}
     columns = ", ".join(f"case when {guard} then {code} end as {name}" for name, code in values.items())
-    joins.append(f"cross join lateral (select {columns}) s")
     path = "s.path"
     if host.path and (host.full_paths or as_written):
         with_bucket = "starts_with(s.path, s.bucket || '/')"
         with_bucket += "" if host.full_paths else f" and not coalesce({as_written}, false)"
         path = f"case when {with_bucket} then substr(s.path, length(s.bucket) + 2) else s.path end"
     bucket, url = "case when s.path is not null then s.bucket end", "s.url"
-    # `offset 0` keeps the planner from writing the expressions of f once for each use. Behind s it costs 2 µs an image.
+    # `offset 0` prevents the planner from repeating the expressions of s and f for each use. A join of its own costs
+    # 1 µs an image, so s stands within f.
+    source = f"from (select {columns} offset 0) s"
     if host.storage_hosts:
         file = "case when s.path is null then autotag.storage_file(s.url) end"
-        joins.append(f"cross join lateral (select {file} as file offset 0) u")
+        source += f" cross join lateral (select {file} as file offset 0) u"
         bucket, path = f"coalesce(u.file[1], {bucket})", f"coalesce(u.file[2], {path})"
         url = "case when u.file is null then s.url end"
-    joins.append(f"cross join lateral (select {bucket} as bucket, ({path})::text as path, {url} as url offset 0) f")
+    fields = f"{bucket} as bucket, ({path})::text as path, {url} as url"
+    joins.append(f"cross join lateral (select {fields} {source} offset 0) f")
     return "\n      ".join(joins)
 
 
@@ -53,7 +55,7 @@ def _path(host: Host) -> str:
         return "o.name"
     if not host.path:
         return "null::text"
-    # Nearly every path has no double slash. Then it costs half a microsecond, and with a regular expression three.
+    # Nearly no path has a double slash. Testing for one takes half a microsecond; the regular expression takes three.
     text = f"a.{quote(host.path)}"
     single = f"regexp_replace({text}, '/+', '/', 'g')"
     return (
@@ -88,7 +90,7 @@ def _text(column: str) -> str:
 
 
 def too_long_code(host: Host) -> str:
-    """The condition that a value is longer than a location can be. It reads no value, only its length."""
+    """The condition that a value is too long for a location. It reads only the length of the value."""
     limits = {host.url: MAX_URL, host.path: MAX_PATH, host.bucket_column: MAX_BUCKET}
     limits |= {host.workspace: MAX_KEY} if host.workspace_type == "text" else {}
     checks = [f"coalesce(octet_length(a.{quote(name)}) > {most}, false)" for name, most in limits.items() if name]
@@ -96,12 +98,12 @@ def too_long_code(host: Host) -> str:
 
 
 def mark_code(host: Host) -> str:
-    """The mark of the picture of the row ``a``: a hash of its place."""
+    """The mark of the picture of the row ``a``: a hash of its location."""
     return f"md5({written_place_code(host)})::uuid"
 
 
 def written_place_code(host: Host) -> str:
-    """The place of the picture of the row ``a``: the columns that say where it is, as they stand."""
+    """The location of the picture of the row ``a``, from the unchanged columns."""
     places = []
     if host.object:
         places.append(f"a.{quote(host.object)}::text")
@@ -111,6 +113,6 @@ def written_place_code(host: Host) -> str:
             f"coalesce(nullif(a.{quote(host.bucket_column)}::text, ''), {default})" if host.bucket_column else default
         )
         places.append(f"{bucket} || '/' || nullif({_text(host.path)}, '')")
-    if host.url:  # a new signature of the same file is no new picture
+    if host.url:  # without the token: a new signature of the same file does not make it a new picture
         places.append(f"split_part(a.{quote(host.url)}, '?token=', 1)")
     return f"coalesce({', '.join(places)}, '')"

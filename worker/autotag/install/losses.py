@@ -1,4 +1,4 @@
-"""What an installed schema keeps that is nowhere else: it is lost when autotag is taken out."""
+"""Data that only autotag's schema has, which is lost when autotag is uninstalled."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ SHOWN = 3  # commands, one for each workspace
 
 @dataclass(frozen=True)
 class Loss:
-    """Something that goes with the schema.
+    """Data that is dropped with the schema.
 
     Attributes:
-        what: it, with how many there are.
-        keep: the commands that save it, each with a workspace where there are few; empty: nothing does.
+        what: the kind of data and its number.
+        keep: the commands that save it, one for each workspace if there are few; empty: it cannot be saved.
     """
 
     what: str
     keep: list[str]
 
 
-#: Table -> what its rows are, and the command that saves those of a workspace (null: of all workspaces, or of none).
+#: Table -> the name of its rows, and the command that saves the rows of one workspace. (A null workspace: rows for
+#: all.)
 _KEPT: dict[str, tuple[str, Callable[[str | None], str]]] = {
     "vocabulary": ("tag{s} of the vocabulary", lambda workspace: (
         f"autotag vocabulary export{_option(workspace)} > vocabulary{_suffix(workspace)}.csv")),
@@ -41,7 +42,7 @@ _PAID = "select count(*) from autotag.unstored where result is not null"
 
 
 def find_losses(connection: Connection[tuple[Any, ...]]) -> list[Loss]:
-    """What would be lost. A schema of another version may lack a table: that has nothing."""
+    """The data that would be lost. A schema of another version may lack a table, which then counts as empty."""
     found = []
     for table, (what, command) in _KEPT.items():
         if not _exists(connection, table):

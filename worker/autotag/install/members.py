@@ -1,9 +1,9 @@
 """Finds who may act for a workspace.
 
-A guess here would be a permission, so without a person only what is certain is taken: one table whose key is exactly
-the workspace and the user, where nothing leaves room for a row that is something else than a current member
-(`evidence`); or the claim of the token that all policies of the table of images compare with the workspace, and with
-nothing else. Anything else is asked for.
+A wrong guess would grant a permission. So without a person's answer, only two things count as certain. One is a table
+whose key is exactly the workspace and the user, and in which every row must be a current member (`evidence`). The other
+is a claim of the token, if all policies of the table of images compare only this claim with the workspace. In all other
+cases, a person is asked.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from autotag.install.quoting import quote, table_name
 from autotag.texts import name_some
 
 USERS = ("user_id", "member_id", "profile_id", "auth_user_id")
-#: A caller's id is compared in the type of the column; not every integer is a smallint.
+#: A caller's id is cast to the type of the column. Not every integer is a smallint.
 KEYS = tuple(kind for kind in KEY_TYPES if kind != "smallint")
 
 
@@ -43,10 +43,10 @@ class Members:
         user_type: the type of the column with the user.
         where: a condition on the rows ``m`` of the table; None: every row is a membership.
         claim: the path of a claim of the JWT: a string, an array of strings, or an object whose keys are workspaces.
-        claim_form: as which of these the policies of the images read the claim (``text``, ``list`` or ``keys``); empty:
-            they do not, and each of them counts.
+        claim_form: the form in which the policies of the images read the claim (``text``, ``list`` or ``keys``); empty:
+            they do not read it, so any form counts.
         function: a function of the project that takes a workspace and returns whether the caller is a member.
-        owner: each user is a workspace of their own.
+        owner: each user has a workspace of their own.
     """
 
     table: str = ""
@@ -81,7 +81,7 @@ def read_claim(text: str, option: str) -> tuple[str, ...]:
     """The path of a claim: parts between dots. A name with ``://`` is one part, as Auth0's own names are.
 
     Raises:
-        HostError: a part is empty or not printable, or users write the claim themselves.
+        HostError: a part is empty or not printable, or users can write the claim themselves.
     """
     parts = (text,) if "://" in text else tuple(text.split("."))
     if not all(part and part.isprintable() and "$$" not in part for part in parts):
@@ -92,10 +92,10 @@ def read_claim(text: str, option: str) -> tuple[str, ...]:
 
 
 def read_caller(choices: Choices) -> tuple[str, ...]:
-    """The path of the claim that says who the caller is; empty: `auth.uid()`.
+    """The path of the claim that identifies the caller; empty: `auth.uid()`.
 
     Raises:
-        HostError: it is no claim.
+        HostError: it is not a claim.
     """
     wanted = choices.caller_claim
     return read_claim(wanted, "--caller-claim") if wanted and wanted != OWN_LOGINS else ()
@@ -109,7 +109,7 @@ def find_members(facts: Facts, table: Table, workspace: str, choices: Choices, a
         table: the table of images.
         workspace: its column with the workspace.
         choices: what the caller decides.
-        ask: answers what is not certain.
+        ask: called for everything that is not certain.
 
     Raises:
         HostError: a choice does not fit the project, or ``ask`` raised it.
@@ -136,7 +136,7 @@ def find_members(facts: Facts, table: Table, workspace: str, choices: Choices, a
 
 
 def _claim(table: Table, workspace: str, choices: Choices, wanted: str) -> Members:
-    """The claim that a person names. What the policies read as one form is that form here, too."""
+    """The claim that a person names, in the form in which the policies read it."""
     claim, form = claim_in(table, workspace)
     named = read_claim(wanted, "--members-claim")
     form = form if claim == named else read_as(table, named)
@@ -144,8 +144,7 @@ def _claim(table: Table, workspace: str, choices: Choices, wanted: str) -> Membe
 
 
 def _may_be_it(facts: Facts, images: Table, members: Members) -> bool:
-    """Whether a doubtful table may be the list of members all the same: by its name, or, where no policy tells, its
-    key."""
+    """Whether a doubtful table may still be the list of members: by its name or, if no policy shows it, by its key."""
     other = facts.tables.get(members.table)
     keyed = other is not None and other.is_unique({members.workspace, members.user})
     return sounds_like_members(members.table) or (keyed and not images.row_security)
@@ -212,7 +211,7 @@ def _ask(
 
 
 def _current(chosen: Members, doubts: Sequence[str], choices: Choices, ask: Ask) -> Members:
-    """The members with the condition on their rows, which is asked for where a row may be something else."""
+    """Adds the condition on the rows of members. Asks for it if a row may not be a current member."""
     if choices.members_where or not doubts:
         return chosen
     question = (
@@ -267,7 +266,7 @@ def _chosen_table(facts: Facts, table: Table, workspace: str, choices: Choices, 
 
 
 def needs_join(facts: Facts, other: Table, choices: Choices) -> str:
-    """What to do where a table of members names users by keys of the project's own, which no login has; or empty."""
+    """Advice if a table of members identifies users by the project's own keys, which no login has; or empty."""
     named = (choices.members_user, *USERS)
     user = next((n for n in named if n and other.base_type(n) in ("bigint", "integer", "smallint")), None)
     if (
@@ -303,7 +302,7 @@ def _with_condition(members: Members, choices: Choices) -> Members:
 
 
 def _candidate(facts: Facts, table: Table, workspace: str, other: Table, choices: Choices) -> Candidate | None:
-    """The table as one of members; None: it lacks the columns."""
+    """The table as a candidate for the list of members; None: it lacks the columns."""
     members = _members_of(facts, table, workspace, other, choices)
     if members is None or members.workspace == members.user:
         return None
@@ -313,7 +312,7 @@ def _candidate(facts: Facts, table: Table, workspace: str, other: Table, choices
 
 
 def _beside(facts: Facts, table: Table, workspace: str, other: Table) -> list[str]:
-    """Other lists of members, of something else that an image belongs to: no policy tells which one decides."""
+    """Lists of members of something else that an image belongs to. No policy shows which list decides."""
     found = []
     for column in key_columns(table):
         target = table.references.get(column)
@@ -333,7 +332,7 @@ def _members_of(facts: Facts, table: Table, workspace: str, other: Table, choice
     if column is None:
         same = [n for n, to in other.references.items() if target and to == target]
         same += [n for n in other.columns if snake(n) == snake(workspace)]
-        # the table of workspaces itself, with the user who owns one
+        # the table of workspaces itself, with a column for the owner
         own = [target[1]] if target and target[0] == other.name else []
         column = next((n for n in [*same, *own] if other.base_type(n) == kind), None)
     user = choices.members_user or _user_column(facts, other, column, choices)
@@ -343,7 +342,7 @@ def _members_of(facts: Facts, table: Table, workspace: str, other: Table, choice
 
 
 def _user_column(facts: Facts, other: Table, workspace: str | None, choices: Choices) -> str | None:
-    """The column with the user: by its key, its reference, then its name."""
+    """The column with the user, found by its key, then by its reference, then by its name."""
     kinds = KEYS if read_caller(choices) else ("uuid", "text", "character varying")
     possible = [n for n in other.columns if n != workspace and other.base_type(n) in kinds]
     named = [n for name in USERS for n in possible if snake(n) == name]

@@ -13,15 +13,14 @@ from typing import Any
 import psycopg
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from autotag.install.adapter import TEMPLATE as TEMPLATE
-from autotag.install.adapter import render
+from autotag.install.adapter import TEMPLATE, render
 from autotag.install.answers import HostError
 from autotag.install.collisions import check_columns, check_names, check_schema
-from autotag.install.facts import EVERY_WORKSPACE, adapter_version, applied_migrations
+from autotag.install.facts import EVERY_WORKSPACE, adapter_version, applied_migrations, check_supabase
 from autotag.install.host import Host
 from autotag.install.quoting import quote, table_name
-from autotag.install.written import HOST_ADAPTER as HOST_ADAPTER
 from autotag.install.written import (
+    HOST_ADAPTER,
     HOST_BASELINE,
     MIGRATION_FILE,
     Written,
@@ -32,15 +31,15 @@ from autotag.install.written import (
 from autotag.texts import name_some
 
 SPENDING_LIMIT = "spending_limit"
-#: Version of the adapter -> the template of what that version adds. An existing adapter belongs to its project and is
-#: never written again, so a newer version comes as a migration of its own.
+#: Version of the adapter -> the template for the changes of that version. An existing adapter belongs to its project
+#: and is never written again, so each newer version is a separate migration.
 ADAPTER_STEPS: dict[int, str] = {}
 _PACKAGED = Path(__file__).parent.parent / "migrations"
 #: In the installed package, or in a checkout.
 MIGRATIONS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3] / "supabase" / "migrations"
-MAX_LOCK_TRIES = 10  # a migration waits one second for a lock, so that no session of the project queues behind it
-#: Held while migrations are looked up and applied, so that of two `autotag migrate` the second waits. It ends with its
-#: transaction, because a pooler gives the session to others then.
+MAX_LOCK_TRIES = 10  # each try waits one second for a lock, so that no session of the project queues behind it for long
+#: The lock that `autotag migrate` holds while it looks up and applies migrations, so that a second one waits. It
+#: belongs to a transaction, because a pooler may give the session to other clients afterwards.
 ONE_AT_A_TIME = "select pg_advisory_xact_lock(hashtextextended('autotag migrate', 0))"
 SPENDING_LIMIT_SQL = """\
 -- What a workspace may spend in a month, in dollars. To change it, or to give one workspace another limit:
@@ -63,7 +62,7 @@ where v.version between 1 and 1000000   -- users may be able to write results
 having max(v.version) is not null;
 """
 VERSION = "%Y%m%d%H%M%S"
-#: A migration as the Supabase CLI knows it; autotag's own have plainer names.
+#: The name of a migration file of the Supabase CLI. The files in autotag's package have simpler names.
 PROJECT_FILE = re.compile(r"(\d{14})_.*\.sql")
 _ADAPTER_VERSION = re.compile(r"autotag\.adapter_version\(\).*?select (\d+)", re.DOTALL)
 
@@ -73,7 +72,7 @@ class Migration:
     """One migration.
 
     Attributes:
-        version: its place in the order, 14 digits.
+        version: 14 digits that define the order.
         name: without ``autotag_``.
         sql: for the adapter a template with the host's ``{{ names }}``.
     """
@@ -107,12 +106,12 @@ def _planned(adapter: int | None, extra: Sequence[Migration], *, with_host_basel
 
     Args:
         adapter: the version of the project's adapter; None: it has no adapter yet, and gets the newest.
-        extra: further ones, the last to apply.
+        extra: further migrations, applied last.
         with_host_baseline: include the host's own tables.
     """
     planned = migrations(with_host_baseline=with_host_baseline)
     behind = next((i for i, m in enumerate(planned) if m.name == HOST_ADAPTER), -1) + 1
-    # The engine's migrations may need what the adapter lacks, so that comes before them.
+    # The engine's migrations may need new parts of the adapter, so the adapter's steps come before them.
     steps = [
         Migration(f"202611280001{version:02}", f"{HOST_ADAPTER}_{version}", sql)
         for version, sql in sorted(ADAPTER_STEPS.items())
@@ -122,12 +121,13 @@ def _planned(adapter: int | None, extra: Sequence[Migration], *, with_host_basel
 
 
 def spending_limit(dollars: float) -> Migration:
-    """The migration that limits what each workspace may spend in a month. It is the last to apply."""
+    """The migration that limits what each workspace may spend in a month. It is applied last."""
     return Migration("20261128999999", SPENDING_LIMIT, SPENDING_LIMIT_SQL.replace("DOLLARS", f"{dollars:.2f}"))
 
 
 def how_to_limit(dollars: float, limits: Sequence[float | None]) -> str:
-    """What to do where the database has another spending limit, or had one: it is data by now, and no migration's."""
+    """Advice if the database has or had another spending limit: the limit is data, so a migration must not change
+    it."""
     cost = f"{dollars:.2f}" if dollars else "null"
     change = (
         f"update autotag.quotas set max_cost = {cost} where {EVERY_WORKSPACE};"  # noqa: S608 - for people
@@ -139,7 +139,7 @@ def how_to_limit(dollars: float, limits: Sequence[float | None]) -> str:
 
 
 def profile_versions(host: Host) -> Migration:
-    """The migration that continues the numbers of profiles where a column of results has been left."""
+    """The migration that continues the version numbers of profiles if an earlier installation has left results."""
     text = PROFILE_VERSIONS_SQL.format(table=table_name(host.table), result=quote(host.result))
     return Migration("20261128999998", PROFILE_VERSIONS, text)
 
@@ -163,13 +163,14 @@ def apply_migrations(
         psycopg.Error: a migration failed and was rolled back. Earlier migrations stay applied.
     """
     with _one_at_a_time(url), psycopg.connect(url, autocommit=True) as connection:
+        check_supabase(connection, stand_alone=with_host_baseline)
         planned = _planned(adapter_version(connection), extra, with_host_baseline=with_host_baseline)
         check_free(connection)
         return _apply_missing(connection, [replace(one, sql=one.text(host or Host())) for one in planned])
 
 
 def apply_written(url: str, written: Mapping[str, Written]) -> list[str]:
-    """Applies the files of a project that its database lacks: as they stand, in order, as `supabase db push` does.
+    """Applies the files of a project that its database lacks, unchanged and in order, as `supabase db push` does.
 
     Args:
         url: connection URL of the database's owner.
@@ -196,14 +197,14 @@ def apply_written(url: str, written: Mapping[str, Written]) -> list[str]:
         if HOST_ADAPTER in written and HOST_ADAPTER not in applied:
             _check_image_table(connection, written[HOST_ADAPTER])
         done = _apply_missing(connection, [Migration(one.version, one.name, one.sql) for one in written.values()])
-        if PROFILE_VERSIONS not in written:  # files of an earlier installation
+        if PROFILE_VERSIONS not in written:  # the files are from an earlier installation
             _continue_profile_versions(connection)
         return done
 
 
 def _continue_profile_versions(connection: psycopg.Connection[Any]) -> None:
-    """Continues the numbers of profiles behind those that results of an earlier installation name, if there is no new
-    one yet."""
+    """Continues the version numbers of profiles after those in the results of an earlier installation, if there is no
+    new profile yet."""
     if connection.execute("select is_called from autotag.profile_versions").fetchone() == (True,):
         return
     with connection.transaction():
@@ -213,7 +214,7 @@ def _continue_profile_versions(connection: psycopg.Connection[Any]) -> None:
 
 @contextmanager
 def _one_at_a_time(url: str) -> Iterator[None]:
-    """Waits for another `autotag migrate`, and lets the next one wait: a connection of its own holds the lock."""
+    """Waits for other `autotag migrate` commands, then makes others wait. A separate connection holds the lock."""
     with psycopg.connect(url) as guard:
         guard.execute("set local idle_in_transaction_session_timeout = 0")
         guard.execute(ONE_AT_A_TIME)
@@ -221,18 +222,20 @@ def _one_at_a_time(url: str) -> Iterator[None]:
 
 
 def check_free(connection: psycopg.Connection[Any]) -> None:
-    """Refuses objects of the project that have the names of what the missing migrations create. The caller holds
-    `ONE_AT_A_TIME`, because what another session is applying is not the project's.
+    """Refuses a database that is not Supabase's (`check_supabase`), and objects of the project that have the names of
+    what the missing migrations create. The caller holds `ONE_AT_A_TIME`, because what another session is
+    applying is not the project's.
 
     Raises:
-        HostError: there are some.
+        HostError: there are such objects.
     """
+    check_supabase(connection)
     engine = [one for one in migrations() if one.name != HOST_ADAPTER]
     applied = applied_migrations(connection)
     if adapter_version(connection) is None:
         check_schema(connection)
     elif not any(one.name in applied for one in engine) and _has_engine(connection):
-        return  # other tools have applied the files
+        return  # another tool has applied the files
     missing, present = ([one.sql for one in engine if (one.name in applied) is there] for there in (False, True))
     check_names(connection, missing, present)
 
@@ -243,7 +246,7 @@ def _has_engine(connection: psycopg.Connection[Any]) -> bool:
 
 
 def _check_image_table(connection: psycopg.Connection[Any], adapter: Written) -> None:
-    """Refuses columns of the project's own in the table of an adapter that is not applied yet (`check_columns`)."""
+    """Refuses the project's own columns in the table that an unapplied adapter names (`check_columns`)."""
     answers = recorded_answers(adapter.sql)
     table = answers["choices"].get("table") if answers else None
     if table and connection.execute("select to_regclass(%s)", (table_name(table),)).fetchone() != (None,):
@@ -251,7 +254,7 @@ def _check_image_table(connection: psycopg.Connection[Any], adapter: Written) ->
 
 
 def _apply_missing(connection: psycopg.Connection[tuple[str, ...]], planned: Sequence[Migration]) -> list[str]:
-    """Applies the migrations that the history has not, and returns their names."""
+    """Applies the migrations that are not in the history, and returns their names."""
     connection.execute(
         "create schema if not exists supabase_migrations;"
         "create table if not exists supabase_migrations.schema_migrations"
@@ -282,7 +285,7 @@ def _apply(connection: psycopg.Connection[tuple[str, ...]], migration: Migration
 
 
 def _who_locks(connection: psycopg.Connection[Any]) -> str:
-    """Which sessions hold the project's tables, for a person; as far as they hold them still."""
+    """The sessions that still lock the project's tables, as text for a person."""
     held = connection.execute("""
         select format('session %s%s locks %s', l.pid, ' (' || nullif(s.application_name, '') || ')',
           string_agg(distinct l.relation::regclass::text, ', '))
@@ -356,10 +359,10 @@ def write_migrations(
 
 
 def _behind(versions: Collection[str], now: datetime) -> datetime:
-    """A time for new versions: now, or behind the project's own.
+    """A time for new versions: now, or a time after the project's own versions.
 
     Raises:
-        HostError: there is none behind them.
+        HostError: there is no later version.
     """
     newest = max(map(version_time, versions), default=datetime.min)
     if newest.year == MAXYEAR:
@@ -371,7 +374,8 @@ def _behind(versions: Collection[str], now: datetime) -> datetime:
 
 
 def _free(time: datetime, behind: Sequence[str], taken: Collection[str]) -> str:
-    """A version for a new file: at this time, or the last one in front of ``behind``, files that need the new one."""
+    """A free version for a new file: at this time, or just before ``behind``, the versions of files that need the new
+    one."""
     first = min(map(version_time, behind), default=datetime.min)
     if first != datetime.min:
         time = min(time, first - timedelta(seconds=1))
@@ -387,7 +391,7 @@ def _version_of(adapter: Written) -> int:
 
 
 def version_time(version: str) -> datetime:
-    """The time in a version; the earliest time if it is no date, as some hand-made ones are."""
+    """The time in a version; the earliest time if the version is not a date, as in some hand-made files."""
     try:
         return datetime.strptime(version, VERSION)
     except ValueError:

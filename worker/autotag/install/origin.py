@@ -22,13 +22,13 @@ LOCAL_HOSTS = ("127.0.0.1:54321", "localhost:54321")
 def storage_hosts(
     database_url: str, project_url: str | None, folder: Path | None, *, environment: bool = True
 ) -> tuple[str, ...]:
-    """The hosts of a project's own API: of its URL, of the project that its folder is linked to, and of its database.
+    """The hosts of a project's own API, from its URL, the project that its folder is linked to, and its database.
 
     Args:
         database_url: connection URL of the database's owner.
         project_url: such as ``https://<ref>.supabase.co``; None: not given.
         folder: the project's migrations; None: there is no folder.
-        environment: whether the environment may name the URL, if it is not given.
+        environment: if no URL is given, read it from the environment.
 
     Raises:
         HostError: ``project_url`` is not the URL of an API.
@@ -50,11 +50,11 @@ def storage_hosts(
 
 
 def note_on_environment(answers: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """A note where the environment names a host that an adapter does not know. Only an option changes the adapter: the
-    environment may be that of another project.
+    """A note if the environment names a host that the adapter does not know. Only an option changes the adapter,
+    because the environment may belong to another project.
 
     Args:
-        answers: what the adapter was told; None: there is no adapter yet.
+        answers: the answers that the adapter records; None: there is no adapter yet.
     """
     name, named = _in_environment()
     if answers is None or not named:
@@ -62,7 +62,7 @@ def note_on_environment(answers: Mapping[str, Any] | None) -> tuple[str, ...]:
     try:
         if host_of(named) in answers["storage_hosts"]:
             return ()
-    except HostError:  # it is not what this command is about
+    except HostError:  # a wrong value there is not an error of this command
         return ()
     return (
         f"{name} is {named}, and the adapter does not read URLs of that host as files;"
@@ -71,7 +71,7 @@ def note_on_environment(answers: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 
 def _in_environment() -> tuple[str, str]:
-    """The variable that names the project's URL, and that URL; two empty strings: there is none."""
+    """The variable with the project's URL, and the URL; two empty strings: it is not set."""
     return next(((name, value) for name in ENVIRONMENT if (value := os.environ.get(name))), ("", ""))
 
 

@@ -1,4 +1,4 @@
-"""What autotag makes in a database, by its exact name: read from its own migrations, so that nothing is guessed."""
+"""The exact names of all objects that autotag creates in a database, read from its own migrations."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
-from autotag.install.migrations import ADAPTER_STEPS, HOST_ADAPTER, TEMPLATE, migrations
-from autotag.install.written import HOST_BASELINE
+from autotag.install.adapter import TEMPLATE
+from autotag.install.migrations import ADAPTER_STEPS, migrations
+from autotag.install.written import HOST_ADAPTER, HOST_BASELINE
 
 _MADE = re.compile(r"^create (?:or replace )?(?P<kind>[a-z]+) (?P<name>(?:autotag|public)\.\w+)", re.MULTILINE)
 _ENUM = re.compile(r" as enum \((.*?)\);", re.DOTALL)
-#: A column of `autotag.keys`, whose type is that of a project's ids.
+#: A column of `autotag.keys`, which has the type of a project's ids.
 _KEY = re.compile(r"autotag\.keys\.(\w+)%type")
 _MODES = ("in", "inout", "variadic")
 #: As Postgres prints them.
@@ -21,7 +22,7 @@ _TYPES = {"timestamptz": "timestamp with time zone", "int": "integer", "bool": "
 
 @dataclass(frozen=True)
 class Own:
-    """The objects that some migrations make, each with its schema.
+    """The objects that migrations create, each with its schema.
 
     Attributes:
         functions: ``autotag.seal(uuid,text[])``. The type of a key is ``autotag.keys.asset_ids%type``.
@@ -34,24 +35,24 @@ class Own:
     types: dict[str, list[str]] = field(default_factory=dict)
 
     def enums(self) -> dict[str, list[str]]:
-        """Those in ``public``, by their bare names."""
+        """The enums in ``public``, by name without schema."""
         found = {name.removeprefix("public."): labels for name, labels in self.types.items() if labels}
         return {name: labels for name, labels in found.items() if "." not in name}
 
     def signatures(self, keys: Mapping[str, str]) -> set[str]:
-        """Its functions, with the types of a project's ids (the columns of `autotag.keys`)."""
+        """The signatures of its functions, with the types of a project's ids (the columns of `autotag.keys`)."""
         return {_KEY.sub(lambda key: keys.get(key[1], key[0]), one) for one in self.functions}
 
 
 @cache
 def of_adapter() -> Own:
-    """What the adapter and its steps make."""
+    """The objects that the adapter and its steps create."""
     return _read([TEMPLATE.read_text("utf-8"), *ADAPTER_STEPS.values()])
 
 
 @cache
 def of_engine() -> Own:
-    """What all releases make behind the adapter."""
+    """The objects that all releases create after the adapter."""
     return _read(one.sql for one in migrations() if one.name not in (HOST_ADAPTER, HOST_BASELINE))
 
 
@@ -71,7 +72,7 @@ def _read(texts: Iterable[str]) -> Own:
 
 
 def _types(text: str) -> list[str]:
-    """The types of a function's arguments, from the text behind its name."""
+    """The types of a function's arguments, from the text after its name."""
     parts, depth = [""], 0
     for sign in re.sub(r"--.*", "", text[:5000]):
         depth += {"(": 1, ")": -1}.get(sign, 0)

@@ -21,7 +21,7 @@ from autotag.install.survey import Survey
 from autotag.texts import clean_text, printable
 
 ROWS = 3
-USERS = 5  # that are named of each workspace
+USERS = 5  # users that are shown for each workspace
 SHOWN = 200  # characters of a value
 
 
@@ -31,12 +31,12 @@ class Example:
 
     Attributes:
         id, workspace: its keys.
-        users: up to five users who may act for its workspace; None: their tokens or a function say it.
-        user_count: how many they are; None: not known.
-        who: the same as text.
+        users: up to five users who may act for its workspace; None: tokens or a function decide.
+        user_count: the number of these users; None: unknown.
+        who: the users as text.
         image: where its image is, as text; None: nowhere.
-        refused: why autotag does not tag it; None: it does.
-        tags: those that are there, as text; None: there are none.
+        refused: why autotag does not tag the image; None: it does.
+        tags: the existing tags as text; None: there are none.
     """
 
     id: str
@@ -50,7 +50,7 @@ class Example:
 
 
 def show_examples(url: str, found: Survey) -> list[dict[str, Any]] | str:
-    """What the adapter answers for three rows; empty: the table has none. A text: why it was not tried.
+    """The adapter's answers for three rows; empty: the table has no rows. A text: the reason why it was not tried.
 
     Raises:
         HostError: the adapter does not fit the project's tables, or everybody would be a member.
@@ -61,7 +61,7 @@ def show_examples(url: str, found: Survey) -> list[dict[str, Any]] | str:
     change = found.change or found.waiting
     adapter = change.sql if change else render(TEMPLATE.read_text("utf-8"), found.host)
     token = f"select set_config('request.jwt.claims', {literal(_stranger(found.host))}, true)"
-    # Inside of a function a file cannot end the transaction, whatever it contains.
+    # Inside a function, the SQL of a file cannot end the transaction, whatever it contains.
     tried = f"do {literal(f'begin execute {literal(adapter)}; end')}"
     statements = f"begin; {tried}; {token}; {_question(found.host)}; rollback"
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
@@ -96,7 +96,7 @@ def show_examples(url: str, found: Survey) -> list[dict[str, Any]] | str:
 
 
 def _stranger(host: Host) -> str:
-    """The token of a user that no project has."""
+    """The token of a user who exists in no project."""
     sub: Any = str(2**31 - 2 if host.user_type == "integer" else 2**63 - 2)
     if host.user_type in ("uuid", "text"):
         sub = str(uuid.uuid4())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-#: Words of SQL that are no names without quotes (pg_get_keywords, catcode R and T; Postgres 15 to 18).
+#: Words of SQL that need quotes as names (pg_get_keywords, catcode R and T; Postgres 15 to 18).
 RESERVED = frozenset(
     """
     all analyse analyze and any array as asc asymmetric authorization binary both case cast check collate
@@ -40,7 +40,7 @@ def read_literal(code: str) -> str:
     """The string that `literal` wrote as ``code``.
 
     Raises:
-        ValueError: it did not write that.
+        ValueError: `literal` did not write it.
     """
     text = code.removeprefix("E")[1:-1].replace("''", "'")
     if code.startswith("E"):

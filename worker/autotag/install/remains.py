@@ -1,10 +1,10 @@
-"""Finds what of autotag is in a database: only what its own migrations make, and have made there."""
+"""Finds autotag's objects in a database: only those that its own migrations have created there."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -18,17 +18,17 @@ from autotag.install.own import of_adapter, of_engine
 from autotag.texts import name_some
 
 POLICY = "autotag: members listen to their workspaces"  # supabase/schemas/grants.sql
-JOBS = {  # supabase/schemas/cron.sql: the name, and how its command begins
+JOBS = {  # supabase/schemas/cron.sql: the name, and the beginning of its command
     "autotag-tick": "select autotag.tick()", "autotag-housekeeping": "select autotag.housekeeping()",
 }  # fmt: skip
-#: The adapter has made the schema: without its domains nothing of autotag works.
+#: Whether the adapter has created the schema. Without its domains, nothing of autotag works.
 _ADAPTER = """
     select exists (select from pg_type t
       where t.typnamespace = to_regnamespace('autotag') and t.typname = 'asset_id' and t.typtype = 'd')"""
 _KEYS = """
     select a.attname::text, format_type(a.atttypid, null) from pg_attribute a
     where a.attrelid = to_regclass('autotag.keys') and a.attnum > 0"""
-#: With a signature that does not depend on search_path, and whether its body names the schema autotag.
+#: Functions, with a signature that does not depend on search_path, and whether the body names the schema autotag.
 _FUNCTIONS = """
     select p.oid::bigint, p.oid::regprocedure::text, n.nspname || '.' || p.proname || '(' || coalesce((
       select string_agg(case when e.typnamespace = 'pg_catalog'::regnamespace then format_type(a.kind, null)
@@ -46,7 +46,7 @@ _ENUMS = """
     select t.typname::text, array_agg(e.enumlabel::text order by e.enumsortorder)
     from pg_type t join pg_enum e on e.enumtypid = t.oid
     where t.typnamespace = 'public'::regnamespace and t.typname = any (%s) group by t.typname order by 1"""
-#: What else the schema has: the project's own, or an extension's. A column's sequence is its table's.
+#: Other objects in the schema, which belong to the project or an extension. A column's sequence belongs to its table.
 _STRANGERS = """
     select pg_describe_object(d.classid, d.objid, 0) from pg_depend d
     where d.refclassid = 'pg_namespace'::regclass and d.refobjid = to_regnamespace('autotag') and d.deptype = 'n'
@@ -58,7 +58,8 @@ _STRANGERS = """
       and not exists (select from pg_type t where d.classid = 'pg_type'::regclass and t.oid = d.objid
         and 'autotag.' || t.typname = any (%(types)s))
     order by 1"""
-#: Tables with a column of autotag's name, whether or not this login may use them; and which of these autotag has added.
+#: Tables with a column that has a name of autotag's, even if this login may not use them; and the columns that autotag
+#: has added.
 _TABLES = """
     select a.attrelid::regclass::text,
       array_agg(a.attname::text order by array_position(%(names)s::text[], a.attname::text)),
@@ -68,7 +69,8 @@ _TABLES = """
     where c.relkind in ('r', 'p') and not c.relispartition and not a.attisdropped and a.attname = any (%(names)s)
       and c.relnamespace::regnamespace::text not in ('autotag', 'pg_catalog', 'information_schema')
     group by a.attrelid order by 1"""
-#: While the adapter is there, it says which table has the images. A copy may have the same columns and comments.
+#: As long as the adapter exists, it names the table of images. A copy of the table may have the same columns and
+#: comments.
 _IMAGE_TABLE = "select autotag.image_table()::text"
 _CHECKS = """
     select c.oid::bigint, quote_ident(c.conname) from pg_constraint c
@@ -82,20 +84,20 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Remains:
-    """What of autotag is in a database.
+    """The objects of autotag in a database.
 
     Attributes:
         adapter: the adapter has been applied: the schema is autotag's.
-        engine: so has what comes behind it.
+        engine: so have the migrations after it.
         functions: in ``public``: oid -> name, as Postgres prints it.
         views: in ``public``.
         types: in ``public``.
         policy: the policy of Realtime's topics.
-        strangers: what is in autotag's schema, and autotag has not made.
-        table: the table of images; None: nothing says which it is.
+        strangers: objects in autotag's schema that autotag has not created.
+        table: the table of images; None: unknown.
         resolved: the adapter still names that table.
         columns: columns with autotag's names, by table.
-        made: those of them that autotag has added to ``table``.
+        made: the columns that autotag has added to ``table``.
         checks: autotag's constraints of ``table``: oid -> name.
         jobs: of pg_cron: id -> name.
         migrations: rows of the migration history.
@@ -118,7 +120,7 @@ class Remains:
 
     @property
     def any(self) -> bool:
-        """Whether anything proves that autotag is, or was, in this database."""
+        """Whether anything proves that autotag is or was installed in this database."""
         return bool(self.adapter or self.functions or self.jobs or self.migrations)
 
 
@@ -134,14 +136,14 @@ def find_remains(connection: Connection) -> Remains:
     keys: Sequence[Mapping[str, str]] = [dict(connection.execute(_KEYS).fetchall())] if adapter else _any_keys()
     rows = connection.execute(_FUNCTIONS).fetchall()
     engine = adapter and any(signature == "autotag.schema_version()" for _, _, signature, _, _ in rows)
-    known = set(chain(*(of_engine().signatures(one) | of_adapter().signatures(one) for one in keys)))
+    known = set(chain(*(of_engine().signatures(types) | of_adapter().signatures(types) for types in keys)))
     by_hand = not schema  # somebody has dropped the schema: what it leaves in public is autotag's only if it is just so
     functions = {
         oid: name for oid, name, signature, public, mentions in rows
         if public and mentions and signature in known and (engine or by_hand)
     }  # fmt: skip
     made = [of_adapter(), of_engine()] if engine else [of_adapter()]
-    applied = set(chain(*(own.signatures(one) for own in made for one in keys)))
+    applied = set(chain(*(own.signatures(types) for own in made for types in keys)))
     strange = {
         "functions": [oid for oid, _, signature, _, _ in rows if signature in applied],
         "relations": [*chain(*(own.relations for own in made))], "types": [*chain(*(own.types for own in made))],
@@ -159,7 +161,7 @@ def find_remains(connection: Connection) -> Remains:
                     if name and is_own_name(name.partition("_")[2])],
     )  # fmt: skip
     if found.any:
-        found.types.extend(_types(connection, engine=engine, by_hand=by_hand))
+        found = replace(found, types=_types(connection, engine=engine, by_hand=by_hand))
     return _with_table(connection, found)
 
 
@@ -171,7 +173,7 @@ def _types(connection: Connection, *, engine: bool, by_hand: bool) -> list[str]:
 
 
 def _with_table(connection: Connection, found: Remains) -> Remains:
-    """The same with the table of images: that which the adapter names, else the only one with columns of autotag."""
+    """Adds the table of images: the one that the adapter names, or otherwise the only one with columns of autotag."""
     names = [*STAGE_COLUMNS, RESULT_COLUMN]
     rows = connection.execute(_TABLES, {"names": names, "marks": json.dumps(MARKS)}).fetchall()
     columns = {table: present for table, present, made in rows if made or {*STAGE_COLUMNS} <= {*present}}
@@ -187,13 +189,9 @@ def _with_table(connection: Connection, found: Remains) -> Remains:
             )
         table = next(iter(marked), None)
     if table not in columns:
-        return _replace(found, columns=columns)
+        return replace(found, columns=columns)
     checks: dict[int, str] = dict(connection.execute(_CHECKS, (table, CHECK_MARK)).fetchall())
-    return _replace(found, columns=columns, table=table, resolved=resolved, made=marked.get(table, []), checks=checks)
-
-
-def _replace(found: Remains, **changes: Any) -> Remains:
-    return Remains(**{**found.__dict__, **changes})
+    return replace(found, columns=columns, table=table, resolved=resolved, made=marked.get(table, []), checks=checks)
 
 
 def _named_table(connection: Connection) -> str | None:

@@ -1,4 +1,4 @@
-"""Compares the members with the policies for update: whoever may tag an image writes its tags."""
+"""Compares the members with the policies for update, because tagging an image writes to its row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autotag.texts import name_some
 
 
 def note_on_updates(facts: Facts, host: Host) -> list[str]:
-    """A note where members may see an image and, by the policies for update, not change it."""
+    """A note if members may see an image but, by the policies for update, not change it."""
     images, members = facts.tables[host.table], host.members
     updates = [policy for policy in images.row_policies if policy.updates and policy.permissive]
     reads = {plain(policy.using) for policy in images.row_policies if policy.reads and policy.permissive}
@@ -21,7 +21,7 @@ def note_on_updates(facts: Facts, host: Host) -> list[str]:
         return []
     deciding = called_functions(updates, facts.member_functions)
     agree = reads <= {plain(policy.using) for policy in updates}
-    # a person who has given a condition on the table has decided whom it leaves out
+    # a person who has given a condition on the table has already decided who is left out
     decided = members.where and any(table_name(members.table) in (policy.using or "") for policy in updates)
     if decided or (agree and not (members.function and deciding)):
         return []
@@ -38,7 +38,7 @@ def note_on_updates(facts: Facts, host: Host) -> list[str]:
 
 
 def note_on_storage(facts: Facts, host: Host) -> list[str]:
-    """A note where a caller of another login cannot pass the policies of Storage, which the check of files asks."""
+    """A note if the policies of Storage, which decide the check of files, fail for callers of another login service."""
     if not (host.caller and host.users_see_files) or not any(
         policy.reads and "auth.uid(" in (policy.using or "") for policy in facts.storage_policies
     ):
@@ -50,7 +50,8 @@ def note_on_storage(facts: Facts, host: Host) -> list[str]:
 
 
 def _lets_update(policy: Policy, facts: Facts, host: Host) -> bool:
-    """Whether a policy lets just the members update an image: its condition, or one behind an OR, is theirs."""
+    """Whether a policy lets exactly the members update an image: its condition, or one part of an OR, is the members'
+    condition."""
     images, members, workspace = facts.tables[host.table], host.members, quote(host.workspace)
     parts = parts_of(policy.using or "", "OR")
     ways = [plain(part) for part in parts]

@@ -1,8 +1,8 @@
-"""Finds what of a project's own would fail once the table of images has more columns: code that takes whole rows.
+"""Finds code of the project that would fail once the table of images has more columns, because it takes whole rows.
 
-What runs in the database alone is tried, in a transaction that is rolled back: one row is updated to itself after the
-columns were added. SQL functions are only checked against the new columns, not run. Where neither is possible, the text
-of a function tells.
+Triggers that act only inside the database are tried, in a transaction that is rolled back: one row is updated to itself
+after the columns were added. SQL functions are checked against the new columns, but not run. If neither is possible,
+the text of a function is searched.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from autotag.install.host import Host
 from autotag.install.quoting import literal, quote, table_name
 from autotag.texts import name_some, printable
 
-#: Extensions whose functions do nothing outside of their transaction. A trigger that could call another one is not
-#: tried: a request that it waits for cannot be taken back. (Those of pg_net are sent when the transaction commits.)
+#: Extensions whose functions do nothing outside of their transaction. With any other extension, triggers are not tried,
+#: because a request that a trigger waits for cannot be rolled back. (pg_net sends its requests when the transaction
+#: commits.)
 INSIDE = (
     "address_standardizer", "autoinc", "bloom", "btree_gin", "btree_gist", "citext", "cube", "dict_int", "dict_xsyn",
     "earthdistance", "fuzzystrmatch", "hstore", "hypopg", "index_advisor", "insert_username", "intarray", "isn", "lo",
@@ -39,7 +40,7 @@ _LEAVES = """
           and not l.lanpltrusted and l.lanname not in ('internal', 'sql')
           and not exists (
             select from pg_depend d where d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.deptype = 'e'))"""
-#: Functions that may take rows of the table: of its triggers, and those that name it. With what they return.
+#: Functions that may take rows of the table: those of its triggers, and those that name it. Each with its return type.
 _FUNCTIONS = """
     select p.oid::regprocedure::text, l.lanname::text, p.prosrc,
       p.prorettype = (select c.reltype from pg_class c where c.oid = %(table)s::regclass),
@@ -54,13 +55,13 @@ _FUNCTIONS = """
         select from pg_trigger t
         where t.tgfoid = p.oid and t.tgrelid = %(table)s::regclass and not t.tgisinternal and t.tgenabled <> 'D'))
     order by 1"""
-#: Has triggers that an update fires.
+#: Whether the table has triggers that an update fires.
 _FIRES = """
     select exists (
       select from pg_trigger
       where tgrelid = %s::regclass and not tgisinternal and tgtype & 16 <> 0 and tgenabled <> 'D')"""
-#: A trigger's row as a list of columns; and where such a list depends on no other: compared with another row, or as the
-#: argument of a function (to_jsonb(new.*)).
+#: A trigger's row as a list of columns, and uses of it that more columns do not break: in a comparison with another
+#: row, or as the argument of a function (to_jsonb(new.*)).
 _WHOLE_ROW = re.compile(r"(?:\b(?:old|new)|\(\s*(?:old|new|\$\d+)\s*\))\s*\.\s*\*", re.IGNORECASE)
 _ROW = r"(?:row\s*\(\s*)?\(?\s*(?:old|new)\s*\)?\s*\.\s*\*\s*\)?"
 _HARMLESS = re.compile(
@@ -69,9 +70,9 @@ _HARMLESS = re.compile(
     re.IGNORECASE,
 )
 _COMMENT = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
-TRIED = "AT003"  # the sqlstate that takes the trial back
-#: Adds the columns, and reports what fails then and does not without them, as JSON: functions, and an update's error
-#: with its context.
+TRIED = "AT003"  # the sqlstate that rolls the trial back
+#: Adds the columns and reports, as JSON, what fails only with them: functions, and the error of an update with its
+#: context.
 _TRIAL = """
 begin;
 set local statement_timeout = '5s';
@@ -135,7 +136,7 @@ end"""
 
 
 def check_rows(connection: Connection[Any], host: Host, adapter: str) -> list[str]:
-    """What of the project fails, or may fail, once the table of images has autotag's columns.
+    """Finds code of the project that fails, or may fail, once the table of images has autotag's columns.
 
     Args:
         connection: of the database's owner, in autocommit mode. It cannot be used afterwards.
@@ -146,7 +147,7 @@ def check_rows(connection: Connection[Any], host: Host, adapter: str) -> list[st
         What a person should know.
 
     Raises:
-        HostError: the update of a row fails then, and does not without these columns.
+        HostError: the update of a row fails only with these columns.
     """
     table = table_name(host.table)
     found = connection.execute(
@@ -158,7 +159,7 @@ def check_rows(connection: Connection[Any], host: Host, adapter: str) -> list[st
     notes, failed = [], list[str]()
     if checked or tries:
         try:
-            told = _try(connection, host, adapter, checked, tries=tries)
+            trial = _try(connection, host, adapter, checked, tries=tries)
         except (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled):
             notes.append(
                 f"Whether {host.table} takes new columns was not tried, because another session holds it, or because"
@@ -167,10 +168,10 @@ def check_rows(connection: Connection[Any], host: Host, adapter: str) -> list[st
         except (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction):
             raise
         except psycopg.Error:
-            pass  # the adapter cannot be applied, either, and what tries it says why (preview.py)
+            pass  # the adapter cannot be applied either, and preview.py reports the reason
         else:
-            _refuse(host, told)
-            failed = told["functions"]
+            _refuse(host, trial)
+            failed = trial["functions"]
     if failed:
         notes.append(
             f"Attention: {name_some(failed)} will fail once {host.table} has autotag's columns, because it takes whole"
@@ -193,7 +194,7 @@ def check_rows(connection: Connection[Any], host: Host, adapter: str) -> list[st
 def _try(
     connection: Connection[Any], host: Host, adapter: str, functions: Sequence[str], *, tries: bool
 ) -> dict[str, Any]:
-    columns = adapter.partition("create or replace function")[0]  # what stands in front of them changes the table
+    columns = adapter.partition("create or replace function")[0]  # the statements before the functions change the table
     table = table_name(host.table)
     body = _BODY.format(
         functions=f"array[{', '.join(map(literal, functions))}]" if functions else "'{}'", columns=literal(columns),
@@ -212,18 +213,18 @@ def _try(
 
 
 def _in_format(name: str) -> str:
-    """A name inside of a string that is the first argument of format()."""
+    """A name inside a string that is the first argument of format()."""
     return name.replace("'", "''").replace("%", "%%")
 
 
-def _refuse(host: Host, told: dict[str, Any]) -> None:
-    if not told["error"]:
+def _refuse(host: Host, trial: dict[str, Any]) -> None:
+    if not trial["error"]:
         return
-    where = re.search(r"function (\S+\))", told["context"] or "")
+    where = re.search(r"function (\S+\))", trial["context"] or "")
     raise HostError(
         f"Once {host.table} has autotag's columns, an update of a row fails{f' in {where[1]}' if where else ''}"
-        f" ({printable(told['error'], 200)}), so your app could not write there. Nothing was changed; let that function"
-        " name its columns (insert into … (a, b) select old.a, old.b), then run this again."
+        f" ({printable(trial['error'], 200)}), so your app could not write there. Nothing was changed; let that"
+        " function name its columns (insert into … (a, b) select old.a, old.b), then run this again."
     )
 
 

@@ -1,6 +1,6 @@
 """Looks at a project before autotag is installed: its tables, the rule for its files, its spending limit.
 
-A callback answers what the database does not show, so that this works with and without a terminal.
+A callback answers questions that the database does not answer, so this works with and without a terminal.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from autotag.install.callers import note_on_tokens, with_caller
 from autotag.install.changes import plan_change
 from autotag.install.collisions import check_columns
 from autotag.install.conditions import check_condition, check_tag_ids, check_tags, check_users
-from autotag.install.evidence import users_join, writes_unchecked
+from autotag.install.evidence import users_can_join, writes_unchecked
 from autotag.install.facts import Facts, adapter_version, read_facts
 from autotag.install.files import find_full_paths, find_rule, users_see_files
 from autotag.install.host import Ask, Choices, FileRule, Host, HostError, notes_on_rows, notes_on_tags, propose
 from autotag.install.migrations import (
-    HOST_ADAPTER,
     ONE_AT_A_TIME,
     SPENDING_LIMIT,
     Migration,
@@ -35,21 +34,28 @@ from autotag.install.origin import note_on_environment, storage_hosts
 from autotag.install.remembered import all_hosts, check_lost, forgotten, told_answers, with_kept_files, with_remembered
 from autotag.install.rights import note_on_storage, note_on_updates
 from autotag.install.row_readers import check_rows
-from autotag.install.written import Written, check_answers, edited_functions, recorded_answers, written_migrations
+from autotag.install.written import (
+    HOST_ADAPTER,
+    Written,
+    check_answers,
+    edited_functions,
+    recorded_answers,
+    written_migrations,
+)
 from autotag.texts import name_some
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What is known of a project.
+    """The facts about a project.
 
     Attributes:
         facts: what the database shows.
-        host: the tables, as the adapter is to know them.
-        keeps_adapter: the database has an adapter, and no choice asks for a different one.
-        notes: what a person should know about the host.
+        host: its tables, for the adapter.
+        keeps_adapter: the database has an adapter, and no choice changes it.
+        notes: notes for a person about the host.
         change: the migration that changes the installed adapter to new answers; None: there is nothing to change.
-        waiting: the project's file of an adapter that is not applied yet; it has the same answers.
+        waiting: the project's file of an adapter that is not applied yet; it contains the same answers.
     """
 
     facts: Facts
@@ -61,7 +67,8 @@ class Survey:
 
 
 def plan_extra(found: Survey) -> list[Migration]:
-    """The migrations beside those of every project: a change of the adapter, or what an earlier installation left."""
+    """The additional migrations of this project: a change of the adapter, or the continuation of an earlier
+    installation."""
     host, facts = found.host, found.facts
     table = facts.tables.get(host.table)
     left = facts.adapter is None and table is not None and host.result in table.columns
@@ -69,13 +76,13 @@ def plan_extra(found: Survey) -> list[Migration]:
 
 
 def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path | None = None) -> Survey:
-    """Reads a project's database, and asks what it does not show.
+    """Reads a project's database, and asks for the rest.
 
     Args:
         url: connection URL of the database's owner.
         choices: what the caller decides.
         ask: answers questions.
-        may_ask: whether ``ask`` reaches a person. Without one the strictest file rule that fits all rows is taken.
+        may_ask: whether ``ask`` reaches a person. If not, take the strictest file rule that all rows fit.
         folder: the project's migrations, if it has such a folder.
 
     Raises:
@@ -90,30 +97,30 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
     if HOST_ADAPTER in facts.applied and choices == Choices():
         return _kept(facts, choices, files)
     waiting = files.get(HOST_ADAPTER) if facts.adapter is None else None
-    if waiting:  # its file is never overwritten, so its answers are those of an adapter that is installed
+    if waiting:  # the file is never overwritten, so its answers count like those of an installed adapter
         facts = replace(facts, answers=recorded_answers(waiting.sql))
-    chosen, told, lost, asked = choices, dict[str, Any](), set[str](), set[str]()
+    given, remembered, forgotten_options, asked_options = choices, dict[str, Any](), set[str](), set[str]()
     if facts.adapter is not None or waiting:
-        told = told_answers(facts)
-        lost = forgotten(choices, told, facts)
-        choices = with_remembered(choices, told, lost)
-    noting = _noting(ask, asked)
+        remembered = told_answers(facts)
+        forgotten_options = forgotten(choices, remembered, facts)
+        choices = with_remembered(choices, remembered, forgotten_options)
+    noting = _noting(ask, asked_options)
     host = with_caller(url, facts, propose(facts, choices, noting), choices, noting)
     _check_host(url, facts, host)
     if choices.full_paths is None:
         host = replace(host, full_paths=find_full_paths(url, host))
     notes: tuple[str, ...] = ()
-    if kept := with_kept_files(host, chosen, facts):
+    if kept := with_kept_files(host, given, facts):
         host = kept
     else:
-        known = replace(facts, file_rule=None) if "file_rule" in lost else facts
+        known = replace(facts, file_rule=None) if "file_rule" in forgotten_options else facts
         hosts = all_hosts(
-            facts, chosen, storage_hosts(url, choices.project_url, folder, environment=facts.answers is None)
+            facts, given, storage_hosts(url, choices.project_url, folder, environment=facts.answers is None)
         )
         host, notes = _find_files(url, known, replace(host, storage_hosts=hosts), choices, noting, may_ask=may_ask)
         host = replace(host, users_see_files=host.names_files and users_see_files(facts, host.files))
     if facts.adapter is not None:
-        check_lost(host, told, lost, asked, facts)
+        check_lost(host, remembered, forgotten_options, asked_options, facts)
     else:
         notes += _notes_on_table(url, host)
     notes += _notes(facts, host)
@@ -125,32 +132,32 @@ def survey(url: str, choices: Choices, ask: Ask, *, may_ask: bool, folder: Path 
 
 
 def _notes_on_table(url: str, host: Host) -> tuple[str, ...]:
-    """What a person should know about the columns that the table of images will get.
+    """Notes for a person about the columns that the table of images will get.
 
     Raises:
-        HostError: it has such columns of its own, or cannot be written with more columns.
+        HostError: the table already has such columns, or updates fail once it has more columns.
     """
     with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
         with connection.transaction():
             connection.execute(ONE_AT_A_TIME)
-            if adapter_version(connection) is not None:  # another session has just applied it
+            if adapter_version(connection) is not None:  # another session has just applied the adapter
                 return ()
             notes = check_columns(connection, host.table)
         return (*notes, *check_rows(connection, host, render(TEMPLATE.read_text("utf-8"), host)))
 
 
-def _noting(ask: Ask, asked: set[str]) -> Ask:
-    """The same, and adds each option that it asks for to ``asked``."""
+def _noting(ask: Ask, asked_options: set[str]) -> Ask:
+    """The same, and adds each option that it asks for to ``asked_options``."""
 
     def noting(option: str, question: str, answers: Sequence[str]) -> str:
-        asked.add(option)
+        asked_options.add(option)
         return ask(option, question, answers)
 
     return noting
 
 
 def _notes(facts: Facts, host: Host) -> tuple[str, ...]:
-    """What a person should know about a host."""
+    """Notes for a person about a host."""
     notes = (
         *notes_on_rows(facts.tables[host.table], host), *notes_on_tags(facts, host), *_notes_on_trust(facts, host),
         *note_on_updates(facts, host), *note_on_tokens(facts, host), *note_on_storage(facts, host),
@@ -166,7 +173,8 @@ def _notes(facts: Facts, host: Host) -> tuple[str, ...]:
 
 
 def _kept(facts: Facts, choices: Choices, files: Mapping[str, Written]) -> Survey:
-    """What is known where the adapter is not written again, so no answer matters. It alone knows its rule's buckets."""
+    """The survey of a project whose adapter stays as it is, so no answer matters. The buckets of its file rule are
+    unknown here: only the adapter has them."""
     try:
         host = propose(facts, choices, _first_answer)
     except HostError:
@@ -182,9 +190,9 @@ def _kept(facts: Facts, choices: Choices, files: Mapping[str, Written]) -> Surve
 
 
 def _check_host(url: str, facts: Facts, host: Host) -> None:
-    """Refuses what Postgres does not accept, and rows that autotag cannot use."""
+    """Refuses conditions that Postgres does not accept, and tables or rows that autotag cannot use."""
     images = facts.tables[host.table]
-    if images.rules:  # Postgres cannot apply it to autotag's updates, so no tags are stored
+    if images.rules:  # Postgres cannot apply the rule to autotag's updates, so no tags would be stored
         raise HostError(
             f"{host.table} has a rule on update ({images.rules[0]}), so no tags can be stored there. "
             f'Use a trigger instead, and: drop rule "{images.rules[0]}" on {host.table};'
@@ -212,7 +220,8 @@ def _notes_on_edits(file: Written, answers: Mapping[str, Any]) -> tuple[str, ...
 def _find_files(
     url: str, facts: Facts, host: Host, choices: Choices, ask: Ask, *, may_ask: bool
 ) -> tuple[Host, tuple[str, ...]]:
-    """The host with its file rule. URLs of its Storage are files where a rule fits them; otherwise they stay URLs."""
+    """Adds the file rule to the host. URLs of its Storage count as files if a rule fits them; otherwise they stay
+    URLs."""
     wanted = choices.file_rule or facts.file_rule
     if host.storage_hosts and not choices.file_rule:
         try:
@@ -229,10 +238,10 @@ def _find_files(
 
 
 def _notes_on_trust(facts: Facts, host: Host) -> list[str]:
-    """What in the answers rests on rows that users may write themselves."""
+    """Warnings about answers that trust rows which users may write themselves."""
     notes, members, rule = [], host.members, host.files
     if members.table in facts.tables:
-        how = users_join(facts.tables[members.table], (members.workspace, members.user))
+        how = users_can_join(facts.tables[members.table], (members.workspace, members.user))
         notes += [f"Attention: {members.table} {how}: whoever does may tag the images of any workspace."] if how else []
     if rule.uploader and rule.uploader != host.workspace and writes_unchecked(facts.tables[host.table], rule.uploader):
         notes.append(
@@ -253,14 +262,14 @@ def _first_answer(_option: str, _question: str, answers: Sequence[str]) -> str:
 
 
 class _NoAnswer(HostError):
-    """A question that depends on an answer that is missing has no answer."""
+    """A question cannot be answered, because it depends on a missing answer."""
 
 
 def survey_alone(url: str, choices: Choices, folder: Path | None = None) -> Survey:
-    """Surveys a project (`survey`) where no person is there.
+    """Surveys a project (`survey`) without a person.
 
     Raises:
-        HostError: as `survey`; its message has every question that does not depend on the answer to another one.
+        HostError: as in `survey`. The message has every question that does not depend on another answer.
     """
     missing: list[str] = []
 
@@ -270,7 +279,7 @@ def survey_alone(url: str, choices: Choices, folder: Path | None = None) -> Surv
             missing.append(_refusal(option, question, answers))
         if option != "--members-claim" and (not answers or (depends and len(missing) == 1)):
             raise _NoAnswer
-        return next(iter(answers), "unknown")  # only to find what else is missing
+        return next(iter(answers), "unknown")  # only to find the other missing answers
 
     try:
         found = survey(url, choices, assume, may_ask=False, folder=folder)
@@ -285,12 +294,12 @@ def survey_alone(url: str, choices: Choices, folder: Path | None = None) -> Surv
     return found
 
 
-#: Options on whose answers no other question of `propose` depends.
+#: Options on which no other question of `propose` depends.
 _ALONE = ("--bucket", "--members-table", "--members-function", "--members-claim", "--where")
 
 
 def refuse_to_ask(option: str, question: str, answers: Sequence[str]) -> str:
-    """Answers no question, because no person is there.
+    """Refuses every question, because no person can be asked.
 
     Raises:
         HostError: always; it names the option that answers the question.
@@ -306,13 +315,13 @@ def _refusal(option: str, question: str, answers: Sequence[str]) -> str:
 def plan_spending_limit(
     wanted: float | None, facts: Facts, folder: Path | None, ask: Callable[[], float] | None
 ) -> list[Migration]:
-    """The migration that limits what each workspace may spend; none where one exists, or no limit is wanted.
+    """The migration that limits what each workspace may spend; empty if a limit exists, or if none is wanted.
 
     Args:
         wanted: dollars a month; 0: no limit; None: not decided.
         facts: of the project.
         folder: the project's migrations, if it has such a folder.
-        ask: asks a person for ``wanted`` at the first installation; None: no person is there.
+        ask: asks a person for ``wanted`` at the first installation; None: no person can be asked.
 
     Raises:
         HostError: the answer is negative, or the database or a file has another limit.

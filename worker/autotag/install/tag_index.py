@@ -1,7 +1,7 @@
-"""The index that makes searching by tag fast. autotag itself does not need it, so init only offers it.
+"""The index that makes searching by tag fast. autotag itself does not need it, so `init` only prints the statement.
 
-It cannot be a migration: ``create index concurrently`` runs in no transaction, and without ``concurrently`` nobody
-could write to the table meanwhile.
+It cannot be a migration: ``create index concurrently`` cannot run in a transaction, and without ``concurrently``,
+nobody could write to the table while the index is built.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from autotag.install.quoting import quote, table_name
 
 @dataclass(frozen=True)
 class TagIndex:
-    """What is offered.
+    """The offered index.
 
     Attributes:
-        statement: creates the index; None: there is one, or there can be none.
-        note: what a person should know; None: nothing.
+        statement: the statement that creates it; None: it exists, or it is impossible.
+        note: a note for a person, or None.
     """
 
     statement: str | None = None
@@ -27,7 +27,7 @@ class TagIndex:
 
 
 def offer_index(host: Host, facts: Facts) -> TagIndex:
-    """The index on the column for tags that the project does not have yet."""
+    """The missing index on the column for tags."""
     table = facts.tables.get(host.table)
     if table is None or any(index.complete and host.tags in index.columns for index in table.gin):
         return TagIndex()
@@ -45,7 +45,7 @@ def offer_index(host: Host, facts: Facts) -> TagIndex:
     wanted = f"{name}_{host.tags}_idx"
     if wanted in table.indexes:  # an index of another kind
         wanted = f"{name}_{host.tags}_gin_idx"
-    # Of jsonb's two classes this one is for @> alone, the only one of their operators that PostgREST has.
+    # jsonb has two operator classes. This one supports only @>, which is the only one of these operators in PostgREST.
     operators = " jsonb_path_ops" if host.tags_type == "jsonb" else ""
     partitioned = table.kind == "p"
     statement = (

@@ -1,6 +1,6 @@
-"""Takes autotag out of a database: finds what is autotag's, what of the host's uses it, and drops the first.
+"""Uninstalls autotag: finds autotag's objects and the host's objects that use them, and drops autotag's.
 
-Tags stay. Nothing of the host's is dropped unless the caller names it. Everything happens in one transaction.
+Tags stay. The host's objects are dropped only if the caller names them. Everything happens in one transaction.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ LOCK_TIMEOUT = "2s"  # for the table of images, so that no session queues behind
 REMOVED = "autotag was removed from this project before the image was tagged."
 _HAS_TASKS = "select to_regclass('autotag.tasks') is not null"
 _UNFINISHED = "select count(*) from autotag.tasks where finished_at is null"
-#: The columns of the stages stay: an image that is being tagged has to say that nobody will.
+#: For installations whose stage columns stay: marks images that are being tagged as failed.
 _FAIL_UNFINISHED = """
     select autotag.show_stage(array_agg(t.asset_id), t.workspace_id, 'failed', 0, null, array_agg(%s::text))
     from autotag.tasks t where t.finished_at is null group by t.workspace_id"""
-#: The same where the adapter names the table no more. Only autotag writes a column that it has added.
+#: The same if the adapter no longer names the table. Only autotag writes a column that it has added.
 _FAIL_RENAMED = """
     update {table} set tagging_stage = 'failed', tagging_progress = 0, tagging_eta = null, tagging_error = %s
     where tagging_stage in ('queued', 'preparing', 'submitted', 'processing', 'completing')"""
-#: Every object that Postgres would drop with autotag's. A rule of a view stands for its view.
+#: Every object that Postgres would drop together with autotag's. A view's rule counts as the view.
 _DEPENDENTS = """
     with recursive own (class, id, part) as (
       select 'pg_namespace'::regclass::oid, n.oid, 0 from pg_namespace n where n.nspname = 'autotag' and %(schema)s
@@ -68,8 +68,8 @@ _DEPENDENTS = """
       and not (f.class in ('pg_attrdef'::regclass, 'pg_rewrite'::regclass, 'pg_trigger'::regclass)
         and o.identity ~ '(^| )(on|for) autotag[.]')
     order by 1"""
-#: Functions of the host whose text names autotag or calls its functions: Postgres does not know that they use it.
-#: A call of another schema's function of that name is none, nor is one where search_path has no public.
+#: The host's functions whose text names autotag or calls its functions. Postgres does not track these dependencies.
+#: Calls of functions of the same name in other schemas do not count, nor do calls with a search_path without public.
 _MENTIONS = r"""
     select 'function ' || p.oid::regprocedure from pg_proc p join pg_namespace n on n.oid = p.pronamespace
     where n.nspname <> 'autotag' and n.nspname not like 'pg\_%%' and n.nspname <> 'information_schema'
@@ -85,7 +85,7 @@ _MENTIONS = r"""
 
 @dataclass(frozen=True)
 class Plan:
-    """What is autotag's in a database, and what uses it.
+    """autotag's objects in a database, and the objects that use them.
 
     Attributes:
         schema: whether the schema autotag is there.
@@ -94,11 +94,11 @@ class Plan:
         kept: "table.column" of those that stay.
         jobs: the names of pg_cron's jobs.
         migrations: rows of the migration history.
-        yours: objects of the host that Postgres would drop with autotag's, that are in autotag's schema, and functions
-            that call it.
+        yours: the host's objects that Postgres would drop with autotag's or that are in autotag's schema, and functions
+            that call autotag.
         unfinished: images that are being tagged.
-        losses: what is nowhere else and goes with the schema.
-        unmarked: "table.column" of those that would go, but are not autotag's: the table had them before.
+        losses: data that exists nowhere else and is dropped with the schema.
+        unmarked: "table.column" of columns with autotag's names that the table had before; they stay.
     """
 
     schema: bool
@@ -123,7 +123,7 @@ class InUse(Exception):
 
 
 def make_plan(url: str, *, keep_stages: bool = False, drop_results: bool = False) -> Plan:
-    """What `drop_autotag` would drop. Changes nothing.
+    """Lists what `drop_autotag` would drop. Changes nothing.
 
     Args:
         url: connection URL of the database's owner.
@@ -141,7 +141,7 @@ def make_plan(url: str, *, keep_stages: bool = False, drop_results: bool = False
 def drop_autotag(
     url: str, *, keep_stages: bool = False, drop_results: bool = False, also: Collection[str] = ()
 ) -> Plan:
-    """Drops what is autotag's, in one transaction, and returns what that was.
+    """Drops autotag's objects in one transaction, and returns the plan that it carried out.
 
     Args:
         url: connection URL of the database's owner.
@@ -150,7 +150,7 @@ def drop_autotag(
         also: the host's objects (as `Plan.yours` names them) that may be dropped or may stop working.
 
     Raises:
-        InUse: the host uses something that would go, and ``also`` does not name it.
+        InUse: an object of the host uses something that would be dropped, and ``also`` does not name it.
         psycopg.errors.LockNotAvailable: another session holds the table of images.
         psycopg.Error: nothing was dropped.
     """
@@ -188,7 +188,7 @@ def _plan(connection: Connection, found: Remains, *, keep_stages: bool, drop_res
 
 
 def _users(connection: Connection, found: Remains, gone: Sequence[str]) -> list[str]:
-    """What of the host's uses what would go, or is in autotag's schema."""
+    """The host's objects that use something which would be dropped, or that are in autotag's schema."""
     functions = [*found.functions]
     used = connection.execute(
         _DEPENDENTS,
@@ -205,13 +205,13 @@ def _users(connection: Connection, found: Remains, gone: Sequence[str]) -> list[
 
 
 def _drop(connection: Connection, found: Remains, plan: Plan) -> None:
-    """Drops what a plan names. What uses it goes, too; the caller has checked that."""
+    """Drops the objects of a plan and everything that uses them, which the caller has checked."""
     if plan.unfinished and found.table and f"{found.table}.tagging_stage" not in plan.columns:
         if found.resolved:
             connection.execute(_FAIL_UNFINISHED, (REMOVED,))
         elif "tagging_stage" in found.made:
             connection.execute(_FAIL_RENAMED.format(table=found.table).encode(), (REMOVED,))
-        connection.execute("set constraints all immediate")  # with events of triggers waiting, no table can be altered
+        connection.execute("set constraints all immediate")  # a table with pending trigger events cannot be altered
     for job in found.jobs:
         connection.execute("select cron.unschedule(%s::bigint)", (job,))
     if found.policy:

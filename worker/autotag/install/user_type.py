@@ -1,4 +1,4 @@
-"""Changes the type of users' ids in an installed schema, as long as none is stored: from uuid to text, for example."""
+"""Changes the type of users' ids in an installed schema, for example from uuid to text, as long as no id is stored."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from psycopg import Connection
 
-#: The type is part of signatures, so the functions that have it are made again, with their owners and rights. An
-#: owner needs `create` on the schema for the moment in which it gets a function.
+#: The type is part of signatures, so the functions that use it are created again, with their owners and rights. A new
+#: owner needs `create` on the schema while it gets a function.
 SWAP = """
 -- The ids of users become {kind}. None is stored yet.
 do $swap$

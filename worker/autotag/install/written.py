@@ -1,4 +1,4 @@
-"""The migrations of autotag that a project's folder has. They are the project's: it may have edited them."""
+"""autotag's migrations in a project's folder. They belong to the project, which may have edited them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Written:
 
     @property
     def sql(self) -> str:
-        """Its text, as it stands.
+        """The unchanged text of the file.
 
         Raises:
             HostError: it is not UTF-8.
@@ -50,10 +50,10 @@ class Written:
 
 
 def written_migrations(folder: Path | None) -> dict[str, Written]:
-    """The migrations of autotag in a folder, in order, by name. Of autotag's own checkout: none, it is no project.
+    """autotag's migrations in a folder, in order, by name. Empty for autotag's own checkout, which is not a project.
 
     Raises:
-        HostError: two files are the same migration, as a merge of two branches leaves them.
+        HostError: two files are the same migration, for example after a merge of two branches.
     """
     found: dict[str, Written] = {}
     for path in sorted(folder.glob("*.sql")) if folder else ():
@@ -70,7 +70,7 @@ def written_migrations(folder: Path | None) -> dict[str, Written]:
 
 
 def check_versions(written: Mapping[str, Written], applied: Mapping[str, str]) -> None:
-    """Refuses files of migrations that the database has under other versions: `supabase db push` would, too.
+    """Refuses files of migrations that the database has under other versions, as `supabase db push` would.
 
     Args:
         written: the files of the project.
@@ -90,7 +90,7 @@ def check_versions(written: Mapping[str, Written], applied: Mapping[str, str]) -
 
 
 def recorded_answers(adapter: str) -> dict[str, Any] | None:
-    """What an adapter's text records in `autotag.adapter_answers`; None: it does not."""
+    """The record of `autotag.adapter_answers` in an adapter's text; None: it has none."""
     body = next((found["body"] for found in FUNCTION.finditer(adapter) if found["name"] == "adapter_answers"), "")
     match = re.fullmatch(r"\s*select (.*)::jsonb\s*", body, re.DOTALL)
     try:
@@ -101,24 +101,25 @@ def recorded_answers(adapter: str) -> dict[str, Any] | None:
 
 
 def edited_functions(adapter: str, answers: Mapping[str, Any]) -> list[str]:
-    """The functions of an adapter's text that are not as autotag wrote them."""
+    """The functions in an adapter's text that differ from what autotag wrote."""
     bodies = {found["name"]: hash_body(found["body"]) for found in FUNCTION.finditer(adapter)}
     return [f"autotag.{name}" for name, wrote in answers["functions"].items() if bodies.get(name) != wrote]
 
 
-def check_answers(file: Written, told: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses answers that are not those of an adapter that waits to be applied: its file is never overwritten.
+def check_answers(file: Written, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses answers that differ from those in the file of an unapplied adapter, because the file is never
+    overwritten.
 
     Args:
         file: of that adapter.
-        told: what it records.
-        now: what this version would record for the answers of now.
+        recorded: the answers that it records.
+        now: the record that this version would write for the current answers.
 
     Raises:
         HostError: they differ. The message names what differs, and what to do.
     """
     before, after = ({**of["choices"], **{n: v for n, v in of.items() if n not in ("choices", "functions")}}
-                     for of in (told, now))  # fmt: skip
+                     for of in (recorded, now))  # fmt: skip
     other = [
         f"{name.replace('_', ' ')}: {_shown(before.get(name))} in the file, {_shown(after.get(name))} now"
         for name in {**before, **after}

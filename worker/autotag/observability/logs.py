@@ -27,7 +27,7 @@ class Throttle:
     """Limits the lines of each event per window, and reports how many were dropped."""
 
     def __init__(self, on_dropped: Callable[[str, int], None], clock: Callable[[], float] = time.monotonic) -> None:
-        """``on_dropped`` is called at the end of a window with the event and its number of dropped lines."""
+        """``on_dropped`` is called at the end of a window with the event and the number of its dropped lines."""
         self._on_dropped = on_dropped
         self._clock = clock
         self._windows: dict[str, tuple[float, int]] = {}  # by event: start of the window, lines (dropped ones included)

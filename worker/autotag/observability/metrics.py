@@ -1,4 +1,4 @@
-"""A worker's Prometheus metrics: its own, and those that the database has of the whole system.
+"""A worker's Prometheus metrics: its own, and the database's metrics of the whole system.
 
 Dashboards sum a worker's own metrics over the workers. The database's metrics (`_SYSTEM`) are the same from every
 worker, so dashboards take their maximum.
@@ -11,13 +11,13 @@ import time
 from collections import Counter as Counts
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from autotag.db.messages import BatchAnswer, Report
+from autotag.db.messages import BatchAnswer, Report, Usage
 from autotag.db.operator_messages import Metrics
 
 SAMPLE_INTERVAL = 5.0  # seconds between queries of the database; scrapes in between get the last result
@@ -38,9 +38,12 @@ ANSWERED = Counter(
     ["lane", "outcome"], registry=REGISTRY,
 )  # fmt: skip
 TOKENS = Counter("autotag_tokens", "Tokens that the provider billed.", ["lane", "type"], registry=REGISTRY)
+TOKEN_KINDS: tuple[Literal["input", "cached", "cache_write", "output", "reasoning"], ...] = (
+    "input", "cached", "cache_write", "output", "reasoning",
+)  # fmt: skip
 IN_FLIGHT = Gauge("autotag_in_flight", "Single calls (realtime) or batches in progress.", ["lane"], registry=REGISTRY)
-#: waited: from the upload to the claim; fetched: fetching and preparing; called: the call to the provider; settled:
-#: from its answer to the commit.
+#: The phases of a single call. waited: from the upload to the claim; fetched: fetching and preparing the image; called:
+#: the call to the provider; settled: from the call of `settle` to its commit.
 SECONDS = Histogram(
     "autotag_stage_seconds", "Seconds that an image of a single call spent in each stage.", ["stage"],
     buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800), registry=REGISTRY,
@@ -113,17 +116,17 @@ def timed(histogram: Histogram, label: str) -> Iterator[None]:
 
 def count_answers(lane: str, reports: Iterable[Report] | Iterable[BatchAnswer]) -> None:
     """Counts the outcomes and tokens of reports to `Database.settle` or `Database.batch_answers`."""
-    outcomes, tokens = Counts[str](), Counts[str]()
+    outcomes, usages = Counts[str](), list[Usage]()
     for report in reports:
         error = report.get("error")
         outcomes[error["kind"] if error else "tagged"] += 1
-        for kind, count in (report.get("usage") or {}).items():
-            if isinstance(count, int):
-                tokens[kind] += count
+        if usage := report.get("usage"):
+            usages.append(usage)
     for outcome, images in outcomes.items():
         ANSWERED.labels(lane, outcome).inc(images)
-    for kind, billed in tokens.items():
-        TOKENS.labels(lane, kind).inc(billed)
+    if usages:
+        for kind in TOKEN_KINDS:
+            TOKENS.labels(lane, kind).inc(sum(usage[kind] for usage in usages))
 
 
 class SystemMetrics(Collector):

@@ -27,11 +27,11 @@ MODEL_LENGTH = 100  # max characters of the model's name
 TIER_LENGTH = 20  # max characters of the service tier's name
 MAX_ANSWER = 400_000  # characters of an answer; max_output_tokens is at most 128,000
 MAX_TOKENS = 10_000_000  # of one answer; larger numbers are not token counts
-MAX_STARTS = 200  # positions in an answer where a JSON object may start
+MAX_STARTS = 200  # positions in an answer that are tried as the start of a JSON object
 MAX_REPAIRED = 20_000  # characters; longer invalid JSON is not repaired, because a repair takes several passes
 MAX_LISTED = 1000  # tags of an answer that are read
 
-#: Confidences that models give as words, and the middle of the range that each word means.
+#: Words that models give as confidences, and the middle of the range that each word means.
 CONFIDENCE_WORDS = {
     "certain": 0.98, "very high": 0.95, "high": 0.9, "likely": 0.75, "medium": 0.6, "moderate": 0.6, "low": 0.3,
     "unlikely": 0.2, "very low": 0.1,
@@ -56,7 +56,7 @@ def read_completion(
     completion: dict[str, Any], max_tags: int, fields: Sequence[Field] = (), *, may_be_empty: bool = False
 ) -> TagResult:
     """Parses a chat completion into the result that is stored. Confidences that the model did not give are left out.
-    fields: those that were asked for. may_be_empty: an answer without tags is one (`prompt.may_be_empty`).
+    fields: the requested fields. may_be_empty: an answer without tags is valid (`prompt.may_be_empty`).
 
     Raises:
         TaggingError: ``image`` if the model refused, ran out of tokens or gave an unusable answer; otherwise an error
@@ -69,7 +69,7 @@ def read_completion(
         raise image_error("refused", "The AI declined to describe this image.")
     content = _content(message)
     answer = _find_answer(content)
-    # A model that was stopped may have completed its answer before. Then the answer is used.
+    # A model that was stopped may already have completed its answer. Then the answer is used.
     if answer is None and finish in CUT_OFF:
         raise image_error("answer_too_long", "The AI's answer for this image was cut off.", retry=True)
     if answer is None:
@@ -154,7 +154,7 @@ def _find_answer(content: str) -> Answer | None:
 
 
 def _objects(text: str) -> Iterator[Any]:
-    """Yields the JSON objects and lists in a text, outermost ones only."""
+    """Yields the outermost JSON objects and lists in a text."""
     whole = _parse(text.strip())
     if whole is not None:
         yield whole
@@ -215,8 +215,8 @@ def _bare_list(listed: list[Any]) -> Answer | None:
 
 
 def _read_tags(listed: Any) -> list[tuple[str, float | None]] | None:
-    """Pairs (tag, confidence) from a list of objects or strings, an object of confidences by tag, or a string with
-    commas; otherwise None."""
+    """Pairs (tag, confidence), read from a list of objects or strings, an object of confidences by tag, or a string
+    with commas. None: it is something else."""
     if isinstance(listed, dict):
         pairs = list(listed.items())
     elif isinstance(listed, str):
@@ -290,7 +290,7 @@ def normalise_tags(tags: list[tuple[str, float | None]], max_tags: int) -> list[
     best: dict[str, float | None] = {}
     for tag, confidence in tags:
         name = normalise(tag)
-        if len(name) > TAG_LENGTH:  # a tag with the description that the prompt gives
+        if len(name) > TAG_LENGTH:  # the model may have copied the tag's description from the prompt
             name = normalise(re.split(r": | \(", name, maxsplit=1)[0])
         value = None
         if confidence is not None:
@@ -328,5 +328,5 @@ def _name(value: object, length: int) -> str | None:
 
 
 def _tokens(value: object) -> int:
-    """A token count; 0 if the value is not a plausible one."""
+    """A token count; 0 if the value is implausible."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_TOKENS else 0

@@ -100,8 +100,8 @@ def _any(*patterns: str) -> str:
     return "|".join(patterns)
 
 
-#: Tried in this order, the most specific first. Kind ``image`` needs words about this image or its content; words
-#: about images in general ("does not support images") are about the model.
+#: Tried in this order, the most specific first. Kind ``image`` is only for messages about this image or its content. A
+#: message about images in general ("does not support images") is about the model.
 RULES = (
     _rule("transient", "file_not_there_yet", r"cannot find file|no such file object"),
     _rule(
@@ -265,7 +265,7 @@ def classify_status(status: int, body: object, headers: Mapping[str, str]) -> Ta
 
     if lower in FILTER_CODES and status != 429:
         return error("image", "image_refused", f"The AI service refused this image: {message}")
-    if lower == "json_validate_failed":  # Groq: the model's answer did not match the schema; it is billed
+    if lower == "json_validate_failed":  # Groq: the model's answer did not match the schema, but it is billed
         return error("image", "bad_answer", "The AI's answer could not be read.", retry=True)
     if status in (400, 422) and (parameter := _unsupported_parameter(details)):
         return error(
@@ -282,7 +282,8 @@ def classify_status(status: int, body: object, headers: Mapping[str, str]) -> Ta
         limits: Limits = {**read_limits(headers), **read_daily_refusal(details.message)}
         return error("rate_limit", "rate_limited", "The AI service is busy.", limits=limits)
     if status == 413 and (lower == "rate_limit_exceeded" or "per minute" in details.message.lower()):
-        # One request exceeds the limit per minute. It may fit later, when shorter answers have lowered the learned cap.
+        # This request alone exceeds the limit per minute. It may fit later, when shorter answers have lowered the
+        # learned cap.
         return error(
             "transient", "request_too_large", "The AI service's limit per minute is too small for this request."
         )
@@ -320,7 +321,7 @@ def _error_of_rule(rule: Rule, message: str, code: str, error: Any) -> TaggingEr
 
 
 def _is_about_credit(details: ErrorDetails) -> bool:
-    """Whether a 429 is about credit. Gemini also says "exceeded your current quota" for its limits per minute."""
+    """Whether a 429 is about credit. Gemini says "exceeded your current quota" for its limits per minute, too."""
     if details.code.upper() == "RESOURCE_EXHAUSTED" and "credits" not in details.message:
         return False
     return any(rule.code == "no_credit" and rule.pattern.search(details.text) for rule in RULES)

@@ -30,7 +30,7 @@ def classified_errors() -> Iterator[None]:
         raise classify(error) from None  # from None: tracebacks must not contain the provider's raw message
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):  # the SDK parses the answer
         raise no_answer() from None
-    except HTTP_ERRORS:  # raised while a file is read; for requests, the SDK converts them
+    except HTTP_ERRORS:  # raised while a file is read; in requests, the SDK converts them
         raise _unreachable() from None
 
 

@@ -18,12 +18,12 @@ _INTEGER = re.compile(r"-?[0-9]{1,16}(?:\.0+)?")
 
 
 def read_fields(answer: Any, fields: Sequence[Field]) -> dict[str, Value]:
-    """The value of each field; None: unknown, or not of the field's kind.
+    """The value of each field; None: unknown, or of the wrong kind.
 
     Args:
-        answer: the value of ``fields``. Models that do not follow the schema write numbers and booleans as texts, and
-            the values of an enum in another case.
-        fields: those that were asked for.
+        answer: the value of ``fields``. Models that do not follow the schema may write numbers and booleans as texts,
+            and enum values in another case.
+        fields: the requested fields.
     """
     answer = answer if isinstance(answer, dict) else {}
     return {field["name"]: _value(answer.get(field["name"]), field) for field in fields}
@@ -45,7 +45,7 @@ def _value(value: Any, field: Field) -> Value:
 
 
 def _spelled(text: str) -> str:
-    """Without the differences that are none: case, and how letters are composed."""
+    """The text without differences that do not count: case, and the composition of letters."""
     return unicodedata.normalize("NFKC", text).lower()
 
 

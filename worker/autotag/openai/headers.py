@@ -18,12 +18,13 @@ from autotag.waits import MAX_RETRY_AFTER
 MINUTE, DAY = 60.0, 86_400.0  # seconds
 #: Seconds. No limit per minute takes longer to reset, even if the provider lets its bucket fall below zero.
 MAX_MINUTE_RESET = 120.0
-MAX_SHORT_PERIOD = 600.0  # seconds; limits of shorter periods (Azure: 10 s) count as limits per minute, others per day
+#: Seconds. A limit with a period of at most this (Azure's: 10 s) counts as one per minute, any other as one per day.
+MAX_SHORT_PERIOD = 600.0
 RESOLUTION = 0.001  # seconds; OpenAI rounds resets to milliseconds
 MAX_RESET = 32 * DAY  # a later reset is nonsense
 
-#: Endings of the headers about requests, with the period if the name says it. OpenAI, Groq, Azure and LiteLLM use the
-#: first, Cerebras and SambaNova `-requests-day`, Mistral `-req-minute`, DigitalOcean the ones with `-per-`.
+#: Suffixes of the headers about requests, with the period if the name contains it. OpenAI, Groq, Azure and LiteLLM use
+#: the first; Cerebras and SambaNova use `-requests-day`, Mistral `-req-minute`, DigitalOcean those with `-per-`.
 _REQUESTS = {
     "requests": None, "requests-minute": MINUTE, "requests-per-minute": MINUTE, "req-minute": MINUTE,
     "requests-day": DAY, "requests-per-day": DAY, "req-day": DAY,
@@ -41,9 +42,9 @@ _DAILY_REFUSAL = re.compile(r"requests per day \(RPD\):? Limit:? ([0-9]{1,9})\b"
 
 
 class Reset(NamedTuple):
-    """When a limit is whole again.
+    """When a limit is fully available again.
 
-    seconds: from now. fixed: the limit becomes whole at once, when its window ends; otherwise it refills continuously.
+    seconds: from now. fixed: the whole limit returns at once, when its window ends; otherwise it refills continuously.
     """
 
     seconds: float
@@ -62,7 +63,7 @@ def read_limits(headers: Mapping[str, str]) -> Limits:
         name = "unclear" if not clear else "requests" if period == MINUTE else "day"
         values |= _pair(name, limit, left)
     for limit, left, period, _ in _read(headers, _TOKENS):
-        if period == MINUTE:  # limits of tokens per day are met by their retry-after
+        if period == MINUTE:  # limits of tokens per day are not mirrored; their 429s have a retry-after
             values |= _pair("tokens", limit, left)
     return cast("Limits", values)
 
@@ -95,14 +96,14 @@ def _read(
 def _period(limit: int, left: int | None, reset: Reset | None, *, refills: bool) -> float | None:
     """The period that a limit counts, from its reset; None: it cannot be told.
 
-    A bucket that refills continuously is full again after the share of the period that was used: with a limit of
-    10,000, of which 9,999 are left, 8.64 s mean a day and 6 ms a minute.
+    A bucket that refills continuously is full again after the same share of the period as the share of the limit that
+    was used. For example, if 9,999 of 10,000 are left, a reset of 8.64 s means a day, and 6 ms mean a minute.
 
     Args:
         limit: units per period.
         left: units left, rounded down.
-        reset: when the limit is whole again.
-        refills: whether the share that was used may be relied on. For tokens it may not: Groq documents 7.66 s for 3
+        reset: when the limit is fully available again.
+        refills: whether the reset is proportional to the used share. For tokens it is not: Groq documents 7.66 s for 3
             of 18,000 tokens a minute.
     """
     if reset is None:
@@ -114,13 +115,13 @@ def _period(limit: int, left: int | None, reset: Reset | None, *, refills: bool)
     used = limit - left  # at least used - 1, because `left` is rounded down
     if (reset.seconds - RESOLUTION) * limit / used > MAX_MINUTE_RESET:
         return DAY
-    # The first request after a pause: anything from 0 to 1 may be used, so a short reset may belong to any period.
+    # This is the first request after a pause. Between 0 and 1 may be used, so a short reset may belong to any period.
     longest = (reset.seconds + RESOLUTION) * limit / (used if used == 1 else used - 1)
     return MINUTE if longest > 0.95 * MINUTE else None
 
 
 def _renewal_period(headers: Mapping[str, str], ending: str) -> float | None:
-    """The length of the window in seconds, which Azure and GitHub send; LiteLLM passes it on with a prefix."""
+    """The length of the window in seconds. Azure and GitHub send it; LiteLLM passes it on with a prefix."""
     for prefix in ("", "llm_provider-"):
         seconds = _count(headers.get(f"{prefix}x-ratelimit-renewalperiod-{ending}"))
         if seconds and seconds <= MAX_RESET:
@@ -162,8 +163,8 @@ def read_reset(value: str | None) -> Reset | None:
 
 
 def reset_wait(headers: Mapping[str, str]) -> float | None:
-    """Seconds until the windows end of which a 429 says that nothing is left, at most `MAX_RETRY_AFTER`; None if it
-    says no such thing. For providers whose 429s have no ``retry-after`` (OpenRouter, older versions of Azure)."""
+    """Seconds until the exhausted windows that a 429 reports end, at most `MAX_RETRY_AFTER`; None if it reports none.
+    Needed for providers whose 429s have no ``retry-after`` (OpenRouter, older versions of Azure)."""
     waits = []
     for ending in ("", *(f"-{ending}" for ending in (*_REQUESTS, *_TOKENS))):
         reset = read_reset(headers.get(f"x-ratelimit-reset{ending}"))
@@ -173,7 +174,7 @@ def reset_wait(headers: Mapping[str, str]) -> float | None:
 
 
 def read_daily_refusal(message: str) -> Limits:
-    """The limit that a 429 names as used up: "… on requests per day (RPD): Limit 1000, Used 1000, Requested 1." """
+    """The exhausted limit that a 429 names: "… on requests per day (RPD): Limit 1000, Used 1000, Requested 1." """
     match = _DAILY_REFUSAL.search(message)
     return {"day_limit": int(match[1]), "day_left": 0} if match and int(match[1]) else {}
 

@@ -10,15 +10,15 @@ from openai import DefaultAioHttpClient
 
 #: The exceptions of a request, and of reading its response. aiohttp.ClientError: the response is not valid HTTP.
 HTTP_ERRORS = (httpx2.HTTPError, aiohttp.ClientError)
-#: Seconds that a connection without a request is kept. Servers close it after 5 (uvicorn, which vLLM uses, and Node);
-#: a request that is sent at that moment is lost, and nobody knows whether it was read.
+#: Seconds that a connection without a request is kept. Servers close it after 5 (uvicorn, which vLLM uses, and Node). A
+#: request that is sent at that moment is lost, and nobody knows whether the server has read it.
 KEEP_ALIVE = 4.0
-MAX_CONNECTIONS = 1000  # as the SDK has it
+MAX_CONNECTIONS = 1000  # the SDK's default
 
 
 def make_http(connections: int = MAX_CONNECTIONS, **options: Any) -> httpx2.AsyncClient:
-    """A client with httpx2's interface and aiohttp's connection pool. The cost of httpx2's own pool grows with the
-    number of connections.
+    """A client with httpx2's interface and aiohttp's connection pool. httpx2's own pool gets slower with the number of
+    connections.
 
     Args:
         connections: max number of connections.

@@ -38,7 +38,7 @@ def read_line(
     """
     try:
         entry = read_json(line)
-        # Without a mark: the picture had none, or an earlier version made the line (`prompt.custom_id`).
+        # A line may have no mark: the picture had none, or an earlier version made the line (`prompt.custom_id`).
         task_id, _, mark = str(entry["custom_id"]).partition("-")
         task = int(task_id)
         response = entry.get("response") or {}

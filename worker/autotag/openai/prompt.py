@@ -9,13 +9,13 @@ from typing import Any
 from autotag.db.messages import Brief, Field, Image, Question
 from autotag.openai.fields import TEXT_LENGTH
 
-MAX_VOCABULARY = 500  # tags; a vocabulary that fills the prompt may have more, which the database knows
+MAX_VOCABULARY = 500  # tags; a vocabulary of this size may have more tags, which only the database knows
 FIELD_TYPES = {"enum": "string", "boolean": "boolean", "integer": "integer", "text": "string"}
 
 
 def answer_schema(fields: Sequence[Field] = ()) -> dict[str, Any]:
-    """The JSON schema of an answer, in OpenAI's strict form. The max number of tags is only in the instructions,
-    because Gemini refuses ``maxItems`` with an error that does not name it."""
+    """The JSON schema of an answer, in OpenAI's strict form. The schema does not limit the number of tags, only the
+    instructions do, because Gemini refuses ``maxItems`` with an error that does not name it."""
     names = ["caption", "tags"]
     schema: dict[str, Any] = {
         "type": "object",
@@ -63,13 +63,15 @@ def max_tags(question: Question, brief: Brief | None) -> int:
 
 
 def may_be_empty(brief: Brief | None) -> bool:
-    """Whether an image may have no tags: none of a closed vocabulary fits. Otherwise the model is asked again."""
+    """Whether an answer may have no tags, because no tag of a closed vocabulary may fit. If not, the model is asked
+    again."""
     return brief is not None and brief.vocabulary_mode == "only"
 
 
 def system_message(question: Question, brief: Brief | None) -> str:
-    """The rules, then what the owner adds, then the vocabulary: the same bytes for all images of a brief, so that the
-    provider's prompt cache applies. What comes from the owner is a JSON string, so nothing in it ends it."""
+    """The rules, then the owner's instructions, then the vocabulary. The bytes are the same for all images of a brief,
+    so that the provider's prompt cache applies. The owner's text is a JSON string, so it cannot break out of its
+    place."""
     language = (brief and brief.language) or question.tag_language
     rules = (
         f"You tag images for search. Give up to {max_tags(question, brief)} short tags (one to three words, "
@@ -119,7 +121,7 @@ def request_body(question: Question, data_url: str, cap: int, brief: Brief | Non
         question: model and form of the request.
         data_url: the image (`prepare.data_url`).
         cap: max output tokens, reasoning included.
-        brief: what is asked beside the question.
+        brief: what is asked in addition to the question.
     """
     image: dict[str, Any] = {"url": data_url}
     if question.sends_detail:
@@ -152,8 +154,8 @@ def request_body(question: Question, data_url: str, cap: int, brief: Brief | Non
 
 
 def custom_id(image: Image) -> str:
-    """The ``custom_id`` of an image's line, which comes back with its answer (`output.read_line`): its task, and the
-    mark of the picture that the line contains."""
+    """The ``custom_id`` of an image's line: its task, and the mark of the picture that the line contains. The answer
+    has the same id (`output.read_line`)."""
     return f"{image.task}-{image.mark}" if image.mark else str(image.task)
 
 

@@ -34,11 +34,11 @@ from autotag.openai.records import (
 )  # fmt: skip
 from autotag.texts import read_json
 
-#: Min speed of an answer, reasoning included. The timeout of a call grows by its cap divided by this.
+#: The lowest speed of an answer, including reasoning. A call gets extra time: its cap divided by this.
 MIN_TOKENS_PER_SECOND = 40.0
 FLEX_TIMEOUT = 900.0  # seconds; OpenAI recommends it for service_tier flex, which waits for free capacity
 LIST_PAGE = 100  # batches per list call; the API's max
-CLOCK_SKEW = 600.0  # max seconds between the provider's clock and ours; lists are read that much further back
+CLOCK_SKEW = 600.0  # max difference between the provider's clock and ours; lists are read that much further back
 
 
 class BadSignature(Exception):
@@ -89,8 +89,8 @@ class Provider:
         timeout = FLEX_TIMEOUT if body.get("service_tier") == "flex" else self._timeout
         options = make_request_options(timeout=timeout + cap / MIN_TOKENS_PER_SECOND)
         with classified_errors():
-            # The same request as client.chat.completions.create(), without the SDK's recursive key-renaming pass over
-            # the body.
+            # This makes the same request as client.chat.completions.create(), without the SDK's recursive key-renaming
+            # pass over the body.
             response = await self._client.post("/chat/completions", cast_to=httpx2.Response, body=body, options=options)
         try:
             completion = read_json(response.content)
@@ -122,7 +122,7 @@ class Provider:
             )
 
     async def batches_since(self, since: float) -> AsyncIterator[ProviderBatch]:
-        """Yields the batches created after ``since`` (epoch seconds), the newest first. Odd ones are left out."""
+        """Yields the batches created after ``since`` (epoch seconds), newest first. Invalid ones are left out."""
         with classified_errors():
             async for item in self._client.batches.list(limit=LIST_PAGE):
                 try:
@@ -175,7 +175,7 @@ class Provider:
         return uploaded.id
 
     async def files_since(self, since: float) -> AsyncIterator[ProviderFile]:
-        """Yields the input files created after ``since`` (epoch seconds), the newest first."""
+        """Yields the input files created after ``since`` (epoch seconds), newest first."""
         with classified_errors():
             async for file in self._client.files.list(purpose="batch"):
                 if file.created_at < since - CLOCK_SKEW:
@@ -197,7 +197,7 @@ class Provider:
     # -- models
 
     async def retrieve_model(self, name: str) -> ProviderModel | None:
-        """Gets a model by its name; None if the reply is not a model, so the server does not have this API."""
+        """Gets a model by its name; None if the reply is not a model, because the server does not have this API."""
         with classified_errors():
             raw = await self._client.models.with_raw_response.retrieve(name)
             model: object = raw.parse()

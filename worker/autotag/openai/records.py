@@ -93,7 +93,7 @@ class Delivery:
 
 
 def read_batch(batch: Batch) -> ProviderBatch:
-    """Converts a batch of the SDK, which does not validate it. A count that is none is 0.
+    """Converts a batch of the SDK, which does not validate it. An invalid count becomes 0.
 
     Raises:
         TaggingError: this is not a batch.
@@ -132,7 +132,7 @@ def read_date(headers: Mapping[str, str]) -> float | None:
 
 
 def read_name(value: object) -> str:
-    """An event's type or an id; empty if the value is neither. The SDK does not validate an event's fields."""
+    """The type of an event, or an id; empty if the value is not valid. The SDK does not validate an event's fields."""
     return value if isinstance(value, str) and _NAME.fullmatch(value) else ""
 
 

@@ -1,1 +1,2 @@
-"""The work behind two commands of an operator: `backfill` for ``autotag enqueue``, `follow` for ``autotag watch``."""
+"""The work behind an operator's commands, for example `backfill` for ``autotag enqueue``, `follow` for ``autotag
+watch``."""

@@ -1,4 +1,4 @@
-"""Enqueues existing images, one slice after another (``autotag enqueue``)."""
+"""Enqueues existing images in slices (``autotag enqueue``)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def backfill(
         operator: the database.
         workspace: the workspace's id.
         untagged: skip images that have tags.
-        outdated: skip images that the present version of the profile has tagged, and those that autotag has not.
+        outdated: skip images that were tagged with the current version of the profile, and those not tagged by autotag.
         after: id of the last image that an earlier run enqueued; None: start with the first image.
         limit: maximum number of images.
         on_progress: called after every slice with the totals and None, and before every wait with the totals and the

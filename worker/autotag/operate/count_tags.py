@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from autotag.db import Operator
 
-PAGE = 2000  # images: some 50 ms
+PAGE = 2000  # images; reading them takes about 50 ms
 
 
 async def count_tags(

@@ -1,7 +1,7 @@
 """Follows the Realtime topics that browsers follow (``autotag watch``).
 
-The client's own reconnecting is off: it gives up after five tries, and does not say so. `follow` makes a new client for
-each connection and goes on until it is cancelled.
+The client's own reconnecting is off, because it silently gives up after five tries. `follow` makes a new client for
+each connection and continues until it is cancelled.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ CHECK_INTERVAL = 0.1  # seconds between two looks at the connection
 MAX_REASON = 200  # characters
 PUBLIC_TOPIC = "batch-updates"
 EVENTS = ("job-progress", "batch-complete", "job-complete")
-#: How Realtime begins a refusal that no later try changes (supabase/realtime: its page of error codes).
+#: Beginnings of refusals that are final, so that no further try helps (supabase/realtime: its page of error codes).
 FINAL = ("Unauthorized", "InvalidJWT", "MalformedJWT", "JwtSignatureError")
-#: In the refusal of a public topic, where "Allow public access" is off in Realtime's settings.
+#: Part of the refusal of a public topic if "Allow public access" is off in Realtime's settings.
 PRIVATE_ONLY = "only allows private channels"
 
-#: Gets the topic, the event and the payload of a message.
+#: Called with the topic, the event and the payload of a message.
 OnMessage = Callable[[str, str, dict[str, Any]], None]
-#: Gets what happened to the connection, and the seconds since it was lost.
+#: Called with the event of the connection, and the seconds since the connection was lost.
 OnConnection = Callable[[Literal["lost", "back"], float], None]
 
 
@@ -53,9 +53,9 @@ async def follow(
     supabase_url: str, key: str, workspace: str | None, on_message: OnMessage,
     on_connection: OnConnection = lambda what, seconds: None,
 ) -> None:  # fmt: skip
-    """Passes every message to ``on_message`` until cancelled, and reconnects as often as it takes.
+    """Passes every message to ``on_message`` until it is cancelled, and reconnects whenever the connection is lost.
 
-    Realtime keeps nothing, so what was sent while the connection was lost does not arrive later.
+    Realtime keeps no messages, so those that were sent while the connection was lost never arrive.
 
     Args:
         supabase_url: the project's URL.
@@ -65,7 +65,7 @@ async def follow(
         on_connection: called when the connection was lost, and when it is back.
 
     Raises:
-        CannotFollow: the server refused a topic, or it did not answer the first time.
+        CannotFollow: the server refused a topic, or did not answer the first connection.
     """
     topics = [PUBLIC_TOPIC] + ([f"tagging:{workspace}"] if workspace else [])
     lost: float | None = None  # time.monotonic(), while there is no connection
@@ -77,7 +77,7 @@ async def follow(
                     on_connection("back", time.monotonic() - lost)
                 began, lost, delay = True, None, FIRST_DELAY
                 await asyncio.wait([ended])
-            ended.result()  # raises what on_message raised
+            ended.result()  # raises the exception of on_message
         except _Refused as refused:
             if refused.private_only and refused.topic == PUBLIC_TOPIC and workspace:
                 topics.remove(PUBLIC_TOPIC)  # the project has no public topics
@@ -142,7 +142,7 @@ async def _connected(
         except _Refused:
             raise
         except Exception as error:  # noqa: BLE001
-            # The client passes on every exception of its websocket library. Some contain the URL, and so the key.
+            # The client raises every exception of its websocket library. Some contain the URL, which includes the key.
             raise _unreachable(error) from None
         watching = asyncio.create_task(_watch(client, ended))
         try:
@@ -155,7 +155,7 @@ async def _connected(
 
 
 async def _watch(client: AsyncRealtimeClient, ended: asyncio.Future[None]) -> None:
-    """Ends a connection that is gone: the client does not tell its channels of every end."""
+    """Ends `ended` when the connection is lost, because the client does not notify its channels of every loss."""
     while client.is_connected and not ended.done():  # noqa: ASYNC110
         await asyncio.sleep(CHECK_INTERVAL)
     if not ended.done():
@@ -186,7 +186,7 @@ async def _join(client: AsyncRealtimeClient, topic: str, on_message: OnMessage, 
     def pass_on(event: str, message: Any) -> None:
         try:
             on_message(topic, event, read_payload(message))
-        except Exception as error:  # noqa: BLE001 - in the client's loop it would end the connection unseen
+        except Exception as error:  # noqa: BLE001 - in the client's loop, it would silently end the connection
             if not ended.done():
                 ended.set_exception(error)
 

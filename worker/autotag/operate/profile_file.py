@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from autotag.db.profiles import Profile, ProfileChanges
 
-#: What a file may set, each with what a comment says about it.
+#: The keys of a file, each with its comment.
 SETTINGS = {
     "instructions": "what to look for and how to word it, at most 2,000 characters",
     "language": "of tags and caption, for example German",
@@ -31,7 +31,7 @@ FIELDS_COMMENT = """
 
 
 def read_profile(path: Path) -> ProfileChanges:
-    """Reads a file: JSON if its name ends in ``.json``, otherwise TOML. What it does not name is missing.
+    """Reads a file: JSON if its name ends in ``.json``, otherwise TOML. Keys that are not in the file are missing.
 
     Raises:
         ValueError: the file is neither.
@@ -44,24 +44,26 @@ def parse_profile(text: str, *, as_json: bool = False) -> ProfileChanges:
     """Parses a profile; the database checks its values (``autotag.save_profile``).
 
     Raises:
-        ValueError: it is not TOML (or JSON), or not an object.
+        ValueError: it is not TOML (or JSON), not an object, or has values that JSON lacks (dates, nan, inf).
     """
-    parsed = json.loads(text) if as_json else tomllib.loads(text)
+    try:
+        parsed = json.loads(text) if as_json else tomllib.loads(text)
+        json.dumps(parsed, allow_nan=False)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
     if not isinstance(parsed, dict):
         raise ValueError("it is not an object")
-    if any(isinstance(value, float) and value != value for value in parsed.values()):
-        raise ValueError("nan is not a number that JSON has")
     return cast("ProfileChanges", parsed)
 
 
 def whole_profile(text: str) -> ProfileChanges:
-    """Parses a profile in which what is not named is as by default (`write_profile` names the rest)."""
+    """Parses a complete profile: missing keys get their defaults (the inverse of `write_profile`)."""
     parsed = cast("Mapping[str, Any]", parse_profile(text))
     return cast("ProfileChanges", {**dict.fromkeys((*SETTINGS, "fields")), **parsed})
 
 
 def write_profile(profile: Profile) -> str:
-    """A profile as TOML, with comments for what is not set."""
+    """A profile as TOML, with a comment for each key that is not set."""
     lines = []
     for name, comment in SETTINGS.items():
         value = cast("Mapping[str, Any]", profile)[name]

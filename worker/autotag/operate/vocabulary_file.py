@@ -1,4 +1,4 @@
-"""A vocabulary as a file: CSV as spreadsheets write it, a list with one tag a line, or the JSON of ``export``."""
+"""A vocabulary as a file: CSV from spreadsheets, a list with one tag per line, or the JSON of ``export``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autotag.db.vocabulary import Entry
 from autotag.texts import FORMULA, clean_text, visible_text
 
 COLUMNS = ("tag", "aliases", "description", "parent")
-#: Names of the columns in the languages of common spreadsheets, by which a header is recognised.
+#: Names of the columns in the languages of common spreadsheets. They identify a header.
 NAMES = {
     "tag": """tag tags name keyword keywords label labels term schlagwort schlagwörter schlagworte stichwort stichwörter
         begriff mot-clé mots-clés étiquette etiqueta etiquetas palabra-clave palavra-chave etichetta parola-chiave
@@ -33,7 +33,7 @@ _ESCAPED = re.compile(r"\\([|;\\])")
 
 
 class FileError(ValueError):
-    """A file that is no vocabulary; the message says where and why."""
+    """The file is not a vocabulary. The message says where and why."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class VocabularyFile:
     Attributes:
         entries: its tags.
         places: where each of them is: "line 3" or "entry 3".
-        encoding: how its bytes were read; None: as Unicode, which is certain.
-        first_row: the first line of a file with several columns and without a header that is known; None: any other.
-        commas: the place of the first alias with a comma, which may be meant to be several, and the alias.
+        encoding: the guessed encoding; None: Unicode, which is certain.
+        first_row: the first line, if the file has several columns and no known header; otherwise None.
+        commas: the first alias with a comma, which may be meant as several aliases, and its place.
     """
 
     entries: Sequence[Entry]
@@ -55,7 +55,7 @@ class VocabularyFile:
     commas: tuple[str, str] | None = None
 
     def find(self, name: str) -> list[str]:
-        """The places of the entries with a name, compared as the database does for most (``autotag.tag_key``)."""
+        """The places of the entries with a name. Most names compare like ``autotag.tag_key`` in the database."""
         return [place for entry, place in zip(self.entries, self.places, strict=True)
                 if name in {_key(text) for text in (entry["tag"], *(entry.get("aliases") or ()))}]  # fmt: skip
 
@@ -68,7 +68,7 @@ def read_vocabulary(data: bytes) -> VocabularyFile:
     """Reads a file.
 
     Raises:
-        FileError: it is none of these.
+        FileError: the file has none of these forms.
     """
     if len(data) > MAX_BYTES:
         raise FileError("The file has more than 50 MB.")
@@ -79,7 +79,7 @@ def read_vocabulary(data: bytes) -> VocabularyFile:
         try:
             return _read_json(text)
         except json.JSONDecodeError as error:
-            if '"tag"' in text:  # otherwise a tag begins with a bracket
+            if '"tag"' in text:  # otherwise it is a list whose first tag begins with a bracket
                 raise FileError(f"The file is not JSON: {error}.") from None
     entries: list[Entry] = []
     places: list[str] = []
@@ -160,8 +160,9 @@ def _read_csv(text: str) -> Iterator[tuple[int, Entry]]:
 
 
 def _delimiter(text: str) -> str:
-    """The character that separates cells: outside of quotes all of the first lines have the same number of it. If that
-    is true of several or of none, the one that is most frequent in the first line: texts have commas, too."""
+    """The character that separates cells. Outside of quotes, all of the first lines have the same number of it. If that
+    is true of several characters or of none, it is the one that is most frequent in the first line, because texts
+    contain commas, too."""
     plain = re.sub(r'"(?:[^"]|"")*"', "", text[:20_000])
     lines = [line for line in plain.splitlines() if line.strip()][:50]
     if not lines:
@@ -171,17 +172,17 @@ def _delimiter(text: str) -> str:
 
 
 def _header(row: Sequence[str], line: int) -> Sequence[str] | None:
-    """The columns that a first row names; None: it is no header.
+    """The columns that a first row names; None: the row is not a header.
 
     Raises:
-        FileError: it names one that is unknown, or one twice.
+        FileError: it names an unknown column, or one column twice.
     """
     cells = [cell.strip().lower() for cell in row]
     while cells and not cells[-1]:
         cells.pop()
     names = [HEADERS.get(re.sub(r"[\s_]+", "-", cell), "") for cell in cells]
     if not any(names) or not (names[0] == "tag" or len([name for name in names if name]) > 1):
-        return None  # a single such word further on may be a tag's alias or description
+        return None  # a single known word in a later column may be an alias or a description
     if "" in names:
         unknown = cells[names.index("")]
         raise FileError(
@@ -195,7 +196,7 @@ def _header(row: Sequence[str], line: int) -> Sequence[str] | None:
 
 
 def _entry(row: Sequence[str], columns: Sequence[str], line: int) -> Entry:
-    """A row as an entry, which lacks the columns that the file lacks."""
+    """A row as an entry. Columns that the file lacks are missing in the entry, too."""
     cells = [_unescape(visible_text(cell)) for cell in row]
     if any(cells[len(columns) :]):
         raise FileError(
@@ -227,7 +228,7 @@ def join_aliases(aliases: Iterable[str]) -> str:
 
 
 def write_csv(entries: Iterable[Mapping[str, Any]]) -> str:
-    """Entries as CSV with a header, which `read_vocabulary` reads again. No spreadsheet takes a cell for a formula."""
+    """Entries as CSV with a header, which `read_vocabulary` can read. Spreadsheets do not run its cells as formulas."""
     out = io.StringIO(newline="")
     writer = csv.writer(out)
     writer.writerow(COLUMNS)

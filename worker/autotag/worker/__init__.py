@@ -1,1 +1,1 @@
-"""One worker process: the lanes for single calls and batches, heartbeat, reports, and shutdown."""
+"""One worker process: its lanes, heartbeat, reports, and shutdown."""

@@ -57,7 +57,7 @@ class BatchLane:
             provider: runs the batches.
             slots: max batches that are built or harvested concurrently.
             fetches: max images that are fetched concurrently, for all batches.
-            follow_up: of `Stages`.
+            follow_up: see `Stages.follow_up`.
         """
         self._db = db
         self._wake = wake
@@ -69,7 +69,7 @@ class BatchLane:
         self._submitter = Submitter(db, images, provider, files, self._slots, self._stages, fetches=fetches)
         self._poller = Poller(db, provider, files, self._stages)
         self._harvester = Harvester(db, provider, files, self._slots)
-        self._running: dict[asyncio.Task[None], int] = {}  # with the number of the batch's claim
+        self._running: dict[asyncio.Task[None], int] = {}  # each with the number of its batch's claim
         self._cancelling: set[asyncio.Task[None]] = set()
         IN_FLIGHT.labels("batch").set_function(lambda: len(self._running))
 
@@ -134,8 +134,8 @@ class BatchLane:
             logger.error("batch_step_failed", kind=failure.kind, code=failure.code, message=failure.message)
             await self._report_failure(batch, failure)
         except Exception as error:
-            # A bug, a full disk, or a row that ends the session. Report it, so that the batch is retried with growing
-            # delays instead of staying claimed until the worker ends.
+            # A bug, a full disk, or a row that ends the session. Report it, so that the batch is retried with backoff
+            # instead of staying claimed until the worker ends.
             logger.exception("batch_failed")
             await self._report_failure(batch, TaggingError("transient", "internal_error", type(error).__name__))
 
@@ -145,5 +145,5 @@ class BatchLane:
         except NotHeld:
             log.warning("batch_not_held", batch=batch.batch)
         except (psycopg.Error, Lost) as problem:
-            # The next heartbeat does not list the batch, so the database takes it back.
+            # The next heartbeat will not list the batch, so the database takes it back.
             log.error("failure_not_reported", batch=batch.batch, error=safe_message(problem))

@@ -1,4 +1,4 @@
-"""The numbers of claims, by which the worker and the database agree on what the worker holds."""
+"""Claim numbers. With them, the worker and the database agree on what the worker holds."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections import Counter
 
 
 class Claims:
-    """Counts the claims of one lane, and what this worker still holds of each.
+    """Counts the claims of one lane, and the images or batches of each claim that this worker still holds.
 
     A claim whose reply was lost is repeated with the same number and returns the same work. Each heartbeat lists the
-    numbers of which the worker holds something; the database takes back what it holds by an earlier, missing number.
+    numbers of claims from which the worker still holds something. The database takes back the work of all earlier
+    claims that are not listed.
     """
 
     def __init__(self) -> None:
@@ -18,7 +19,7 @@ class Claims:
         self._held: Counter[int] = Counter()
 
     def number(self) -> int:
-        """The number for the next call: a new one, or that of the last claim if it had no reply."""
+        """The number for the next call: a new one, or the last claim's number if that got no reply."""
         if self._answered:
             self._last += 1
             self._answered = False
@@ -31,7 +32,7 @@ class Claims:
             self._held[self._last] = count
 
     def drop(self, number: int, count: int = 1) -> None:
-        """Notes that the worker does not hold ``count`` of a claim's images or batches any more."""
+        """Notes that the worker no longer holds ``count`` of a claim's images or batches."""
         left = self._held[number] - count
         if left > 0:
             self._held[number] = left
@@ -39,6 +40,6 @@ class Claims:
             del self._held[number]
 
     def listed(self) -> list[int]:
-        """The numbers for a heartbeat. The last one is always there, so that the database knows which are newer than
-        this list."""
+        """The numbers for a heartbeat. The last number is always included, so that the database knows which claims are
+        newer than this list."""
         return sorted({self._last, *self._held})

@@ -23,14 +23,16 @@ class Files:
         self._provider = provider
 
     async def delete_unrecorded(self, batches: Sequence[Sought]) -> None:
-        """Deletes the input files of these batches whose upload was not recorded, because the worker ended before.
+        """Deletes the input files of these batches whose upload was not recorded, because the worker ended first.
 
         Raises:
             TaggingError: the provider returned an error.
         """
         names = {input_file_name(batch.id): batch.id for batch in batches}
         files = self._provider.files_since(min(batch.since for batch in batches))
-        for file in [file async for file in files if file.name in names]:  # first all: a page begins after a file
+        # list all files before deleting any: each page of the list begins after a file of the previous page, which must
+        # still exist
+        for file in [file async for file in files if file.name in names]:
             try:
                 await self._provider.delete_file(file.id)
             except TaggingError as error:
@@ -39,8 +41,8 @@ class Files:
             log.info("unrecorded_file_deleted", batch=names[file.name], file=file.id)
 
     async def delete_of_ended(self, batches: Sequence[Sought]) -> None:
-        """Deletes unrecorded input files of batches that are over, and reports that. A provider that refuses to list
-        files or to delete one is not asked again.
+        """Deletes unrecorded input files of batches that have ended, and reports that. If the provider refuses to list
+        or delete files, it is not asked again.
 
         Raises:
             TaggingError: the provider is unavailable or busy; a later poll deletes them.
@@ -66,7 +68,7 @@ class Files:
                     log.warning("file_not_deleted", file=file_id, error=error.code)
                     if not error.retry_after:
                         continue
-                    # The provider asks to wait: the next poll, after that wait, deletes the rest.
+                    # The provider asks to wait. The next poll happens after that wait and deletes the rest.
                     await self._db.report_poll_failure({"kind": "transient", "retry_after": error.retry_after})
                     break
             deleted.append(file_id)

@@ -21,10 +21,11 @@ from autotag.worker.files import Files
 from autotag.worker.notices import log_notices
 from autotag.worker.slots import BatchSlots
 
-MAX_LOST = 5  # single answers that raise in every form before the rest is not tried, if none could be stored
-MAX_ANSWERS = 1000  # answers stored in one call; with 500 it takes 6 µs longer for each
+#: If this many single answers cannot be stored in any form, and no other answer was stored, give up on the rest
+MAX_LOST = 5
+MAX_ANSWERS = 1000  # answers stored in one call; with 500, each answer takes 6 µs longer
 
-#: What a report raises because of its contents; the last two: it cannot be sent as JSON.
+#: Exceptions that the contents of a report can cause. The last two mean that it cannot be sent as JSON.
 REPORT_ERRORS = (psycopg.Error, TypeError, ValueError)
 
 log = structlog.get_logger(__name__)
@@ -42,8 +43,8 @@ class Harvester:
     async def harvest(self, batch: Batch, settings: DatabaseSettings) -> None:
         """Stores all answers of a batch, finishes it, and deletes its files.
 
-        If the batch is busy, all starts anew later: its answers are safe at the provider, and storing one again changes
-        nothing. To wait in the middle of a file would keep the download open.
+        If the batch is busy, the whole harvest is repeated later. That is safe: the provider keeps the answers, and
+        storing an answer twice changes nothing. Waiting in the middle of a file would keep the download open.
 
         Raises:
             TaggingError: a file could not be read.
@@ -102,7 +103,7 @@ class Harvester:
         if page:
             yield page
         if unreadable:
-            log.warning("batch_lines_unreadable", batch=batch.batch, file=file_id, lines=unreadable)
+            log.warning("batch_lines_not_read", batch=batch.batch, file=file_id, lines=unreadable)
 
 
 async def store_answers(db: Database, batch: Batch, answers: list[BatchAnswer], slow: bool = False) -> bool:
@@ -110,15 +111,16 @@ async def store_answers(db: Database, batch: Batch, answers: list[BatchAnswer], 
 
     Args:
         db: the database.
-        batch: that the worker holds.
+        batch: the batch, which the worker holds.
         answers: of its images.
         slow: the rows were slow before.
 
     Returns:
         Whether the rows are slow.
 
-    An answer that raises costs its image: the answers are stored by halves, down to the single one, which becomes an
-    error of its image. If that raises too, the image stays without an answer, unless nothing at all could be stored.
+    A bad answer fails only its own image. If a call raises an error, its answers are stored in halves, down to the bad
+    answer alone, which is replaced by an error of its image. If that cannot be stored either, the image stays without
+    an answer, unless nothing at all could be stored.
 
     Raises:
         Busy, TooSlow: another transaction holds the batch; nothing was stored.
@@ -134,8 +136,8 @@ async def store_answers(db: Database, batch: Batch, answers: list[BatchAnswer], 
 async def _store_parts(
     db: Database, batch: Batch, answers: list[BatchAnswer], slow: bool, lost: list[Exception]
 ) -> tuple[bool, bool]:
-    """Stores answers, if necessary in parts; returns whether any were stored, and whether the rows are slow. ``lost``
-    gets the errors of single answers that could not even be reported as errors."""
+    """Stores answers, if necessary in parts. Returns whether any were stored, and whether the rows are slow. Adds to
+    ``lost`` the errors of answers that could not even be stored as errors of their images."""
     try:
         return True, await _store_together(db, batch, answers, slow)
     except REPORT_ERRORS as error:
@@ -157,7 +159,7 @@ async def _store_parts(
 
 
 def _lost_outcome(answer: BatchAnswer) -> BatchAnswer:
-    """What is reported of an image whose answer raises, as for single calls."""
+    """The error that replaces an answer which cannot be stored; the same as for single calls."""
     error = TaggingError("transient", "internal_error", "The outcome of this image could not be stored.")
     return {"task": answer["task"], "error": error.as_json()}
 
@@ -169,7 +171,7 @@ async def _store_together(db: Database, batch: Batch, answers: list[BatchAnswer]
     except TooSlow:
         if slow:
             raise
-        log.warning("batch_slow", batch=batch.batch, images=len(answers))
+        log.warning("batch_slowed", batch=batch.batch, images=len(answers))
         slow = True
         stored = await db.batch_answers(batch, answers, keep=True)
     log_notices(stored.notices)

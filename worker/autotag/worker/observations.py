@@ -1,4 +1,4 @@
-"""Collects what single calls observe of the provider's limits, for the next report to the database."""
+"""Collects what single calls show about the provider's limits, for the next report to the database."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Observations:
     def add_limits(self, limits: Limits, sent: float) -> None:
         """Adds the limits from an answer's headers.
 
-        The limits of the call that was sent last are kept, and the longest wait of all calls.
+        Keeps the limits of the call that was sent last, and the longest wait of all calls.
 
         Args:
-            limits: of `headers.read_limits`.
+            limits: the result of `headers.read_limits`.
             sent: when the call was sent (`time.monotonic`).
         """
         wait = max(limits.get("retry_after") or 0, self._limits.get("retry_after") or 0)
@@ -33,7 +33,7 @@ class Observations:
             self._limits["retry_after"] = wait
 
     def count_sent(self, calls: int = 1) -> None:
-        """Counts released calls that were sent now, or that will not be sent."""
+        """Counts released calls that have just been sent, or that will not be sent."""
         self._first_sent = self._first_sent if self._sent else time.monotonic()
         self._sent += calls
 
@@ -56,7 +56,7 @@ class Observations:
         return observed or None
 
     def put_back(self, observed: ObservedLimits | Sent | None, taken: float) -> None:
-        """Takes back what was not reported, because the call failed. ``taken``: when it was (`time.monotonic`)."""
+        """Puts observations back after a failed report. ``taken``: when they were taken (`time.monotonic`)."""
         if observed is None:
             return
         if "sent" in observed:

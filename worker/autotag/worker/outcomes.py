@@ -16,6 +16,7 @@ from autotag.errors import TaggingError
 from autotag.observability import traces
 from autotag.observability.metrics import SECONDS, count_answers, timed
 from autotag.redact import safe_message
+from autotag.waits import backoff
 from autotag.worker.claims import Claims
 from autotag.worker.notices import log_notices
 from autotag.worker.observations import Observations
@@ -23,21 +24,21 @@ from autotag.worker.slow import SlowWorkspaces
 from autotag.worker.stages import Stages
 
 MAX_REPORTS = 500  # per call of settle
-SETTLES = 3  # concurrent calls of settle: as many as the connections for them
-BUSY_DELAY = 0.1  # seconds until a workspace's next call, if it was busy; twice as long each time …
-MAX_BUSY_DELAY = 10.0  # … but no longer than this
-ALONE_DELAY = 1.0  # seconds until a report that raised alone is sent again; twice as long each time …
-MAX_ALONE_DELAY = 60.0  # … but no longer than this
-WHOLE_TRIES = 6  # how often a report is sent alone as it is (a minute); then it only says that its outcome is lost …
-MAX_TRIES = 9  # … and then (four minutes) it is dropped
+SETTLES = 3  # concurrent calls of settle; as many connections are reserved for them
+BUSY_DELAY = 0.1  # seconds until the next call for a workspace that was busy; doubles each time
+MAX_BUSY_DELAY = 10.0  # seconds
+ALONE_DELAY = 1.0  # seconds until a report that failed alone is sent again; doubles each time
+MAX_ALONE_DELAY = 60.0  # seconds
+WHOLE_TRIES = 6  # tries of a report alone (about a minute), after which its outcome is replaced by an error
+MAX_TRIES = 9  # tries of a report alone (about four minutes), after which it is dropped
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
-class _Answer:
-    """The outcome of one image, until the database has it. alone: it is sent alone, because it raised together with
-    others. tries: how often it raised alone."""
+class _Pending:
+    """A report that the database does not have yet. alone: it is sent in a call of its own, because a call with other
+    reports failed. tries: how often it failed alone."""
 
     report: Report
     image: Image
@@ -48,20 +49,20 @@ class _Answer:
 
 @dataclass(slots=True)
 class _Queue:
-    """The answers of one workspace. alone: those that are sent one by one. busy: how often the workspace was busy in a
-    row."""
+    """The pending reports of one workspace. alone: reports that are sent one by one. busy: how often in a row the
+    workspace was busy."""
 
-    answers: list[_Answer] = field(default_factory=list)
-    alone: deque[_Answer] = field(default_factory=deque)
+    pending: list[_Pending] = field(default_factory=list)
+    alone: deque[_Pending] = field(default_factory=deque)
     busy: int = 0
 
 
 class Outcomes:
     """Collects the outcomes of single calls and settles them in bulk, one workspace per call.
 
-    While one call of `Database.settle` for a workspace runs, its outcomes are collected for the next. So the bulk grows
-    with the load, and a single image is not delayed. A few workspaces are settled at the same time, in turn, so that a
-    slow one delays no other.
+    While one call of `Database.settle` for a workspace runs, its outcomes are collected for the next. So calls become
+    larger under load, and a single image is not delayed. A few workspaces are settled at the same time, in turn, so
+    that a slow one does not delay others.
     """
 
     def __init__(
@@ -73,14 +74,14 @@ class Outcomes:
             stages: the pending stage reports; those of images with an outcome are dropped.
             observations: reported together with the outcomes.
             claims: the claims of these images.
-            slow: workspaces whose outcomes are only kept, for the store lane.
+            slow: workspaces whose outcomes are only kept for the store lane.
         """
         self._db = db
         self._stages = stages
         self._observations = observations
         self._claims = claims
         self._slow = slow
-        #: Each workspace with answers is here, and either in _turns, or a call for it runs, or _turns gets it later.
+        #: Workspaces with pending reports. Each is also in `_turns`, unless a call for it runs or a timer will add it.
         self._queues: dict[str, _Queue] = {}
         self._turns: asyncio.Queue[str] = asyncio.Queue()
         self._unsettled = 0
@@ -89,12 +90,12 @@ class Outcomes:
         self.idle.set()
 
     def add(self, image: Image, outcome: Outcome, span: Any = None) -> None:
-        """Adds the outcome of an image. ``span``: of `traces.image_span`."""
+        """Adds the outcome of an image. ``span``: the result of `traces.image_span`."""
         self._stages.forget(image)
         self._unsettled += 1
         self.idle.clear()
         report: Report = {"task": image.task, "attempt": image.attempt, "mark": image.mark, **outcome}
-        self._queue(image.workspace).answers.append(_Answer(report, image, span))
+        self._queue(image.workspace).pending.append(_Pending(report, image, span))
 
     async def run(self) -> None:
         """Settles outcomes until it is cancelled."""
@@ -114,99 +115,101 @@ class Outcomes:
             workspace = await self._turns.get()
             queue = self._queues[workspace]
             if queue.alone:
-                answers = [queue.alone.popleft()]
+                pending = [queue.alone.popleft()]
             else:
-                answers, queue.answers = queue.answers[:MAX_REPORTS], queue.answers[MAX_REPORTS:]
+                pending, queue.pending = queue.pending[:MAX_REPORTS], queue.pending[MAX_REPORTS:]
             try:
-                delay = await self._settle(workspace, queue, answers)
-            except Exception:  # a bug, after the database has the answers
+                delay = await self._settle(workspace, queue, pending)
+            except Exception:  # a bug, after the database has accepted the reports
                 log.exception("task_failed")
                 delay = BUSY_DELAY
-            if not queue.answers and not queue.alone:
+            if not queue.pending and not queue.alone:
                 del self._queues[workspace]
             elif delay:
                 asyncio.get_running_loop().call_later(delay, self._turns.put_nowait, workspace)
             else:
                 self._turns.put_nowait(workspace)
 
-    async def _settle(self, workspace: str, queue: _Queue, answers: list[_Answer]) -> float:
-        """Settles answers, or puts them back; returns the seconds until the workspace's next turn.
-        Whatever the call raises, no answer is lost: an exception would end the other calls, and the turns of this
-        workspace."""
+    async def _settle(self, workspace: str, queue: _Queue, pending: list[_Pending]) -> float:
+        """Settles pending reports, or puts them back. Returns the seconds until the workspace's next turn.
+
+        Catches everything that the call raises: an exception would end the calls of other workspaces, and reports would
+        be lost.
+        """
         keep = workspace in self._slow
         observed, taken = self._observations.take(), time.monotonic()
-        reports = [answer.report for answer in answers]
+        reports = [item.report for item in pending]
         try:
-            with timed(SECONDS, "settled"), traces.step("settle", [answer.span for answer in answers]):
+            with timed(SECONDS, "settled"), traces.step("settle", [item.span for item in pending]):
                 settled = await self._db.settle(workspace, reports, observed, keep=keep)
-        except Exception as error:  # noqa: BLE001 (also what cannot be sent as JSON)
+        except Exception as error:  # noqa: BLE001 (includes reports that cannot be sent as JSON)
             self._observations.put_back(observed, taken)
-            return self._judge(workspace, queue, answers, error, keep)
+            return self._judge(workspace, queue, pending, error, keep)
         if settled.busy:
             self._observations.put_back(observed, taken)
-            return self._put_back(queue, answers)
+            return self._put_back(queue, pending)
         queue.busy = 0
-        self._forget(answers)
+        self._forget(pending)
         count_answers("realtime", reports)
         if settled.held:
             self._stages.follow_up(workspace)
-        # After a broken connection or a timeout, an earlier call may have settled them.
+        # Expected after a broken connection or a timeout: an earlier call may have settled these reports.
         if settled.accepted < len(reports):
             log.warning("late_reports_refused", refused=len(reports) - settled.accepted)
         log_notices(settled.notices)
         return 0
 
-    def _judge(self, workspace: str, queue: _Queue, answers: list[_Answer], error: Exception, keep: bool) -> float:
-        """Decides what happens to answers whose call raised; returns the seconds until the workspace's next turn."""
+    def _judge(self, workspace: str, queue: _Queue, pending: list[_Pending], error: Exception, keep: bool) -> float:
+        """Decides what happens to reports whose call raised. Returns the seconds until the workspace's next turn."""
         if isinstance(error, TooSlow) and not keep:
             self._slow.mark(workspace)
-            log.warning("workspace_slow", workspace=workspace, images=len(answers))
-            self._put_back(queue, answers)
+            log.warning("workspace_slowed", workspace=workspace, images=len(pending))
+            self._put_back(queue, pending)
             return 0
         if isinstance(error, TooSlow | Busy):
-            return self._put_back(queue, answers)
-        if len(answers) > 1:
-            log.error("settle_failed", workspace=workspace, images=len(answers), error=safe_message(error))
-            for answer in answers:
-                answer.alone = True
-            queue.alone.extend(answers)
+            return self._put_back(queue, pending)
+        if len(pending) > 1:
+            log.error("settle_failed", workspace=workspace, images=len(pending), error=safe_message(error))
+            for item in pending:
+                item.alone = True
+            queue.alone.extend(pending)
             return 0
-        self._try_later(answers[0], error)
+        self._try_later(pending[0], error)
         return 0
 
-    def _put_back(self, queue: _Queue, answers: list[_Answer]) -> float:
-        """Puts answers back as they were; returns the seconds until their next turn."""
-        if answers[0].alone:
-            queue.alone.extendleft(answers)
+    def _put_back(self, queue: _Queue, pending: list[_Pending]) -> float:
+        """Puts reports back into their queue; returns the seconds until their next turn."""
+        if pending[0].alone:
+            queue.alone.extendleft(pending)
         else:
-            queue.answers[:0] = answers
+            queue.pending[:0] = pending
         queue.busy += 1
-        return min(MAX_BUSY_DELAY, BUSY_DELAY * 2.0 ** min(queue.busy, 10))
+        return backoff(BUSY_DELAY, MAX_BUSY_DELAY, queue.busy + 1)
 
-    def _try_later(self, answer: _Answer, error: Exception) -> None:
-        """A report has raised alone: it is sent again later, and in the end dropped."""
-        answer.alone = True
-        answer.tries += 1
-        task, asset = answer.image.task, answer.image.asset_id
-        if answer.tries >= MAX_TRIES:
+    def _try_later(self, item: _Pending, error: Exception) -> None:
+        """Sends a report that failed alone again later; drops it after `MAX_TRIES`."""
+        item.alone = True
+        item.tries += 1
+        task, asset = item.image.task, item.image.asset_id
+        if item.tries >= MAX_TRIES:
             log.error("report_dropped", task=task, asset=asset, error=safe_message(error))
-            self._forget([answer])
+            self._forget([item])
             return
-        log.error("report_failed", task=task, asset=asset, tries=answer.tries, error=safe_message(error))
-        if answer.tries == WHOLE_TRIES:
+        log.error("report_failed", task=task, asset=asset, tries=item.tries, error=safe_message(error))
+        if item.tries == WHOLE_TRIES:
             lost = TaggingError("transient", "internal_error", "The outcome of this image could not be stored.")
-            answer.report = {
-                "task": task, "attempt": answer.image.attempt, "called": True, "error": lost.as_json(),
+            item.report = {
+                "task": task, "attempt": item.image.attempt, "called": True, "error": lost.as_json(),
             }  # fmt: skip
-        delay = min(MAX_ALONE_DELAY, ALONE_DELAY * 2.0 ** (answer.tries - 1))
-        asyncio.get_running_loop().call_later(delay, self._add_alone, answer)
+        delay = backoff(ALONE_DELAY, MAX_ALONE_DELAY, item.tries)
+        asyncio.get_running_loop().call_later(delay, self._add_alone, item)
 
-    def _add_alone(self, answer: _Answer) -> None:
-        self._queue(answer.image.workspace).alone.append(answer)
+    def _add_alone(self, item: _Pending) -> None:
+        self._queue(item.image.workspace).alone.append(item)
 
-    def _forget(self, answers: list[_Answer]) -> None:
-        for answer in answers:
-            self._claims.drop(answer.image.claim)
-        self._unsettled -= len(answers)
+    def _forget(self, pending: list[_Pending]) -> None:
+        for item in pending:
+            self._claims.drop(item.image.claim)
+        self._unsettled -= len(pending)
         if not self._unsettled:
             self.idle.set()

@@ -16,7 +16,7 @@ from autotag.redact import safe_message
 from autotag.worker.files import Files
 from autotag.worker.show import BatchStages
 
-MAX_POLLED = 10  # batches per record_poll, which locks their uploads
+MAX_POLLED = 10  # batches per call of record_poll, which locks their uploads
 
 log = structlog.get_logger(__name__)
 
@@ -33,8 +33,8 @@ class Poller:
     async def poll(self, claim: BatchClaim) -> None:
         """Polls the batches in flight, deletes files, and checks the model, as far as the claim asks for it.
 
-        Results and errors are reported to the database. An error costs its batch or its step; the rest goes on unless
-        the provider asks to wait, cannot be reached, or refuses the account.
+        Reports results and errors to the database. An error ends only its own batch or step, unless the provider asks
+        to wait, cannot be reached, or refuses the account.
         """
         await self._take_steps(
             lambda: self._poll_batches(claim.poll),
@@ -44,7 +44,8 @@ class Poller:
         )
 
     async def cancel(self, batch_ids: Sequence[str]) -> None:
-        """Cancels batches, beside a poll: somebody waits for it. Errors are reported as those of a poll."""
+        """Cancels batches while a poll may be running, because somebody waits for it. Errors are reported like those of
+        a poll."""
         await self._take_steps(lambda: self._cancel(batch_ids))
 
     async def _take_steps(self, *steps: Callable[[], Awaitable[None]]) -> None:
@@ -59,14 +60,14 @@ class Poller:
                     log.error("failure_not_reported", error=safe_message(problem))
                 if _stops(error):
                     return
-            except Exception:  # the next poll does what this step did not
+            except Exception:  # the next poll repeats this step
                 log.exception("poll_failed")
 
     async def _poll_batches(self, submitted: Sequence[Sought]) -> None:
         """Reports the current states of batches, with as few list calls as possible.
 
         Raises:
-            TaggingError: the provider stops the poll; what it had said before is reported.
+            TaggingError: the provider's error ends the poll. The states that were read before are reported.
         """
         if not submitted:
             return
@@ -74,7 +75,8 @@ class Poller:
         await self._report(polled)
         # not listed: the provider's clock is off, or the batch is gone
         missing = list({batch.id for batch in submitted} - {batch["id"] for batch in polled})
-        random.shuffle(missing)  # so that each has its turn if the provider asks to wait after some of them
+        # so that each is read sooner or later, even if the provider always asks to wait after a few
+        random.shuffle(missing)
         stopped: TaggingError | None = None
         retrieved: list[PolledBatch] = []
         for batch_id in missing:
@@ -116,12 +118,12 @@ class Poller:
         except TaggingError as error:
             if error.status not in (403, 404):
                 raise
-            log.warning("batch_gone", openai_batch=batch_id)
+            log.warning("batch_not_found", openai_batch=batch_id)
             return {"id": batch_id, "status": "gone"}
 
     async def _report(self, polled: Sequence[PolledBatch]) -> None:
-        """Reports states. If a report raises, each of its batches is reported alone; one that raises alone, as unread,
-        so that it ends at last."""
+        """Reports states. If a report raises an error, each of its batches is reported alone. If one raises again, it
+        is reported as unread, so that it ends after a while."""
         for first in range(0, len(polled), MAX_POLLED):
             part = list(polled[first : first + MAX_POLLED])
             if await self._record(part):
@@ -135,12 +137,12 @@ class Poller:
         try:
             self._stages.show(await self._db.record_poll(polled))
             return True
-        except (*CALL_ERRORS, TypeError, ValueError) as error:  # the last two: it cannot be sent as JSON
+        except (*CALL_ERRORS, TypeError, ValueError) as error:  # the last two: the report cannot be sent as JSON
             log.error("poll_not_recorded", batches=[batch["id"] for batch in polled], error=safe_message(error))
             return False
 
     async def _check_model(self, model: str | None) -> None:
-        """Reports the model's shutdown date and whether there is a Batch API, as far as the provider answers.
+        """Reports the model's shutdown date and whether there is a Batch API, if the provider answers these questions.
 
         Raises:
             TaggingError: the provider is unavailable or busy; the check is repeated in ten minutes.
@@ -160,10 +162,10 @@ class Poller:
             facts["batches"] = batches
         notice = await self._db.provider_checked(facts)
         if notice:
-            log.warning("model_shuts_down", message=notice)
+            log.warning("model_shutdown_announced", message=notice)
 
     async def _cancel(self, batch_ids: Sequence[str]) -> None:
-        """Cancels batches, and reports what the provider says of them then.
+        """Cancels batches, and reports their new states.
 
         Raises:
             TaggingError: the provider asks to wait; the next poll cancels the others.
@@ -171,7 +173,7 @@ class Poller:
         for batch_id in batch_ids:
             try:
                 cancelled = await self._provider.cancel_batch(batch_id)
-            except TaggingError as error:  # it may just have ended: then the next poll says so
+            except TaggingError as error:  # the batch may just have ended; then the next poll reports that
                 if error.retry_after or error.status is None:
                     raise
                 log.warning("batch_not_cancelled", openai_batch=batch_id, error=error.code)
@@ -180,7 +182,7 @@ class Poller:
 
 
 def _stops(error: TaggingError) -> bool:
-    """Whether the rest of a poll would fail, too."""
+    """Whether the rest of the poll would also fail."""
     return bool(error.retry_after) or error.status is None or error.kind == "account"
 
 

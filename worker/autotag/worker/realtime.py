@@ -1,4 +1,4 @@
-"""The lane of single calls: claims images, asks what they are, and tags them."""
+"""The lane of single calls: claims images, reads their descriptions, and tags them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ import structlog
 from autotag.db import CALL_ERRORS, Claim, Database, DatabaseSettings, Image, Lost
 from autotag.observability.metrics import CLAIMED, CLAIMS, IN_FLIGHT, SECONDS
 from autotag.redact import safe_message
+from autotag.waits import backoff
 from autotag.worker.claims import Claims
 from autotag.worker.stages import Stages
 from autotag.worker.wake import Wake
 
-RECLAIM_DELAY = 0.05  # seconds from the first free slot to the next claim, if all slots were busy …
-RECLAIM_SHARE = 4  # … or earlier, when one in RECLAIM_SHARE slots is free
+RECLAIM_DELAY = 0.05  # seconds from the first free slot to the next claim, if all slots were busy
+RECLAIM_SHARE = 4  # the next claim comes earlier if one in this many slots is free
 CLAIM_RETRY = 1.0  # seconds to wait after a failed claim
-DESCRIBE_RETRY = 0.5  # seconds to wait after a failed call of describe_tasks; twice as long each time …
-MAX_DESCRIBE_RETRY = 10.0  # … but no longer than this
-WHOLE_DESCRIPTIONS = 3  # after so many failures, each half of the images is described by itself, without a wait
+DESCRIBE_RETRY = 0.5  # seconds to wait after a failed call of describe_tasks; doubles each time
+MAX_DESCRIBE_RETRY = 10.0  # seconds
+#: After this many failures, each half of the images is described in a call of its own, without a wait
+WHOLE_DESCRIPTIONS = 3
 
 log = structlog.get_logger(__name__)
 
@@ -74,7 +76,7 @@ async def run(
 
 
 class Slots:
-    """The single calls in flight of one worker, and when to claim more."""
+    """The single calls in flight of one worker. Decides when to claim more."""
 
     def __init__(self, wake: Wake, slots: int) -> None:
         self._busy: set[asyncio.Task[None]] = set()
@@ -95,7 +97,7 @@ class Slots:
         self._reserved += images
 
     def cancel(self, images: int) -> None:
-        """Frees the reserved slots of images that are not there any more."""
+        """Frees the reserved slots of images that no longer exist."""
         self._reserved -= images
         self._offer()
 
@@ -120,7 +122,7 @@ class Slots:
             self._timer = loop.call_later(RECLAIM_DELAY, self._wake.notify, "realtime")
 
     async def wait(self, seconds: float | None) -> None:
-        """Waits until the next claim: ``seconds``, a notification, or free slots if all are busy."""
+        """Waits until the next claim: for ``seconds``, for a notification, or for free slots if all are busy."""
         self._full = self.free <= 0
         await self._wake.wait(
             "realtime", None if self._full else seconds
@@ -142,9 +144,9 @@ class Slots:
 
 
 class Descriptions:
-    """Asks what the images of claims are, and starts tagging them.
+    """Reads the descriptions of claimed images (where they are, what to ask), and starts tagging them.
 
-    It reads the host's tables, so a transaction that holds a whole table delays it. The lane goes on meanwhile.
+    This reads the host's tables, so a transaction that locks a whole table delays it. Meanwhile the lane continues.
     """
 
     def __init__(self, db: Database, claims: Claims, stages: Stages, calls: Slots, tag_image: TagImage) -> None:
@@ -152,14 +154,14 @@ class Descriptions:
         self._running: set[asyncio.Task[None]] = set()
 
     def start(self, number: int, claim: Claim) -> None:
-        """Describes and starts the images of the claim with this number; their slots are taken from now on."""
+        """Describes the images of the claim with this number and starts them. Reserves their slots at once."""
         self._calls.reserve(len(claim.tasks))
         task = asyncio.create_task(self._describe(number, claim.tasks, claim.settings))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
     def cancel(self) -> None:
-        """Drops the images that are not described yet; the end of the lease releases them."""
+        """Drops the images that are not described yet. The database releases them when the lease ends."""
         for task in self._running:
             task.cancel()
 
@@ -177,7 +179,7 @@ class Descriptions:
                 self._drop(number, 1)
                 return
             if len(tasks) == 1 or (failures < WHOLE_DESCRIPTIONS and not lost):
-                await asyncio.sleep(min(MAX_DESCRIBE_RETRY, DESCRIBE_RETRY * 2.0 ** (failures - 1)))
+                await asyncio.sleep(backoff(DESCRIBE_RETRY, MAX_DESCRIBE_RETRY, failures))
             else:
                 half = len(tasks) // 2
                 await asyncio.gather(*(

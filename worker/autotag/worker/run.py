@@ -1,4 +1,4 @@
-"""One worker process: connects, registers, runs both lanes and the heartbeat, and shuts down."""
+"""One worker process: connects, registers, runs the lanes and the heartbeat, and shuts down."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from autotag.worker.wake import Wake
 
 HEARTBEATS_PER_LEASE = 3  # two heartbeats can fail before the lease ends
 HEARTBEAT_RETRY = 1.0  # seconds to wait after a failed heartbeat
-TICK_PAUSE = 0.5  # seconds between ticks, of which each releases one dead worker's work
-RESTART_DELAY = 1.0  # seconds until a background task that raised goes on
-SHUTDOWN_GRACE = 10.0  # seconds for the last reports to the database …
-RELEASE_GRACE = 3.0  # … and then for the release of the other work
+TICK_PAUSE = 0.5  # seconds between ticks; each tick releases the work of one dead worker
+RESTART_DELAY = 1.0  # seconds until a background task that raised an exception is restarted
+SHUTDOWN_GRACE = 10.0  # seconds at shutdown for the last reports to the database
+RELEASE_GRACE = 3.0  # seconds after that for releasing the other work
 OUTBOX_RETRY = 60.0  # seconds between checks of the outbox where LISTEN is impossible
 CANCEL_RETRY = 1.0  # seconds to wait after a cancellation that had no effect
 
@@ -82,7 +82,7 @@ class Worker:
             VersionsDiffer: the schema has another version, or was upgraded; all work has been released.
         """
         listening = await self._detect_listen()
-        # LISTEN is impossible behind a transaction pooler, and so are prepared statements.
+        # Behind a transaction pooler, both LISTEN and prepared statements are impossible.
         db = Database(self._url, self._id, prepare=listening)
         await db.open()
         try:
@@ -95,7 +95,7 @@ class Worker:
             return True
         self._wake.poll_every = self._settings.poll_interval
         log.warning(
-            "listen_impossible",
+            "listen_refused",
             worker=str(self._id),
             hint="This looks like a transaction pooler (port 6543). The worker polls instead; use a direct or "
             "session-mode connection (port 5432) to be woken at once.",
@@ -105,7 +105,7 @@ class Worker:
 
 
 class _ConnectedWorker:
-    """A worker with its database: registers, keeps its lease, runs both lanes, and releases its work at the end."""
+    """A worker with its database: registers, keeps its lease, runs the lanes, and releases its work at the end."""
 
     def __init__(self, settings: Settings, wake: Wake, db: Database) -> None:
         self._settings = settings
@@ -116,7 +116,7 @@ class _ConnectedWorker:
         self._version_error: VersionsDiffer | None = None
         self._claims, self._batch_claims = Claims(), Claims()
         self._tick_due = asyncio.Event()
-        self._pause = 0.0  # seconds between heartbeats, by the lease that the database said last
+        self._pause = 0.0  # seconds between heartbeats; follows from the lease in the database's last reply
 
     async def run(self) -> None:
         """See `Worker.run`."""
@@ -185,8 +185,8 @@ class _ConnectedWorker:
         self._log.info("worker_stopped")
 
     async def _release_work(self, outcomes: Outcomes) -> None:
-        """Waits until all outcomes are settled, and releases the other work. If the database is unreachable, the end of
-        the lease releases it."""
+        """Waits until all outcomes are settled, and releases the other work. If the database is unreachable, it
+        releases the work when the lease ends."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHUTDOWN_GRACE):
                 await outcomes.idle.wait()
@@ -208,7 +208,7 @@ class _ConnectedWorker:
 
         async def receive(webhook_id: str, kind: str, batch: str) -> str:
             result = await self._db.receive_webhook(webhook_id, kind, batch)
-            self._wake.notify("batch")  # also where LISTEN is impossible
+            self._wake.notify("batch")  # a poll, even if LISTEN is impossible
             return result
 
         apps = []
@@ -235,7 +235,7 @@ class _ConnectedWorker:
                 await self._beat()
                 pause = self._pause
             except VersionsDiffer as error:
-                self._log.error("version_differs", error=str(error), hint=error.hint)
+                self._log.error("version_refused", error=str(error), hint=error.hint)
                 self._version_error = error
                 self._wake.request_stop()
                 return
@@ -258,8 +258,8 @@ class _ConnectedWorker:
             self._tick_due.set()
 
     async def _tick(self) -> None:
-        """Runs the database's periodic work when a heartbeat says so. It takes many locks, so the heartbeat goes on
-        meanwhile."""
+        """Runs the database's periodic work when a heartbeat says that it is due. It takes many locks and may wait, so
+        heartbeats continue meanwhile."""
         while True:
             await self._tick_due.wait()
             self._tick_due.clear()
@@ -276,7 +276,7 @@ class _ConnectedWorker:
 
 
 async def _keep_running(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Runs a background task until it ends. After an error it starts again, because data must not end a worker."""
+    """Runs a background task until it ends. After an error, it is restarted, because no data may end a worker."""
     while True:
         try:
             await work()
@@ -289,8 +289,8 @@ async def _keep_running(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
 async def _cancel_all(tasks: Iterable[asyncio.Task[None]]) -> None:
     """Cancels tasks, repeatedly, until they have ended.
 
-    One cancellation is not enough before Python 3.12: the pool waits for a connection with `asyncio.wait_for`, which
-    loses a cancellation that arrives together with the result.
+    Before Python 3.12, one cancellation is not enough: the pool waits for a connection with `asyncio.wait_for`, which
+    loses a cancellation that arrives at the same time as the result.
     """
     pending = set(tasks)
     while pending:

@@ -12,8 +12,8 @@ from autotag.db import Busy, Lost, TooSlow
 from autotag.redact import safe_message
 from autotag.worker.wake import Wake
 
-BUSY_DELAY = 0.5  # seconds until a batch that was busy goes on; twice as long each time …
-MAX_BUSY_DELAY = 30.0  # … but no longer than this
+BUSY_DELAY = 0.5  # seconds until a batch that was busy is tried again; doubles each time
+MAX_BUSY_DELAY = 30.0  # seconds
 
 T = TypeVar("T")
 
@@ -21,8 +21,8 @@ log = structlog.get_logger(__name__)
 
 
 class BatchSlots:
-    """Limits the batches that are built or harvested concurrently. A batch has no slot while another transaction holds
-    its rows, so that others go on."""
+    """Limits the batches that are built or harvested concurrently. While another transaction has locked a batch's rows,
+    the batch gives up its slot, so that other batches can use it."""
 
     def __init__(self, wake: Wake, slots: int) -> None:
         """
@@ -44,19 +44,20 @@ class BatchSlots:
         self._free -= 1
 
     def leave(self) -> None:
-        """The batch has ended for this worker."""
+        """Notes that this worker is done with a batch."""
         self._free += 1
         self._wake.notify("batch")
 
     async def __aenter__(self) -> None:
-        """Waits for a slot, which a batch that goes on may have taken."""
+        """Waits for a slot: a batch that was busy may have taken it back."""
         await self._turns.acquire()
 
     async def __aexit__(self, *_: object) -> None:
         self._turns.release()
 
     async def retry(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Calls until the batch is not busy; returns the result. The caller has a slot; it is given back in between.
+        """Repeats a call until the batch is not busy; returns the result. The caller holds a slot, which is free while
+        this waits.
 
         Raises:
             Lost: the call ends its connection each time.
@@ -68,7 +69,7 @@ class BatchSlots:
             except Lost:
                 raise
             except (Busy, TooSlow) as error:
-                log.warning("batch_busy", retry_in=delay, error=safe_message(error))
+                log.warning("batch_postponed", retry_in=delay, error=safe_message(error))
             self._turns.release()
             self.leave()
             try:

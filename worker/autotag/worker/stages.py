@@ -14,8 +14,10 @@ from autotag.worker.notices import log_notices
 from autotag.worker.observations import Observations
 from autotag.worker.slow import SlowWorkspaces
 
-STAGE_DELAY = 0.15  # seconds before a stage is reported; faster images skip it, which saves updates of their rows
-#: Seconds until the database may broadcast again (settings.broadcast_interval). Where that is longer, its tick does it.
+#: Seconds before a stage is reported; images that leave it sooner skip it, which saves updates of their rows
+STAGE_DELAY = 0.15
+#: Seconds until the database may broadcast again (settings.broadcast_interval). If the setting is longer, the
+#: database's tick broadcasts instead.
 FOLLOW_UP_DELAY = 1.0
 
 log = structlog.get_logger(__name__)
@@ -24,8 +26,8 @@ log = structlog.get_logger(__name__)
 class Stages:
     """Collects the stages that images have reached, and reports those that last longer than `STAGE_DELAY`.
 
-    The reports are best effort, because each image's outcome follows: what takes too long or fails is dropped, and slow
-    workspaces are skipped.
+    The reports are best effort, because each image's outcome follows. A report that fails or takes too long is dropped,
+    and slow workspaces are skipped.
     """
 
     def __init__(self, db: Database, observations: Observations, slow: SlowWorkspaces) -> None:
@@ -35,11 +37,11 @@ class Stages:
         self._reached: dict[str, dict[int, StageReport]] = {}  # by workspace and task
         self._due = asyncio.Event()
         self._dropped = False  # calls were dropped since the last report
-        self._following: dict[str | None, asyncio.TimerHandle] = {}  # workspaces with a report to come …
-        self._held: set[str | None] = set()  # … and those whose time has come
+        self._following: dict[str | None, asyncio.TimerHandle] = {}  # timers of workspaces that need another report
+        self._held: set[str | None] = set()  # workspaces whose timer has ended
 
     def drop(self, calls: int) -> None:
-        """Notes released calls that will not be sent and have no outcome. Without a report, the database would keep
+        """Notes released calls that will not be sent and have no outcome. Without a report, the database would reserve
         room for them in the provider's limits until the lease ends."""
         self._observations.count_sent(calls)
         self._dropped = True
@@ -60,8 +62,8 @@ class Stages:
             reached.pop(image.task, None)
 
     def follow_up(self, workspace: str | None) -> None:
-        """No broadcast has told of all rows of this workspace (None: of some workspace) yet, because another had just
-        been sent: a report follows in a second, which broadcasts them."""
+        """Sends another report of this workspace (None: of any workspace) in a second. Some changed rows are not
+        broadcast yet, because the last broadcast was too recent; that report broadcasts them."""
         if workspace not in self._following:
             loop = asyncio.get_running_loop()
             self._following[workspace] = loop.call_later(FOLLOW_UP_DELAY, self._make_due, workspace)
@@ -103,6 +105,6 @@ class Stages:
         except TooSlow:
             if workspace:
                 self._slow.mark(workspace)
-        except CALL_ERRORS as error:  # best effort: the outcomes say more
+        except CALL_ERRORS as error:  # best effort: the outcomes follow anyway
             log.warning("stages_not_reported", workspace=workspace, images=len(stages), error=safe_message(error))
         return False

@@ -1,4 +1,4 @@
-"""The store lane: stores outcomes that wait for the host's rows, because a transaction held them or they were slow."""
+"""The store lane: stores outcomes that had to wait, because the host's rows were locked or slow to write."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from autotag.worker.slow import SlowWorkspaces
 from autotag.worker.wake import Wake
 
 STORES = 2  # workspaces whose outcomes are stored concurrently
-MAX_LIMIT = 500  # outcomes per call; a tenth after a call that took too long, …
-GROWTH_SECONDS = 2.0  # … and twice as many after one that took less than this
-BACKOFF = 1.0  # seconds until a workspace's next call, if nothing could be stored; twice as long each time …
-MAX_BACKOFF = 60.0  # … but no longer than this
+MAX_LIMIT = 500  # outcomes per call; after a call that took too long, the next one has a tenth
+GROWTH_SECONDS = 2.0  # after a call that took less than this, the next one has twice as many outcomes
+BACKOFF = 1.0  # seconds until a workspace's next call, if nothing could be stored; doubles each time
+MAX_BACKOFF = 60.0  # seconds
 LIST_RETRY = 1.0  # seconds to wait after a failed call of list_unstored
 
 log = structlog.get_logger(__name__)
@@ -27,8 +27,8 @@ log = structlog.get_logger(__name__)
 class StoreLane:
     """Stores waiting outcomes, one workspace per call, in turn.
 
-    A workspace that takes too long delays no other for long: it waits behind them, with fewer images in its next call,
-    and all such workspaces share one turn.
+    A slow workspace does not delay others for long: it goes to the end of the queue, its next call has fewer outcomes,
+    and only one slow workspace is served at a time.
     """
 
     def __init__(self, db: Database, wake: Wake, slow: SlowWorkspaces, follow_up: Callable[[str], None]) -> None:
@@ -36,17 +36,18 @@ class StoreLane:
         Args:
             db: the database.
             wake: wakes the lane.
-            slow: gets the workspaces that take too long.
+            slow: where workspaces that take too long are noted.
             follow_up: of `Stages`.
         """
         self._db = db
         self._follow_up = follow_up
         self._wake = wake
         self._slow = slow
-        self._turns: dict[str, None] = {}  # workspaces that wait for their turn, in this order
+        self._turns: dict[str, None] = {}  # workspaces that wait for their turn, in order
         self._running: set[str] = set()  # workspaces whose turn it is
-        self._limits: dict[str, int] = {}  # of workspaces with less than MAX_LIMIT
-        self._backoffs: dict[str, tuple[float, float]] = {}  # not before (`time.monotonic`), and the seconds it waits
+        self._limits: dict[str, int] = {}  # only for workspaces with less than MAX_LIMIT
+        # the earliest next call (`time.monotonic`), and the current delay in seconds
+        self._backoffs: dict[str, tuple[float, float]] = {}
 
     async def run(self) -> None:
         """Stores outcomes until it is cancelled."""
@@ -57,7 +58,7 @@ class StoreLane:
                 await self._wake.wait("store", wait)
 
     async def _list(self) -> float | None:
-        """Puts the due workspaces into the queue; returns the seconds until the next are due (None: until a
+        """Queues the due workspaces. Returns the seconds until the next ones are due (None: wait for a
         notification)."""
         try:
             unstored = await self._db.list_unstored()
@@ -80,8 +81,8 @@ class StoreLane:
         return min(waits, default=None)
 
     def _give_turns(self, storing: asyncio.TaskGroup) -> None:
-        """Starts the next turns. All but one are for workspaces that are not known as slow: a call for a slow one may
-        take ten seconds, and there may be many of them."""
+        """Starts the next turns. At most one is for a slow workspace: its call may take ten seconds, and there may be
+        many slow ones."""
         for workspace in list(self._turns):
             if len(self._running) == STORES:
                 return
@@ -105,7 +106,7 @@ class StoreLane:
         if more:
             self._turns[workspace] = None
         else:
-            self._wake.notify("store")  # others may be due, or this one later
+            self._wake.notify("store")  # other workspaces may be due, or this one may be due later
         self._give_turns(storing)
 
     async def _store(self, workspace: str) -> bool:
@@ -129,12 +130,12 @@ class StoreLane:
             self._backoffs.pop(workspace, None)
             if time.monotonic() - started < GROWTH_SECONDS:
                 self._limit(workspace, 2 * limit)
-        elif stored.more:  # all are held, or another worker stores them
+        elif stored.more:  # all rows are locked, or another worker stores them
             return self._back_off(workspace)
         return stored.more
 
     async def _postpone(self, workspace: str, tried: int, tasks: list[int], *, lost: bool) -> bool:
-        """After a call that failed: the next one has a tenth of its outcomes."""
+        """Postpones the outcomes of a failed call. The next call has a tenth of its outcomes."""
         self._limit(workspace, tried // 10)
         try:
             log_notices(await self._db.postpone_stores(workspace, tasks, lost=lost))

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from typing import IO, Any
+from typing import IO
 
 import structlog
 
 from autotag.db import Batch, Database, DatabaseSettings, Image, NotHeld, Question
-from autotag.db.messages import BatchAnswer, Brief, Sought
+from autotag.db.messages import BatchAnswer, BatchNote, Brief, Sought
 from autotag.errors import TaggingError
 from autotag.images.load import Images
 from autotag.images.sent import data_url, max_side
@@ -52,7 +52,7 @@ class Submitter:
             images: loads the images.
             provider: runs the batches.
             files: deletes files of batches.
-            slots: the batch lane's; a step that is busy waits without one.
+            slots: the slots of the batch lane; a busy step gives up its slot while it waits.
             stages: shows the stage of a submitted batch.
             fetches: max images that are fetched concurrently, for all batches.
         """
@@ -88,7 +88,7 @@ class Submitter:
         if input_file_id is None:
             await self._slots.retry(
                 lambda: self._db.batch_finish(batch)
-            )  # no image could be prepared: nothing to submit
+            )  # no image could be prepared, so there is nothing to submit
             return
         created = await self._provider.create_batch(input_file_id, {METADATA_KEY: batch.batch}, batch.keep_files)
         await self._submitted(batch, created, input_file_id)
@@ -99,7 +99,8 @@ class Submitter:
         self._stages.show([batch.batch])
 
     async def _find(self, batch: Batch) -> ProviderBatch | None:
-        """The provider's batch with this row's id in its metadata, if an earlier attempt created it; otherwise None."""
+        """The batch at the provider with this row's id in its metadata, if an earlier attempt created it; otherwise
+        None."""
         async for found in self._provider.batches_since(batch.since):
             if found.metadata.get(METADATA_KEY) == batch.batch and found.status != "failed":
                 return found
@@ -117,7 +118,7 @@ class Submitter:
         try:
             await self._slots.retry(lambda: self._db.batch_step(batch, "creating", uploaded))
         except NotHeld:
-            await self._files.delete([uploaded])  # cancelled meanwhile
+            await self._files.delete([uploaded])  # the batch was cancelled meanwhile
             raise
         return uploaded
 
@@ -129,7 +130,7 @@ class Submitter:
         brief = await self._db.briefs.get(batch.brief)
         lines, last = 0, 0
         while page := await self._page(batch, last):
-            notes: list[dict[str, Any]] = []
+            notes: list[BatchNote] = []
             results = await asyncio.gather(*(self._line(image, settings.question, brief, notes) for image in page))
             failed: list[BatchAnswer] = [
                 {"task": image.task, "error": line.as_json()}
@@ -158,14 +159,14 @@ class Submitter:
     async def _report(self, batch: Batch, failed: list[BatchAnswer]) -> None:
         await self._slots.retry(lambda: store_answers(self._db, batch, failed))
 
-    async def _note(self, batch: Batch, notes: list[dict[str, Any]]) -> None:
+    async def _note(self, batch: Batch, notes: list[BatchNote]) -> None:
         await self._slots.retry(lambda: self._db.note_images(batch, notes))
 
     async def _split(self, batch: Batch, last: int) -> None:
         await self._slots.retry(lambda: self._db.batch_split(batch, last))
 
     async def _line(
-        self, image: Image, question: Question, brief: Brief | None, notes: list[dict[str, Any]]
+        self, image: Image, question: Question, brief: Brief | None, notes: list[BatchNote]
     ) -> bytes | TaggingError:
         try:
             side = max_side(question.image_detail, question.image_side)

@@ -43,7 +43,7 @@ class Tagger:
             outcomes: gets the outcome of each image.
             stages: gets the stages of each image.
             observations: gets the provider's limits and the number of calls sent.
-            briefs: say what is asked beside the question.
+            briefs: reads what is asked in addition to the question.
         """
         self._images = images
         self._provider = provider
@@ -85,12 +85,12 @@ class Tagger:
             if error.kind == "rate_limit" and error.origin == "provider":
                 self._observations.add_limits({**error.limits, "retry_after": error.retry_after}, sent)
             log_error(image, error)
-        except NotHeld:  # the lease has ended, and so has what its outcome is worth
+        except NotHeld:  # the lease has ended, so the database would refuse the outcome
             outcome["error"] = TaggingError("transient", "not_held", "Tagging was interrupted.").as_json()
         except Exception as error:
             # A bug must not affect the other images in flight. It counts as a failure of this image, which is retried
             # and finally fails.
-            log.exception("unexpected_error", task=image.task)
+            log.exception("unexpected_error_raised", task=image.task)
             outcome["error"] = TaggingError(
                 "transient", "internal_error", f"Tagging failed: {type(error).__name__}."
             ).as_json()

@@ -12,7 +12,7 @@ TOPICS = ("realtime", "batch", "store", "uploads", "outbox", "version")
 class Wake:
     """One event per topic, and ``stop``, which wakes all waiting tasks.
 
-    The events exist from the start, so that no notification is lost during a lane's first claim: the claim may have
+    The events exist from the start, so that no notification is lost during a lane's first claim. The claim may have
     read the database just before the change.
     """
 
@@ -41,7 +41,8 @@ class Wake:
                 await self.stop.wait()
 
     async def sleep(self, topic: str, seconds: float) -> None:
-        """Waits until the topic is notified (a stop notifies all) or for ``seconds``; then resets the topic."""
+        """Waits until the topic is notified (a stop notifies all topics), at most for ``seconds``; then resets the
+        topic."""
         event = self._events[topic]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -49,10 +50,10 @@ class Wake:
         event.clear()
 
     async def wait(self, topic: str, seconds: float | None) -> None:
-        """Waits until the topic is notified, for ``seconds`` (None: no limit), or until the worker stops; then resets
+        """Waits until the topic is notified or the worker stops, at most for ``seconds`` (None: no limit); then resets
         it.
 
-        Where LISTEN is impossible, it waits at most ``poll_every`` seconds.
+        If LISTEN is impossible, it waits at most ``poll_every`` seconds.
         """
         if self.poll_every is not None:
             seconds = self.poll_every if seconds is None else min(seconds, self.poll_every)

@@ -5,9 +5,10 @@ import { answerTo } from '../limit.js'
 import type { Live } from '../live.js'
 
 const CHUNK = 500 // rows of one request; a project's own limit is rarely lower
-const MOST_IDS = 100 // of one request, and
-const LONGEST_IDS = 4_000 // their characters in the address: proxies refuse longer ones
-const RETRIES = [1_000, 2_000, 4_000, 8_000, 16_000] // ms; after that, every LONGEST_RETRY if it can pass by itself, or else at the next message
+const MAX_IDS = 100 // of one request
+const LONGEST_IDS = 4_000 // characters of the ids in a URL: proxies refuse longer URLs
+// ms; after these, every LONGEST_RETRY if the error may pass by itself, otherwise at the next message
+const RETRIES = [1_000, 2_000, 4_000, 8_000, 16_000]
 const LONGEST_RETRY = 30_000
 const WRITTEN = ['tagging_stage', 'tagging_progress', 'tagging_eta', 'tagging_error', 'tagging_result', 'tags']
 const LIVE = /^(queued|preparing|submitted|processing|completing)$/
@@ -29,7 +30,7 @@ export interface Source {
   written: readonly string[]
 }
 
-/** The address of a query: what it shows. */
+/** The URL of a query, which identifies its rows. */
 export function addressOf(query: () => Builder): string {
   const builder = query() as { url?: URL, schema?: string, body?: unknown }
   if (!builder.url) throw new Error('useAssets: `query` must return a query of supabase-js: supabase.from(…).select(…)')
@@ -37,12 +38,12 @@ export function addressOf(query: () => Builder): string {
   return `${builder.schema ?? ''} ${builder.url.pathname}${builder.url.search}${args}`
 }
 
-/** A select list with columns under names of one letter, and the names that they stand for. */
+/** A select list with one-letter names for the columns, and the names for which they stand. */
 export interface Lean { select: string, names: Record<string, string> }
 
 /**
- * Of a select list, the key and what comes from the columns that autotag writes. Letters instead of names make the answer half as long.
- * null: they cannot be told apart.
+ * The part of a select list with the key and the columns that autotag writes. One-letter names halve the size of the answer. null: these
+ * columns cannot be identified.
  */
 export function leanSelect(select: string | null, key: string, written: readonly string[]): Lean | null {
   const items = !select || select === '*' ? [key, ...written] : itemsOf(select)
@@ -92,8 +93,8 @@ function renamed<Row extends AnyRow>(row: Row, names: Record<string, string>): R
 }
 
 /**
- * The rows of one query in a QueryClient, and the one place that fetches them: pages, and what messages tell has changed. One
- * request at a time; what is told meanwhile goes into the next one.
+ * The rows of one query in a QueryClient, and the only code that fetches them: pages, and rows that messages report as changed. It makes
+ * one request at a time; rows that are reported meanwhile are in the next one.
  */
 export class AssetList<Row extends AnyRow> {
   source: Source
@@ -101,21 +102,21 @@ export class AssetList<Row extends AnyRow> {
   readonly #queryKey: QueryKey
   readonly #live: Live<Key>
   #ids = new Set<string>() // whose rows have changed
-  #head = false // rows have changed, and nobody says which
+  #head = false // rows have changed, but it is unknown which
   #everything = false
-  #put = new Map<string, Row>() // by this page, since the last load began
-  #elsewhere = new Set<string>() // rows below those that are loaded
+  #put = new Map<string, Row>() // rows written by this page since the last load began
+  #elsewhere = new Set<string>() // changed rows that are below the loaded ones
   #jobs = new Set<string>()
   #busy: Promise<unknown> = Promise.resolve()
   #pumping = false
   #running = 0
   #loadBegan = 0
   #fetchEnded = 0
-  #generation = 0 // of users
+  #generation = 0 // increases with each change of user
   #failures = 0
-  #passes = false // the last error, by itself
-  #largest = 0 // rows of an answer so far
-  #limit = CHUNK // of the project, where it is lower
+  #passes = false // whether the last error may pass by itself
+  #largest = 0 // rows of the longest answer so far
+  #limit = CHUNK // the project's own limit, if it is lower
   #timer: ReturnType<typeof setTimeout> | undefined
   #lean = true
   #more: Promise<void> | null = null
@@ -159,7 +160,7 @@ export class AssetList<Row extends AnyRow> {
     this.#client.setQueryData<AssetData<Row>>(this.#queryKey, { rows, hasMore })
   }
 
-  /** As text: a message lists numbers where a query selects `id::text`. */
+  /** The key as text: messages may list numbers although the query selects `id::text`. */
   #keyOf(row: Row): string { return String(row[this.source.key]) }
 
   /** Whether a row can change its place. */
@@ -173,21 +174,21 @@ export class AssetList<Row extends AnyRow> {
     return ascending ? order < 0 : order > 0
   }
 
-  // -- what is asked for
+  // -- loading
 
-  /** All that is loaded, anew; the first page if nothing is. TanStack Query calls it. */
+  /** Loads everything again that is loaded, or the first page if nothing is. TanStack Query calls it. */
   load(): Promise<AssetData<Row>> {
     const loaded = this.#alone(async () => {
       const count = Math.max(this.#data?.rows.length ?? 0, this.source.pageSize)
       this.#everything = this.#head = false
       this.#ids.clear()
-      for (;;) { // until it is of the user who is signed in
+      for (;;) { // repeat until the answer is for the user who is signed in
         const generation = this.#generation
         const data = await this.#top(count, false)
         if (generation === this.#generation) return data
       }
     })
-    this.#busy = this.#busy.then(() => new Promise((resolve) => { setTimeout(resolve) })) // until TanStack Query has stored it
+    this.#busy = this.#busy.then(() => new Promise((resolve) => { setTimeout(resolve) })) // wait until TanStack Query has stored it
     void this.#busy.then(() => this.#pump())
     return loaded
   }
@@ -208,7 +209,7 @@ export class AssetList<Row extends AnyRow> {
     return this.#more
   }
 
-  /** Shows rows that this page has written: new ones in their place, known ones with their new values. */
+  /** Shows rows that this page has written: new rows in their place, known rows with their new values. */
   put(rows: readonly Row[]): void {
     for (const row of rows) this.#put.set(this.#keyOf(row), row)
     const data = this.#data
@@ -241,15 +242,15 @@ export class AssetList<Row extends AnyRow> {
     this.#loadBegan = this.#failures = 0
     if (this.#data) {
       this.#write([], false)
-      this.#everything = true // what the next user may see
+      this.#everything = true // load everything that the next user may see
     }
     clearTimeout(this.#timer)
-    this.#timer = setTimeout(() => { this.#reload(); void this.#pump() }) // supabase-js must not be called while it says who has signed in
+    this.#timer = setTimeout(() => { this.#reload(); void this.#pump() }) // supabase-js must not be called from within its own auth event
   }
 
   // -- one request at a time
 
-  /** Runs after what runs. */
+  /** Runs after everything that is already queued. */
   async #alone<T>(run: () => Promise<T>): Promise<T> {
     this.#running++
     const done = this.#busy.then(run).finally(() => { this.#running-- })
@@ -299,7 +300,7 @@ export class AssetList<Row extends AnyRow> {
     let length = 0
     for (const id of this.#ids) {
       length += encodeURIComponent(listed(id)).length + 3
-      if (chunk.length >= Math.min(MOST_IDS, this.#limit) || length > LONGEST_IDS) break
+      if (chunk.length >= Math.min(MAX_IDS, this.#limit) || length > LONGEST_IDS) break
       this.#ids.delete(id)
       if (!this.#elsewhere.has(id)) chunk.push(id)
     }
@@ -322,7 +323,7 @@ export class AssetList<Row extends AnyRow> {
     return stage === undefined || LIVE.test(String(stage))
   }
 
-  /** The rows with those that were fetched. What was asked for and did not come is gone: deleted, or filtered out. */
+  /** Merges fetched rows into the rows. Requested rows that are missing in the answer were deleted or filtered out. */
   #merge(data: AssetData<Row>, fetched: readonly Row[], asked: ReadonlySet<string>): Row[] {
     const { orderBy } = this.source
     const fresh = new Map(fetched.map((row) => [this.#keyOf(row), row]))
@@ -357,13 +358,13 @@ export class AssetList<Row extends AnyRow> {
       throw problem
     }).finally(() => { this.#fetchEnded = Date.now() })
     this.#passes = !status || status >= 500 || [408, 429].includes(status)
-      || status === 401 && this.#live.status !== 'signed-out' // a token that has lapsed; nobody's is refused for ever
+      || status === 401 && this.#live.status !== 'signed-out' // an expired token; without a user, retrying would not help
     if (error) throw fromRest(error, status)
     this.#largest = Math.max(this.#largest, data?.length ?? 0)
     return data ?? []
   }
 
-  /** The first rows, as many as `count`, and those that this page has written meanwhile; `below`: and the loaded rows below them. */
+  /** The first `count` rows, and rows that this page has written meanwhile; `below`: also the loaded rows below them. */
   async #top(count: number, below: boolean): Promise<AssetData<Row>> {
     const began = Date.now()
     this.#put.clear()
@@ -382,8 +383,8 @@ export class AssetList<Row extends AnyRow> {
   }
 
   /**
-   * As many rows as `count` after one of them; `full`: there may be more. An answer is short at the end of the table, or at a limit
-   * of the project's own (db-max-rows). That is told apart by asking for one row more, where no answer was longer before.
+   * The `count` rows after a row; `full`: there may be more. A short answer means the end of the table, or the project's own limit
+   * (db-max-rows). If no answer was longer before, one more row is requested to find out which.
    */
   async #rows(count: number, after?: Row): Promise<{ rows: Row[], full: boolean }> {
     const rows: Row[] = []
@@ -416,7 +417,7 @@ export class AssetList<Row extends AnyRow> {
     return await this.#ask(builder.order(key, { ascending }).limit(size))
   }
 
-  /** Rows by their ids, also where an answer is cut at the project's limit. Those that do not come are gone. */
+  /** Rows by their ids, even if the project's limit cuts an answer. Rows that are missing at the end do not exist any more. */
   async #byId(ids: readonly string[], known: boolean): Promise<Row[]> {
     const rows = await this.#some(ids, known)
     if (!rows.length || rows.length >= ids.length || rows.length < this.#largest) return rows
@@ -424,7 +425,7 @@ export class AssetList<Row extends AnyRow> {
     return [...rows, ...await this.#byId(ids.filter((id) => !found.has(id)), known)]
   }
 
-  /** Of rows that are known, only the columns that autotag writes. */
+  /** Fetches only the columns that autotag writes, for known rows. */
   async #some(ids: readonly string[], known: boolean): Promise<Row[]> {
     const { query, key, written } = this.source
     const builder = query()

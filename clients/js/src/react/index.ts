@@ -19,14 +19,14 @@ const Context = createContext<Provided | null>(null)
 
 export interface AutotagProviderProps {
   supabase: AnyClient
-  /** The workspace of hooks that name none. */
+  /** The workspace of hooks that do not name one. */
   workspaceId?: Key | undefined
-  /** Only where you call `supabase.realtime.setAuth(token)` yourself. */
+  /** Needed only if you call `supabase.realtime.setAuth(token)` yourself. */
   accessToken?: (() => Promise<string | null>) | undefined
   children?: ReactNode
 }
 
-/** Gives the hooks your client of supabase-js. TanStack Query's provider has to be around it, too. */
+/** Gives the hooks your client of supabase-js. It must be inside TanStack Query's provider. */
 export function AutotagProvider({ supabase, workspaceId, accessToken, children }: AutotagProviderProps): ReactElement {
   const provided = useMemo(() => ({ supabase, workspaceId, accessToken }), [supabase, workspaceId, accessToken])
   return createElement(Context.Provider, { value: provided }, children)
@@ -49,9 +49,9 @@ export function useAutotag(given?: Key): Autotag {
 export interface Tagging {
   /** Whether messages arrive. */
   status: LiveStatus
-  /** Why they do not. */
+  /** Why messages do not arrive. */
   error: AutotagError | null
-  /** Uploads that are not over, and those that have ended since the page was opened; newest first. */
+  /** Unfinished uploads, and uploads that have ended since the page was opened; newest first. */
   jobs: LiveJob[]
   /** `enqueue.mutate(ids)`, `enqueue.error` */
   enqueue: UseMutationResult<Enqueued, AutotagError, readonly Key[]>
@@ -59,7 +59,7 @@ export interface Tagging {
   retry: UseMutationResult<Enqueued, AutotagError, string>
 }
 
-/** The key of what the cache has of a workspace for one client of supabase-js. Its user's end is that of all below it. */
+/** The cache key for a workspace and a client of supabase-js. When its user signs out, everything below this key is removed. */
 function useKey(given: Key): readonly ['autotag', number, string] {
   const client = useQueryClient()
   const { supabase, workspaceId, accessToken } = useProvided(given)
@@ -70,7 +70,7 @@ function useKey(given: Key): readonly ['autotag', number, string] {
   return scope
 }
 
-/** A workspace's uploads: what runs, and how to begin, cancel and retry one. */
+/** A workspace's uploads, and functions that start, cancel and retry one. */
 export function useTagging(given?: Key): Tagging {
   const client = useQueryClient()
   const { workspaceId } = useProvided(given)
@@ -94,7 +94,7 @@ export function useTagging(given?: Key): Tagging {
   return { ...live, jobs: data ?? [], enqueue, cancel, retry }
 }
 
-/** Whether messages arrive, as state of React. */
+/** Whether messages arrive, as React state. */
 function useLive(given: Key): Pick<Tagging, 'status' | 'error'> {
   const { supabase, workspaceId, accessToken } = useProvided(given)
   const live = useMemo(() => _liveOf<Key>(supabase, workspaceId, accessToken), [supabase, workspaceId, accessToken])
@@ -120,17 +120,17 @@ export function useJob(jobId: string | null, given?: Key): { job: Job | undefine
 
 export interface AssetsOptions<Row> {
   workspaceId?: Key
-  /** Your query: table, columns and filters. Not its order or limit. */
+  /** Your query: table, columns and filters, without order and limit. */
   query: () => PromiseLike<{ data: Row[] | null }>
   /** The column with the image's id. Default: id. */
   key?: keyof Row & string
   /** The column that orders the rows. Default: created_at. */
   orderBy?: keyof Row & string
-  /** Default: false, the newest first. */
+  /** Default: false, which means newest first. */
   ascending?: boolean
   /** Rows of a page. Default: 50. */
   pageSize?: number
-  /** The column with the tags, where it is not `tags`. */
+  /** The column with the tags, if it is not `tags`. */
   tagsColumn?: keyof Row & string
   /** The first page, as a server has rendered it. */
   initialRows?: Row[]
@@ -145,13 +145,13 @@ export interface Assets<Row> {
   hasMore: boolean
   isLoadingMore: boolean
   loadMore(): void
-  /** Shows rows that you have written: inserted ones, and those whose tags a person has edited. */
+  /** Shows rows that you have written: inserted rows, and rows whose tags a person has edited. */
   put(rows: readonly Row[]): void
-  /** Fetches what is loaded once more. */
+  /** Fetches all loaded rows again. */
   refresh(): void
 }
 
-/** Pages of rows, newest first, that follow their tagging. Of what changes, only the changed rows are fetched. */
+/** Pages of rows, newest first, which are updated while they are tagged. Only changed rows are fetched. */
 export function useAssets<Row extends object>(options: AssetsOptions<Row>): Assets<Row> {
   const { query, key = 'id', orderBy = 'created_at', ascending = false, pageSize = 50 } = options
   const client = useQueryClient()

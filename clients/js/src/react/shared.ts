@@ -9,14 +9,14 @@ const users = new WeakMap<Shareable, number>()
 const names = new WeakMap<AnyClient, number>()
 let clients = 0
 
-/** A client of supabase-js as part of a key: two of them, with two users, can share a cache. */
+/** Identifies a client of supabase-js in a cache key, because two clients with different users may share a cache. */
 export function nameOf(supabase: AnyClient): number {
   const name = names.get(supabase) ?? ++clients
   names.set(supabase, name)
   return name
 }
 
-/** One object for all components with the same name; it runs while one of them is on the page. */
+/** One object for all components with the same name. It runs while at least one of them is on the page. */
 export function useShared<T extends Shareable>(client: QueryClient, name: string, make: () => T): T {
   const [, lookAgain] = useReducer((count: number) => count + 1, 0)
   const own = all.get(client) ?? new Map<string, Shareable>()
@@ -24,7 +24,7 @@ export function useShared<T extends Shareable>(client: QueryClient, name: string
   const shared = (own.get(name) as T | undefined) ?? make()
   own.set(name, shared)
   useEffect(() => {
-    if (own.get(name) !== shared && own.has(name)) return lookAgain() // made by others while this component was hidden (<Activity>)
+    if (own.get(name) !== shared && own.has(name)) return lookAgain() // another component made a new one while this one was hidden (<Activity>)
     own.set(name, shared)
     const count = (users.get(shared) ?? 0) + 1
     users.set(shared, count)
@@ -40,7 +40,7 @@ export function useShared<T extends Shareable>(client: QueryClient, name: string
   return shared
 }
 
-/** Makes a function that fetches a query once more: one fetch at a time, and calls during a fetch cause one more after it. */
+/** Makes a function that fetches a query again, one fetch at a time. Calls during a fetch cause one more fetch after it. */
 export function fetchingAnew(client: QueryClient, queryKey: QueryKey, load: () => Promise<unknown>): () => Promise<void> {
   const fetch = (): Promise<unknown> => client.fetchQuery({ queryKey, queryFn: load, staleTime: 0, retry: 3 }).catch(() => undefined)
   let running = false
