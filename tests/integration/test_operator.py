@@ -57,6 +57,14 @@ async def test_status_of_an_empty_system_says_that_no_worker_is_alive(library: L
     assert "No worker is alive: start one with `autotag worker`." in out
 
 
+async def test_status_goes_on_where_no_terminal_is(library: Library) -> None:
+    async with running(library.stack, "status", "--watch") as process, asyncio.timeout(PATIENCE):
+        assert process.stdout is not None
+        for _ in range(2):
+            while "No worker is alive" not in (await process.stdout.readline()).decode():
+                assert not process.stdout.at_eof()
+
+
 async def test_status_shows_uploads_batches_limits_workers_errors_and_cost(library: Library) -> None:
     stack = library.stack
     stack.simulator.plan.batch_latency = (20, 20)

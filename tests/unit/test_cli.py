@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from autotag.cli import app as app_module
 from autotag.cli import errors, questions, usage
 from autotag.cli.app import COMMANDS, app
+from autotag.config import GONE, OperatorSettings, SettingsError, load_settings
 from autotag.db import Refused, VersionsDiffer
 from autotag.install.facts import Facts, Table
 from autotag.install.host import Choices, HostError, propose
@@ -145,6 +146,25 @@ def test_a_dotenv_in_another_encoding_is_one_sentence(
     done = CliRunner().invoke(app, [command, *(["--json"] if command != "worker" else [])])
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
     assert "save it again with the encoding UTF-8" in (done.stderr if command == "worker" else done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("SUPABASE_DB_URL=nonsense", "SUPABASE_DB_URL is wrong: "),
+        ("supabase_db_url=nonsense", "SUPABASE_DB_URL is wrong: "),
+        *((f"{name}=1", f"{name} is gone: ") for name in GONE),
+    ],
+)
+def test_a_variable_in_a_dotenv_is_named_as_the_file_names_it(
+    line: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("AUTOTAG_DATABASE_URL", "SUPABASE_DB_URL", "DATABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / ".env").write_text(line)
+    with pytest.raises(SettingsError, match=f"^{re.escape(said)}"):
+        load_settings(OperatorSettings)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])

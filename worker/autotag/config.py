@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
 from autotag import connection_string
 from autotag.redact import remember, remember_connection
@@ -323,10 +323,12 @@ def load_settings(kind: type[S] = Settings, **changes: Any) -> S:  # type: ignor
     Raises:
         SettingsError: a variable is missing or wrong. The message names the first one and its meaning.
     """
-    for name, instead in GONE.items():
-        if name in os.environ:
-            raise SettingsError(f"{name} is gone: {instead}.")
+    present = {*os.environ}  # the names of the variables that are set
     try:
+        present |= {name.upper() for name in DotEnvSettingsSource(kind).env_vars}
+        for name, instead in GONE.items():
+            if name in present:
+                raise SettingsError(f"{name} is gone: {instead}.")
         return kind(**changes)
     except UnicodeDecodeError:
         raise SettingsError(
@@ -345,7 +347,7 @@ def load_settings(kind: type[S] = Settings, **changes: Any) -> S:  # type: ignor
             names = environment_names(key, field)
             if location in (key, *names):
                 # Name the variable that is set, or else the usual one, which is last.
-                name = next((n for n in names if n in os.environ), names[-1])
+                name = next((n for n in names if n in present), names[-1])
                 meaning = f" ({field.description})".replace(Settings.role, kind.role)
                 break
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Annotated
 
 import typer
@@ -44,11 +44,15 @@ def status(watch: Watch = False, as_json: Json = False) -> None:
 
 
 async def _show_forever(operator: Operator, as_json: bool) -> None:
-    with Live(console=Console(), screen=not as_json, auto_refresh=False) as live:
+    console = Console()
+    on_screen = console.is_terminal and not as_json
+    with Live(console=console, screen=True, auto_refresh=False) if on_screen else nullcontext() as live:
         while True:
             current = await operator.status()
             if as_json:
                 say_json(current)
-            else:
+            elif live:
                 live.update(render(current), refresh=True)
+            else:
+                console.print(render(current))
             await asyncio.sleep(REFRESH)
