@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -122,15 +123,21 @@ def release(version: str) -> Path:
     """Releases the changes since the last release.
 
     Raises:
-        ReleaseError: the version is invalid or not later, nothing has changed, or a released file has changed.
+        ReleaseError: the version is invalid or not later, nothing has changed, a released file has changed, or there
+            are uncommitted changes.
     """
     if not VERSION.fullmatch(version):
-        raise schema.ReleaseError(f"{version} is not a version (X.Y.Z).")
+        raise schema.ReleaseError(f"{version!r} is not a version (X.Y.Z).")
     released = [_order(each.version) for each in schema.releases()]
     if released and _order(version) <= max(released):
         raise schema.ReleaseError(f"{version} is not later than the last release.")
+    if _order(version) < _order(_version()):
+        raise schema.ReleaseError(f"{version} is earlier than the version of the source, {_version()}.")
     if changed := schema.changed_files() + changed_since_tag():
         raise schema.ReleaseError(f"Released files have changed: {', '.join(changed)}. Restore them.")
+    if uncommitted := _git("status", "--porcelain", "--", "."):
+        names = ", ".join(line[3:] for line in uncommitted.decode().splitlines()[:5])
+        raise schema.ReleaseError(f"Commit your changes first, so that the release is what was tested: {names}.")
     if not schema.next_migration(version):  # before anything is written
         raise schema.ReleaseError("Nothing has changed since the last release.")
     _set_version(version)
@@ -152,7 +159,8 @@ def release(version: str) -> Path:
 def _version() -> str:
     """The version in the schema source."""
     found = re.search(VERSION_IN_SCHEMA, (schema.SCHEMAS / "version.sql").read_text())
-    assert found, "version.sql has no version"
+    if not found:
+        raise schema.ReleaseError("supabase/schemas/version.sql has no version.")
     return found[0]
 
 
@@ -184,7 +192,17 @@ def _set_version(version: str) -> None:
         path.write_text(text)
 
 
+USAGE = """\
+usage: scripts/release [--check | X.Y.Z]
+  without arguments  writes the migration of what changed since the last release
+  --check            checks that it is up to date, and that no released file has changed
+  X.Y.Z              makes a release"""
+
+
 def main(arguments: list[str]) -> int:
+    if arguments in (["--help"], ["-h"]):
+        print(USAGE)
+        return 0
     try:
         if arguments == ["--check"]:
             problems = differences()
@@ -197,10 +215,13 @@ def main(arguments: list[str]) -> int:
             path = release(arguments[0])
             print(f"Released: {path.relative_to(schema.ROOT)}. Commit it and tag the commit v{arguments[0]}.")
         else:
-            print("usage: scripts/release [--check | X.Y.Z]", file=sys.stderr)
+            print(USAGE, file=sys.stderr)
             return 2
     except schema.ReleaseError as error:
         print(f"release: {error}", file=sys.stderr)
+        return 1
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        print(f"release: a file cannot be read or written: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pglast import ast, parse_sql
-from pglast.parser import parse_sql_json, split
+from pglast.parser import ParseError, parse_sql_json, split
 from pglast.stream import RawStream
 
 ROOT = Path(__file__).parent.parent
@@ -100,12 +100,20 @@ def source(*, host: bool) -> str:
 
 
 def statements(path: Path) -> Iterator[Statement]:
-    """The statements of a file."""
-    text = path.read_text()
+    """The statements of a file.
+
+    Raises:
+        ReleaseError: its SQL has a syntax error.
+    """
+    text = path.read_text(encoding="utf-8")
     end = 0
-    for part in split(text, only_slices=True):
-        yield _statement(text[part], text[end : part.start], str(path.relative_to(SCHEMAS)))
-        end = text.find(";", part.stop) + 1 or part.stop
+    try:
+        for part in split(text, only_slices=True):
+            yield _statement(text[part], text[end : part.start], str(path.relative_to(SCHEMAS)))
+            end = text.find(";", part.stop) + 1 or part.stop
+    except ParseError as error:
+        message, index = error.args[0], error.args[1] or 0
+        raise ReleaseError(f"{path.relative_to(ROOT)}, line {text.count(chr(10), 0, index) + 1}: {message}.") from None
 
 
 def _statement(text: str, before: str, path: str) -> Statement:
@@ -188,9 +196,18 @@ class Release:
 
 @cache
 def releases() -> list[Release]:
-    """All releases, oldest first."""
-    unordered = [Release(**json.loads(path.read_text())) for path in RELEASES.glob("*.json")]
-    return sorted(unordered, key=lambda release: release.file)
+    """All releases, oldest first.
+
+    Raises:
+        ReleaseError: a file in ``supabase/releases`` is not a record of a release.
+    """
+    found = []
+    for path in RELEASES.glob("*.json"):
+        try:
+            found.append(Release(**json.loads(path.read_text(encoding="utf-8"))))
+        except (ValueError, TypeError):
+            raise ReleaseError(f"{path.relative_to(ROOT)} is not a record of a release: restore it.") from None
+    return sorted(found, key=lambda release: release.file)
 
 
 def changed_files() -> list[str]:

@@ -54,6 +54,11 @@ def change(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
+def git(folder: Path, *arguments: str) -> None:
+    identity = ("-c", "user.name=t", "-c", "user.email=t@example.com")
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
 def catalog_of(url: str) -> dict[str, str]:
     with psycopg.connect(url) as connection:
         return catalog(connection)
@@ -125,18 +130,12 @@ def test_a_released_migration_never_changes(tree: Path) -> None:
 
 def test_a_tag_has_what_was_released(tree: Path) -> None:
     """Also where somebody has edited the migration and its hash."""
-    root = tree.parent
-
-    def git(*arguments: str) -> None:
-        identity = ("-c", "user.name=t", "-c", "user.email=t@example.com")
-        subprocess.run(["git", *identity, *arguments], cwd=root, check=True, capture_output=True)
-
     released = schema.releases()[-1]
-    git("init", "-q")
-    git("add", "-A")
-    git("commit", "-qm", "release")
+    git(tree.parent, "init", "-q")
+    git(tree.parent, "add", "-A")
+    git(tree.parent, "commit", "-qm", "release")
     assert release.differences() == [], "nothing is tagged"
-    git("tag", f"v{released.version}")
+    git(tree.parent, "tag", f"v{released.version}")
     assert release.differences() == []
     path = tree / "migrations" / released.file
     path.write_text(path.read_text() + " ")
@@ -165,6 +164,8 @@ def test_before_the_first_release_all_of_the_schema_is_one_migration(tree: Path)
     assert release.differences() == [f"supabase/migrations/{path.name} is out of date: run scripts/release."]
     assert release.write() == [path]
     assert release.differences() == []
+    with pytest.raises(schema.ReleaseError, match="earlier than the version of the source"):
+        release.release("7.9.9")
     assert release.release("8.0.0") == path
     assert [each.version for each in schema.releases()] == ["8.0.0"]
     with pytest.raises(schema.ReleaseError, match="later"):
@@ -191,6 +192,47 @@ def test_a_release_that_is_refused_changes_nothing(tree: Path, version: str, sai
     with pytest.raises(schema.ReleaseError, match=said):
         release.release(version)
     assert files() == before
+
+
+def test_only_what_is_committed_is_released(tree: Path) -> None:
+    git(tree.parent, "init", "-q")
+    git(tree.parent, "add", "-A")
+    git(tree.parent, "commit", "-qm", "all")
+    path = tree / "schemas" / "views" / "eta.sql"
+    path.write_text(path.read_text() + "-- a comment alone\n")
+    with pytest.raises(schema.ReleaseError, match=r"Commit your changes first.*: supabase/schemas/views/eta\.sql\."):
+        release.release("9.0.0")
+
+
+@pytest.mark.parametrize(
+    ("file", "added", "said"),
+    [
+        (
+            "schemas/views/eta.sql",
+            b"create tabel x (a int);",
+            r"^supabase/schemas/views/eta\.sql, line \d+: syntax error at .*tabel",
+        ),
+        ("schemas/views/eta.sql", b"do $$ begin", "unterminated dollar-quoted string"),
+        ("schemas/views/eta.sql", b"-- \xff", "a file cannot be read or written: .*utf-8"),
+        ("config.toml", b"x = [", "a file cannot be read or written: "),
+        ("releases/9.0.0.json", b"", r"^supabase/releases/9\.0\.0\.json is not a record"),
+        ("releases/9.0.0.json", b"null", "is not a record"),
+        ("releases/9.0.0.json", b'{"version": "9.0.0"}', "is not a record"),
+        ("releases/9.0.0.json", b"<<<<<<< HEAD", "is not a record"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [[], ["--check"], ["9.9.9"]], ids=["write", "check", "release"])
+def test_a_damaged_file_is_one_sentence(
+    tree: Path, file: str, added: bytes, said: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tree / file
+    path.write_bytes((path.read_bytes() if path.exists() else b"") + added)
+    schema.releases.cache_clear()
+    assert release.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert re.search(said, captured.err.removeprefix("release: "))
 
 
 def test_a_file_that_the_config_does_not_name_is_found_before_its_objects_are_dropped(tree: Path) -> None:
