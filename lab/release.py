@@ -57,8 +57,9 @@ def next_file(version: str) -> Path:
 
 def differences() -> list[str]:
     """Every file that differs from what it should be, as sentences."""
-    problems = [f"{file} was released and has changed: restore it." for file in schema.changed_files()]
-    problems += [f"{file} is not what its tag has: restore it." for file in changed_since_tag()]
+    changed = schema.changed_files()
+    problems = [f"{file} was released and has changed: restore it." for file in changed]
+    problems += [f"{file} is not what its tag has: restore it." for file in changed_since_tag() if file not in changed]
     files = expected()
     problems += [
         f"{path.relative_to(schema.ROOT)} is out of date: run scripts/release."
@@ -82,11 +83,11 @@ def changed_since_tag() -> list[str]:
     Without git, or in a clone without tags, it compares nothing; CI fetches the tags.
 
     Raises:
-        ReleaseError: on GitHub, git cannot read the tags.
+        ReleaseError: on GitHub, there are releases, but no tags.
     """
     listed = _git("tag", "--list", "v*")
-    if listed is None and os.environ.get("GITHUB_ACTIONS"):
-        raise schema.ReleaseError("git cannot list the tags, so nothing shows that released files are as they were.")
+    if not listed and os.environ.get("GITHUB_ACTIONS") and (listed is None or schema.releases()):
+        raise schema.ReleaseError("git finds no tags, so nothing shows that released files are as they were.")
     changed = []
     for tag in (listed or b"").decode().split():
         name = f"supabase/releases/{tag.removeprefix('v')}.json"
@@ -107,8 +108,19 @@ def _git(*arguments: str) -> bytes | None:
     return None if done.returncode else done.stdout
 
 
+def _check_released() -> None:
+    """Raises `ReleaseError` if a released file has changed. Nothing is generated then."""
+    if changed := list(dict.fromkeys(schema.changed_files() + changed_since_tag())):
+        raise schema.ReleaseError(f"Released files have changed: {', '.join(changed)}. Restore them.")
+
+
 def write() -> list[Path]:
-    """Writes the generated files. Returns those that are new or have changed."""
+    """Writes the generated files. Returns those that are new or have changed.
+
+    Raises:
+        ReleaseError: as `expected`, or a released file has changed.
+    """
+    _check_released()
     files = expected()
     for path in schema.MIGRATIONS.glob(f"*_autotag_{schema.UNRELEASED}.sql"):
         if path not in files:
@@ -133,8 +145,8 @@ def release(version: str) -> Path:
         raise schema.ReleaseError(f"{version} is not later than the last release.")
     if _order(version) < _order(_version()):
         raise schema.ReleaseError(f"{version} is earlier than the version of the source, {_version()}.")
-    if changed := schema.changed_files() + changed_since_tag():
-        raise schema.ReleaseError(f"Released files have changed: {', '.join(changed)}. Restore them.")
+    _check_released()
+    expected()  # raises before anything is written
     if uncommitted := _git("status", "--porcelain", "--", "."):
         names = ", ".join(line[3:] for line in uncommitted.decode().splitlines()[:5])
         raise schema.ReleaseError(f"Commit your changes first, so that the release is what was tested: {names}.")
@@ -187,22 +199,12 @@ def _set_version(version: str) -> None:
     ):
         written[path], changes = re.subn(pattern, version, written.get(path) or path.read_text())
         if not changes:
-            raise schema.ReleaseError(f"{path.relative_to(schema.ROOT)} has no version that fits {pattern}.")
+            raise schema.ReleaseError(f"{path.relative_to(schema.ROOT)} has no version where it is expected.")
     for path, text in written.items():
         path.write_text(text)
 
 
-USAGE = """\
-usage: scripts/release [--check | X.Y.Z]
-  without arguments  writes the migration of what changed since the last release
-  --check            checks that it is up to date, and that no released file has changed
-  X.Y.Z              makes a release"""
-
-
 def main(arguments: list[str]) -> int:
-    if arguments in (["--help"], ["-h"]):
-        print(USAGE)
-        return 0
     try:
         if arguments == ["--check"]:
             problems = differences()
@@ -215,7 +217,7 @@ def main(arguments: list[str]) -> int:
             path = release(arguments[0])
             print(f"Released: {path.relative_to(schema.ROOT)}. Commit it and tag the commit v{arguments[0]}.")
         else:
-            print(USAGE, file=sys.stderr)
+            print("usage: scripts/release [--help | --check | X.Y.Z]", file=sys.stderr)
             return 2
     except schema.ReleaseError as error:
         print(f"release: {error}", file=sys.stderr)

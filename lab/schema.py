@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pglast import ast, parse_sql
-from pglast.parser import ParseError, parse_sql_json, split
+from pglast.parser import ParseError, parse_sql_json, scan, split
 from pglast.stream import RawStream
 
 ROOT = Path(__file__).parent.parent
@@ -46,12 +46,13 @@ class Statement:
     """One statement of the source with the comment above it.
 
     Attributes:
-        key: identifies the object regardless of layout: ``function autotag.claim(uuid, integer)``.
+        key: identifies the object regardless of layout: ``function autotag.claim(uuid, integer)``. For functions and
+            triggers, ``drop`` takes it.
         hash: of a function's text; of other statements' syntax tree, which ignores comments and layout.
         returns: a function's return type, and the names and defaults of its parameters. If one of them differs,
             Postgres cannot always replace the function, so the migration drops it first.
         path: the file, relative to ``supabase/schemas``.
-        name: of the object, without its schema; empty for a function, and for a statement that names none.
+        name: of the object, without its schema; empty for a statement that names none.
     """
 
     key: str
@@ -67,9 +68,13 @@ class Statement:
         return self.key.startswith("function ")
 
     @property
+    def is_trigger(self) -> bool:
+        return self.key.startswith("trigger ")
+
+    @property
     def needs_step(self) -> bool:
         """Whether an installation needs a statement in changes.sql after a change."""
-        return not self.is_function and self.path not in REPEATED
+        return not (self.is_function or self.is_trigger or self.path in REPEATED)
 
     def describe(self) -> str:
         return f"{self.path}: {' '.join(self.text.split())[:100]}"
@@ -83,6 +88,8 @@ def schema_files() -> list[Path]:
     """
     config = tomllib.loads((SUPABASE / "config.toml").read_text())
     listed = [SUPABASE / path for path in config["db"]["migrations"]["schema_paths"]]
+    if twice := [str(path.relative_to(SUPABASE)) for path, count in Counter(listed).items() if count > 1]:
+        raise ReleaseError(f"{', '.join(twice)}: name each file once in config.toml (schema_paths).")
     if odd := ({*SCHEMAS.rglob("*.sql")} - {CHANGES}) ^ {*listed}:
         names = ", ".join(str(path.relative_to(SUPABASE)) for path in sorted(odd))
         raise ReleaseError(f"{names}: name each file in schemas/ in config.toml (schema_paths), and no other.")
@@ -112,8 +119,7 @@ def statements(path: Path) -> Iterator[Statement]:
             yield _statement(text[part], text[end : part.start], str(path.relative_to(SCHEMAS)))
             end = text.find(";", part.stop) + 1 or part.stop
     except ParseError as error:
-        message, index = error.args[0], error.args[1] or 0
-        raise ReleaseError(f"{path.relative_to(ROOT)}, line {text.count(chr(10), 0, index) + 1}: {message}.") from None
+        raise _syntax_error(path, text, error) from None
 
 
 def _statement(text: str, before: str, path: str) -> Statement:
@@ -127,11 +133,14 @@ def _statement(text: str, before: str, path: str) -> Statement:
         name = ".".join(part.sval for part in node.funcname or ())
         digest = hashlib.sha256(text.encode()).hexdigest()
         return Statement(
-            f"function {name}({', '.join(inputs)})", digest, text, comment, f"{returns} {outs} {parameters}", path
+            f"function {name}({', '.join(inputs)})", digest, text, comment, f"{returns} {outs} {parameters}", path, name
         )
     meaning = json.dumps(_without_locations(json.loads(parse_sql_json(text))), sort_keys=True)
     digest = hashlib.sha256(meaning.encode()).hexdigest()
-    return Statement(f"{type(node).__name__} {digest[:16]}", digest, text, comment, "", path, _object_name(node))
+    key = f"{type(node).__name__} {digest[:16]}"
+    if isinstance(node, ast.CreateTrigStmt) and node.replace and node.relation:
+        key = f"trigger {node.trigname} on {node.relation.schemaname}.{node.relation.relname}"
+    return Statement(key, digest, text, comment, "", path, _object_name(node))
 
 
 def _object_name(node: ast.Node | None) -> str:
@@ -211,9 +220,9 @@ def releases() -> list[Release]:
 
 
 def changed_files() -> list[str]:
-    """Released migrations that have changed or no longer exist."""
+    """Released migrations that have changed or no longer exist, as paths from the root."""
     return [
-        release.file
+        str((MIGRATIONS / release.file).relative_to(ROOT))
         for release in releases()
         if not (MIGRATIONS / release.file).exists() or sha256((MIGRATIONS / release.file).read_text()) != release.sha256
     ]
@@ -226,35 +235,62 @@ def sha256(text: str) -> str:
 def next_migration(version: str) -> str:
     """The migration from the last release to the current source; empty when nothing has changed.
 
+    Functions and triggers are generated: after the steps of changes.sql, changed triggers and functions that cannot be
+    replaced are dropped, then functions are created, and then triggers, which call them.
+
     Raises:
-        ReleaseError: an object that is no function has changed, and changes.sql does not name it.
+        ReleaseError: another object has changed, or one depends on a function that has to be dropped, and changes.sql
+            does not name it; or changes.sql has a syntax error.
     """
     now = engine()
     last = releases()[-1] if releases() else None
     if last is None:
         return f"{HEADER.format(version=version)}\n{LATE}\n{source(host=False)}"
     before = last.statements
-    steps = CHANGES.read_text() if CHANGES.exists() else ""
+    steps = _steps()
     new = [s for s in now if before.get(s.key) != s.hash]
     removed = sorted(set(before) - {s.key for s in now})
-    functions = [s for s in new if s.is_function]
-    if not (new or removed or _has_statements(steps)):
+    functions, triggers = [s for s in new if s.is_function], [s for s in new if s.is_trigger]
+    if not (new or removed or steps):
         return ""
-    changed = [(s.name, s.describe()) for s in new if s.needs_step]
-    changed += [(name, f"removed from {text}") for key, (name, text) in last.objects.items() if key in removed]
-    if missing := [text for name, text in changed if not _names(steps, name)]:
+    drops = [key for key in removed if key.startswith("function ")]
+    drops += [s.key for s in functions if s.key in before and last.returns.get(s.key, s.returns) != s.returns]
+    _check_steps(steps, new, removed, last)
+    _check_dependents(steps, now, drops)
+    old_triggers = [key for key in removed if key.startswith("trigger ")] + [s.key for s in triggers if s.key in before]
+    parts = [HEADER.format(version=version), LATE]
+    parts += [steps] if steps else []
+    parts += [f"drop {key.replace(' ', ' if exists ', 1)};" for key in sorted(old_triggers) + sorted(drops)]
+    parts += [f"{s.comment}\n{s.text};".strip() for s in functions + triggers]
+    parts += [path.read_text().strip() for path in schema_files() if path.name in REPEATED]
+    return "\n\n".join(parts) + "\n"
+
+
+def _check_steps(steps: str, new: list[Statement], removed: list[str], last: Release) -> None:
+    """Each changed object that is not generated has to be named in changes.sql."""
+    changed = {s.name or s.text: (s.name, s.describe()) for s in new if s.needs_step}
+    for key, (name, text) in last.objects.items():
+        if key in removed:
+            changed.setdefault(name or text, (name, f"removed from {text}"))
+    if missing := [text for name, text in changed.values() if not _names(steps, name)]:
         raise ReleaseError(
             f"Changed since {last.version}. Add statements that name these objects, and update an existing schema, to"
             " supabase/schemas/changes.sql:\n" + "\n".join(f"  {text}" for text in missing)
         )
-    drops = [key for key in removed if key.startswith("function ")]
-    drops += [s.key for s in functions if s.key in before and last.returns.get(s.key, s.returns) != s.returns]
-    parts = [HEADER.format(version=version), LATE]
-    parts += [steps.strip()] if _has_statements(steps) else []
-    parts += [f"drop {key};" for key in sorted(drops)]
-    parts += [f"{s.comment}\n{s.text};".strip() for s in functions]
-    parts += [path.read_text().strip() for path in schema_files() if path.name in REPEATED]
-    return "\n\n".join(parts) + "\n"
+
+
+def _check_dependents(steps: str, now: list[Statement], drops: list[str]) -> None:
+    """Postgres refuses to drop a function that a policy, a table or a view uses."""
+    for key in drops:
+        name = key.removeprefix("function ").partition("(")[0]
+        call = r"(?<!\w)" + r" ?\. ?".join(re.escape(part) for part in name.split(".")) + r" ?\("
+        used = [s.describe() for s in now if not (s.is_function or s.is_trigger) and re.search(call, _code(s.text))]
+        if used and not _names(steps, name.rpartition(".")[2]):
+            raise ReleaseError(
+                f"The {key} cannot be replaced, and these objects use it. Add statements that drop these objects, and"
+                " then the function, to supabase/schemas/changes.sql, and create the objects again after it or in"
+                " grants.sql:\n" + "\n".join(f"  {text}" for text in used)
+            )
 
 
 LATE = """\
@@ -264,19 +300,41 @@ set local client_min_messages = warning;  -- without a notice for each %type"""
 HEADER = "-- autotag {version}. Made by scripts/release from supabase/schemas; what is released never changes."
 
 
-def _without_comments(text: str) -> str:
-    return "\n".join(line.partition("--")[0] for line in text.splitlines()).strip()
+def _steps() -> str:
+    """changes.sql with a semicolon at its end; empty if it has no statement.
+
+    Raises:
+        ReleaseError: it has a syntax error.
+    """
+    text = CHANGES.read_text(encoding="utf-8").strip() if CHANGES.exists() else ""
+    try:
+        parts = split(text, only_slices=True)
+    except ParseError as error:
+        raise _syntax_error(CHANGES, text, error) from None
+    if not parts:
+        return ""
+    end = parts[-1].stop
+    return text if ";" in text[end:].partition("--")[0] else f"{text[:end]};{text[end:]}"
 
 
-def _has_statements(text: str) -> bool:
-    return bool(_without_comments(text))
+def _syntax_error(path: Path, text: str, error: ParseError) -> ReleaseError:
+    message, index = error.args[0], error.args[1] or 0
+    return ReleaseError(f"{path.relative_to(ROOT)}, line {text.count(chr(10), 0, index) + 1}: {message}.")
 
 
 def _names(steps: str, name: str) -> bool:
     """Whether a statement of changes.sql names an object. Without a name, any statement will do."""
-    if not name:
-        return _has_statements(steps)
-    return bool(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", _without_comments(steps)))
+    return bool(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", _code(steps))) if name else bool(steps)
+
+
+def _code(text: str) -> str:
+    """SQL without comments and strings, except the text of a ``do $$ … $$``."""
+    parts = [(token.name, text[token.start : token.end + 1]) for token in scan(text)]
+    return " ".join(
+        part
+        for kind, part in parts
+        if kind not in ("SQL_COMMENT", "C_COMMENT") and (kind != "SCONST" or part.startswith("$"))
+    )
 
 
 def record(version: str, file: str) -> Release:

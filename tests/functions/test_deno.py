@@ -15,7 +15,7 @@ EACH = pytest.mark.parametrize("function", ["openai-webhook", "auto_tag_asset"])
 
 @pytest.mark.parametrize(
     "command",
-    [["fmt", "--check"], ["lint"], ["check", "--node-modules-dir=manual", NO_LOCK, "index.ts"]],
+    [["fmt", "--check"], ["lint", "--no-config"], ["check", "--node-modules-dir=manual", NO_LOCK, "index.ts"]],
     ids=lambda c: c[0],
 )
 @EACH

@@ -135,7 +135,7 @@ async def test_a_mistake_costs_three_calls_in_ten_seconds_and_no_image_and_is_ov
     make, repair = MISTAKES[mistake]
     make(fresh.stack.simulator.plan)
     async with mistaken(fresh, [50, 60] if mistake == "no_credit" else [50]) as told:
-        assert provider(fresh)["account_error"] is not None, "the operator is not told"
+        await until(lambda: provider(fresh)["account_error"] is not None, "what the operator is told")
         repaired = clock(fresh)
         repair(fresh.stack.simulator.plan)
         await check_repaired(fresh, told, repaired)
@@ -145,7 +145,9 @@ async def test_a_mistake_costs_three_calls_in_ten_seconds_and_no_image_and_is_ov
 async def test_a_model_that_nobody_knows_is_named_and_costs_no_image(fresh: Library) -> None:
     fresh.stack.configure(model="nope")
     async with mistaken(fresh, [50]) as told:
-        assert "`nope` does not exist" in provider(fresh)["account_error"]
+        await until(
+            lambda: "`nope` does not exist" in (provider(fresh)["account_error"] or ""), "what the operator is told"
+        )
         repaired = clock(fresh)
         fresh.stack.configure(model="gpt-6-luna")
         await check_repaired(fresh, told, repaired)

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import psycopg
@@ -52,6 +52,10 @@ def change(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {path.name}"
     path.write_text(text.replace(old, new))
+
+
+def files_of(tree: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in tree.parent.rglob("*") if path.is_file()}
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -121,11 +125,13 @@ def test_a_released_migration_never_changes(tree: Path) -> None:
     released = schema.releases()[-1]
     path = tree / "migrations" / released.file
     path.write_text(path.read_text() + " ")
-    assert release.differences() == [f"{released.file} was released and has changed: restore it."]
+    assert release.differences() == [f"supabase/migrations/{released.file} was released and has changed: restore it."]
+    with pytest.raises(schema.ReleaseError, match="Restore"):
+        release.write()
     with pytest.raises(schema.ReleaseError, match="Restore"):
         release.release("9.0.0")
     path.unlink()
-    assert release.differences()[0].startswith(released.file)
+    assert release.differences()[0].startswith(f"supabase/migrations/{released.file} ")
 
 
 def test_a_tag_has_what_was_released(tree: Path) -> None:
@@ -185,13 +191,10 @@ def test_before_the_first_release_all_of_the_schema_is_one_migration(tree: Path)
     ],
 )
 def test_a_release_that_is_refused_changes_nothing(tree: Path, version: str, said: str) -> None:
-    def files() -> dict[Path, bytes]:
-        return {path: path.read_bytes() for path in tree.parent.rglob("*") if path.is_file()}
-
-    before = files()
+    before = files_of(tree)
     with pytest.raises(schema.ReleaseError, match=said):
         release.release(version)
-    assert files() == before
+    assert files_of(tree) == before
 
 
 def test_only_what_is_committed_is_released(tree: Path) -> None:
@@ -212,6 +215,12 @@ def test_only_what_is_committed_is_released(tree: Path) -> None:
             b"create tabel x (a int);",
             r"^supabase/schemas/views/eta\.sql, line \d+: syntax error at .*tabel",
         ),
+        (
+            "schemas/changes.sql",
+            b"alter tabel x;",
+            r"^supabase/schemas/changes\.sql, line \d+: syntax error at .*tabel",
+        ),
+        ("schemas/host/baseline.sql", b"-- more", r"host/baseline\.sql was released and has changed"),
         ("schemas/views/eta.sql", b"do $$ begin", "unterminated dollar-quoted string"),
         ("schemas/views/eta.sql", b"-- \xff", "a file cannot be read or written: .*utf-8"),
         ("config.toml", b"x = [", "a file cannot be read or written: "),
@@ -222,13 +231,16 @@ def test_only_what_is_committed_is_released(tree: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("arguments", [[], ["--check"], ["9.9.9"]], ids=["write", "check", "release"])
-def test_a_damaged_file_is_one_sentence(
+def test_a_damaged_file_is_one_sentence_and_nothing_is_written(
     tree: Path, file: str, added: bytes, said: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tree / "schemas" / "changes.sql").write_text("update autotag.settings set lease = lease where id;\n")
     path = tree / file
     path.write_bytes((path.read_bytes() if path.exists() else b"") + added)
     schema.releases.cache_clear()
+    before = files_of(tree)
     assert release.main(arguments) == 1
+    assert files_of(tree) == before
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
@@ -260,6 +272,43 @@ def test_a_step_alone_is_a_migration(tree: Path) -> None:
     assert "set lease = lease" in path.read_text()
     assert release.release("9.0.0")
     assert release.differences() == []
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "-- more_jobs",
+        "/* more_jobs */",
+        "select 'more_jobs'",
+        "alter table autotag.jobs add more integer; -- more_jobs",
+    ],
+)
+def test_only_a_statement_that_names_the_object_is_its_step(tree: Path, step: str) -> None:
+    path = tree / "schemas" / "tables" / "jobs.sql"
+    path.write_text(path.read_text() + "create index more_jobs on autotag.jobs (id);\n")
+    for text in (step, "do $$ begin create index if not exists more_jobs on autotag.jobs (id); end $$"):
+        (tree / "schemas" / "changes.sql").write_text(text)
+        with (
+            nullcontext()
+            if text.startswith("do")
+            else pytest.raises(schema.ReleaseError, match="create index more_jobs")
+        ):
+            assert release.write()
+
+
+def test_a_function_that_a_policy_uses_is_dropped_by_a_step(tree: Path) -> None:
+    """Postgres refuses to drop it, and the migration would stop."""
+    broadcast = tree / "schemas" / "results" / "broadcast.sql"
+    broadcast.write_text(
+        re.sub(
+            r"may_listen\(p_topic text\).*?\$\$;",
+            lambda found: found[0].replace("p_topic", "p_name"),
+            broadcast.read_text(),
+            flags=re.S,
+        )
+    )
+    with pytest.raises(schema.ReleaseError, match=r"autotag\.may_listen\(text\) cannot be replaced"):
+        release.write()
 
 
 def test_a_changed_table_needs_a_step(tree: Path) -> None:
@@ -306,7 +355,7 @@ def test_a_function_whose_parameter_has_another_name_is_dropped_first(tree: Path
            "function autotag.real_epoch(p_when timestamptz)")  # fmt: skip
     release.write()
     [path] = tree.glob("migrations/*unreleased*")
-    assert "drop function autotag.real_epoch(timestamptz);" in path.read_text()
+    assert "drop function if exists autotag.real_epoch(timestamptz);" in path.read_text()
 
 
 def test_only_what_has_changed_is_in_a_migration(tree: Path) -> None:
@@ -335,9 +384,21 @@ def test_only_what_has_changed_is_in_a_migration(tree: Path) -> None:
     assert not path.exists(), "and nothing, when it is as before"
 
 
+#: Without a semicolon at the end.
+STEPS_OF_NEXT = """\
+alter table autotag.settings add column if not exists new_one integer not null default 7;
+drop policy if exists "autotag: members listen to their workspaces" on realtime.messages;
+drop function if exists autotag.may_listen(text)
+"""
+
+
 @contextmanager
 def next_release(tree: Path, version: str = "9.0.0") -> Iterator[str]:
-    """The tree as a later version has it: a new column, a function that returns something else, one more, one less."""
+    """The tree as a later version has it.
+
+    It has a new column, a function that returns something else, a new function, a new trigger with its function, a trigger with
+    another function, and a function with another parameter that a policy uses.
+    """
     change(tree / "schemas" / "tables" / "settings.sql", "create table autotag.settings (",
            "create table autotag.settings (\n  new_one integer not null default 7,")  # fmt: skip
     change(tree / "schemas" / "basics" / "clock.sql", "create or replace function autotag.real_epoch(p_time timestamptz) returns double precision",
@@ -350,11 +411,25 @@ def next_release(tree: Path, version: str = "9.0.0") -> Iterator[str]:
 create or replace function autotag.is_new(p_number integer) returns boolean
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$ select p_number > (select s.new_one from autotag.settings s) $$;
+
+create or replace function autotag.keep_jobs() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp
+as $$ begin return new; end $$;
+create or replace trigger autotag_keep_jobs before insert on autotag.jobs for each row execute function autotag.keep_jobs();
 """
     )
-    (tree / "schemas" / "changes.sql").write_text(
-        "alter table autotag.settings add column if not exists new_one integer not null default 7;\n"
+    words = tree / "schemas" / "vocabulary" / "words.sql"
+    words.write_text(words.read_text().replace("autotag.clean_vocabulary", "autotag.tidy_vocabulary"))
+    broadcast = tree / "schemas" / "results" / "broadcast.sql"
+    broadcast.write_text(
+        re.sub(
+            r"may_listen\(p_topic text\).*?\$\$;",
+            lambda found: found[0].replace("p_topic", "p_name"),
+            broadcast.read_text(),
+            flags=re.S,
+        )
     )
+    (tree / "schemas" / "changes.sql").write_text(STEPS_OF_NEXT)
     yield release.release(version).read_text()
 
 
@@ -362,12 +437,12 @@ def test_a_release_brings_an_installation_to_what_the_source_says(
     postgres: LocalPostgres, bare: str, database: str, tree: Path
 ) -> None:
     with next_release(tree) as script:
-        assert "drop function autotag.real_epoch(timestamptz);" in script
+        assert "drop function if exists autotag.real_epoch(timestamptz);" in script
         upgraded = build(postgres.url(database=database), script)
         source = build(postgres.url(database=bare), schema.source(host=True))
     assert differing(upgraded, source) == []
     assert release.differences() == []
-    assert not schema._has_statements((tree / "schemas" / "changes.sql").read_text()), "the steps are used up"
+    assert (tree / "schemas" / "changes.sql").read_text() == schema.NO_CHANGES, "the steps are used up"
     assert '__version__ = "9.0.0"' in (tree.parent / "worker" / "autotag" / "__init__.py").read_text()
 
 
