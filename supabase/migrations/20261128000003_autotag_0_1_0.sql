@@ -3944,9 +3944,10 @@ begin
 end $$;
 
 -- Makes a job of one upload that is due, in a transaction of its own: it writes the host's rows, so it holds nothing that other
--- tenants need. It waits for nobody, and skips an upload whose quotas are locked. The oldest upload of each user is eligible, and users
--- with fewer uploads are more probable. So many uploads of one user do not keep others waiting, and do not wait for ever either. A worker
--- calls it again at once while `more` is true.
+-- tenants need. It waits for nobody, and skips an upload whose quotas are locked. The oldest upload of each user and of each workspace is
+-- eligible, and users with fewer uploads are more probable. So many uploads of one user, or many users of one workspace, do not keep
+-- others waiting, and do not wait for ever either. A workspace in which an upload has failed (its triggers may be slow) comes after all
+-- others. A worker calls it again at once while `more` is true.
 --   sealed: how many jobs were made.   more: another upload is due.
 --   wait: seconds until the next call; null: automatic mode is off, and nothing waits.
 --   notices: [{event, notice}] for the log.
@@ -3975,10 +3976,15 @@ begin
     return;
   end if;
   for v_upload in
-    select l.*
-    from autotag.list_uploads(v_now) l
-    window users as (partition by l.uploader, case when l.uploader = v_nobody then l.workspace_id end, l.due_at > v_now)
-    order by l.due_at > v_now, (row_number() over (users order by l.due_at)) > 1, random() * (count(*) over users)
+    select x.workspace_id, x.uploader, x.due_at
+    from (
+      select l.workspace_id, l.uploader, l.due_at, l.due_at > v_now as later, row_number() over (users order by l.due_at) as of_user,
+        count(*) over users as uploads
+      from autotag.list_uploads(v_now) l
+      window users as (partition by l.uploader, case when l.uploader = v_nobody then l.workspace_id end, l.due_at > v_now)) x
+    left join (select distinct up.workspace_id from autotag.uploads up where up.failures > 0) failed on failed.workspace_id = x.workspace_id
+    order by x.later, failed.workspace_id is not null,
+      greatest(x.of_user, row_number() over (partition by x.workspace_id, x.later order by x.of_user, x.due_at)) > 1, random() * x.uploads
   loop
     if v_upload.due_at > v_now then
       v_next := least(v_next, v_upload.due_at);
@@ -5634,11 +5640,14 @@ exception when others or assert_failure then
     cross join lateral autotag.locate(p_asset_ids[i : i], p_workspace_ids[i : i], p_visible_marks[i : i], p_users[i : i]) l;
 end $$;
 
--- The same; raises if one row does.
+-- The same; raises if one row does. A policy of the host may be slow, and images of other workspaces are in the same claim. So files that
+-- were replaced are looked at for one second; those that are left are `unreadable_now`.
 create or replace function autotag.locate_together(p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[], p_visible_marks uuid[], p_users autotag.user_id[])
 returns table (asset_id autotag.asset_id, bucket text, path text, url text, refused text, mark uuid)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_until timestamptz := clock_timestamp() + interval '1 s';
 begin
   return query
     select d.asset_id, case when r.refused is null then d.bucket end, case when r.refused is null then d.path end,
@@ -5647,8 +5656,9 @@ begin
     join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id and d.workspace_id = t.workspace_id
     cross join lateral (select case
       when d.refused is not null then d.refused
-      when t.visible_mark is not null and t.visible_mark <> d.file_mark
-        and not autotag.may_see_file(t.user_id, d.bucket, d.path) then 'hidden_file' end as refused
+      when (t.visible_mark = d.file_mark) is not false then null   -- the same file, or none that has to be visible
+      when clock_timestamp() > v_until then 'unreadable_now'
+      when not autotag.may_see_file(t.user_id, d.bucket, d.path) then 'hidden_file' end as refused
       offset 0  -- evaluate the case once per image, not once per use
     ) r;
 end $$;
@@ -6914,7 +6924,7 @@ begin
   end if;
   v_stage := case when v_batch.running_at is null then 'submitted' else 'processing' end;
   perform autotag.show(v_batch.workspace_id, v_page.assets, v_stage, autotag.stage_progress(v_stage),
-    (autotag.batch_eta(v_batch, autotag.now())).p50);
+    (autotag.batch_eta(v_batch, autotag.now())).p50, true);
   perform autotag.broadcast_progress(v_batch.job_id, null, v_page.assets);
   return v_page.last;
 end $$;
@@ -8099,7 +8109,7 @@ begin
   v_free := array(
     select j.id from autotag.jobs j where j.id in (select m.job_id from unnest(v_moved) m) order by j.id for no key update skip locked);
   perform autotag.show(p_workspace_id, array(select a from unnest(v_moved) m, unnest(m.assets) a where m.job_id = any (v_free)),
-    'processing', autotag.stage_progress('processing'), null);
+    'processing', autotag.stage_progress('processing'), null, true);
   perform autotag.broadcast_progress(m.job_id, null, m.assets) from unnest(v_moved) m where m.job_id = any (v_free);
   perform autotag.broadcast_held(p_workspace_id);
   return case when p_sent is null then '[]'::jsonb else autotag.report_provider(autotag.summarize_calls(p_worker, '{}', p_sent)) end;
@@ -9707,9 +9717,11 @@ $$;
 
 -- Writes a stage to the host's rows of images of one workspace. A row that is held or that raises is left out, because the image's
 -- outcome follows. It writes in parts and waits for locks as finish() does. While autotag.quiet is set, it writes nothing
--- (seal_uploads). The caller does not hold the provider row. Locks: assets.
+-- (seal_uploads). p_own: the transaction is a worker's own, so constraints that the host has deferred are checked here, because an error
+-- at the commit would undo everything. The caller does not hold the provider row. Locks: assets.
 create or replace function autotag.show(
-  p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_stage text, p_progress integer, p_eta timestamptz
+  p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_stage text, p_progress integer, p_eta timestamptz,
+  p_own boolean default false
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
@@ -9726,7 +9738,7 @@ begin
   end if;
   while v_next <= cardinality(p_asset_ids) and v_waits > interval '0' loop
     v_part := p_asset_ids[v_next : v_next + v_parts.size - 1];
-    v_try := autotag.try_stage(p_workspace_id, v_part, p_stage, p_progress, p_eta);
+    v_try := autotag.try_stage(p_workspace_id, v_part, p_stage, p_progress, p_eta, p_own);
     v_parts := autotag.next_part(v_parts, cardinality(v_part), v_try.state is not null);
     if v_try.state is null or cardinality(v_part) = 1 then
       v_next := v_next + cardinality(v_part);
@@ -9743,9 +9755,12 @@ begin
   end loop;
 end $$;
 
--- Shows a stage on all these rows (show_stage). Its error is returned as in try_outcomes().
+-- Shows a stage on all these rows (show_stage). Its error is returned as in try_outcomes(), except this: at the isolation levels
+-- repeatable read and serializable, a row that has changed since the caller's snapshot ends the call with 40001. The caller would not see
+-- what has happened to the image meanwhile, and it would be tagged and paid twice.
 create or replace function autotag.try_stage(
-  p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_stage text, p_progress integer, p_eta timestamptz, out state text, out took interval
+  p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_stage text, p_progress integer, p_eta timestamptz, p_own boolean,
+  out state text, out took interval
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -9754,8 +9769,14 @@ declare
 begin
   -- whole seconds: a prediction is no more exact, and clients fetch it for each image
   perform autotag.show_stage(p_asset_ids, p_workspace_id, p_stage, p_progress, date_trunc('second', p_eta));
+  if p_own then
+    set constraints all immediate;
+  end if;
 exception when others or assert_failure then
   get stacked diagnostics state = returned_sqlstate;
+  if state = '40001' and current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
+    raise;
+  end if;
   took := clock_timestamp() - v_began;
 end $$;
 
@@ -11286,6 +11307,7 @@ begin
     perform pg_notify('autotag', 'store');
   end if;
   -- Last, because these lock the provider row.
+  perform autotag.follow_clock(v_now);
   perform autotag.repair_queues();
   perform autotag.retry_features(v_now - (select s.model_check_interval from autotag.settings s));
   update autotag.clock set ticked_at = v_now where id;
@@ -11310,6 +11332,62 @@ begin
     cross join lateral autotag.admit(g.workspace_id, 'batch', cardinality(g.ids), g.images, true, p_take => false) a
     join autotag.batches fitting on fitting.id = any (g.ids[1 : a.admitted])
     for no key update of fitting skip locked);
+end $$;
+
+-- After the server's clock was set back: everything that was due at a time of the old clock is due as much earlier, because otherwise
+-- nothing would happen until the new clock has reached that time. Rows that another transaction holds get a new time from it. Called by
+-- tick(). Locks: batches, tasks, unstored, uploads (all skip locked), provider, workspaces, queues, workers (skip locked).
+create or replace function autotag.follow_clock(p_now timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_back interval := (
+    select greatest(c.ticked_at, p.refilled_at) - p_now from autotag.clock c, autotag.provider_limits p
+    where isfinite(greatest(c.ticked_at, p.refilled_at)));
+begin
+  if v_back is null or v_back <= interval '1 min' then
+    return;
+  end if;
+  raise warning 'autotag: the clock was set back by %, so all that waits is due as much earlier.', v_back;
+  update autotag.batches b
+  set not_before = autotag.earlier(b.not_before, v_back, p_now), submitted_at = autotag.earlier(b.submitted_at, v_back, p_now),
+    running_at = autotag.earlier(b.running_at, v_back, p_now), progress_at = autotag.earlier(b.progress_at, v_back, p_now),
+    ended_at = autotag.earlier(b.ended_at, v_back, p_now), cancel_sent_at = autotag.earlier(b.cancel_sent_at, v_back, p_now),
+    last_missing_poll_at = autotag.earlier(b.last_missing_poll_at, v_back, p_now)
+  where b.id in (
+    select late.id from autotag.batches late
+    where late.finished_at is null or late.finished_at > p_now for no key update skip locked);
+  update autotag.tasks t set retry_at = t.retry_at - v_back
+  where t.id in (select late.id from autotag.tasks late where late.retry_at > p_now for no key update skip locked);
+  update autotag.unstored un set next_at = un.next_at - v_back
+  where un.task_id in (select late.task_id from autotag.unstored late where late.next_at > p_now for no key update skip locked);
+  update autotag.uploads up set seal_at = up.seal_at - v_back
+  where up.id in (select late.id from autotag.uploads late where late.seal_at > p_now for no key update skip locked);
+  update autotag.provider_limits p
+  set refilled_at = autotag.earlier(p.refilled_at, v_back, p_now), blocked_until = autotag.earlier(p.blocked_until, v_back, p_now),
+    limited_since = autotag.earlier(p.limited_since, v_back, p_now), limited_at = autotag.earlier(p.limited_at, v_back, p_now),
+    day_seen_at = autotag.earlier(p.day_seen_at, v_back, p_now), question_since = autotag.earlier(p.question_since, v_back, p_now),
+    fingerprint_since = autotag.earlier(p.fingerprint_since, v_back, p_now), degraded_at = autotag.earlier(p.degraded_at, v_back, p_now),
+    checked_at = autotag.earlier(p.checked_at, v_back, p_now), probe_at = autotag.earlier(p.probe_at, v_back, p_now),
+    next_poll_at = autotag.earlier(p.next_poll_at, v_back, p_now), ask_after = autotag.earlier(p.ask_after, v_back, p_now),
+    waiting_at = autotag.earlier(p.waiting_at, v_back, p_now)
+  where p.id;
+  update autotag.workspaces ws set ready_at = ws.ready_at - v_back where ws.ready_at > p_now;
+  update autotag.queues q set ready_at = autotag.earlier(q.ready_at, v_back, p_now), overdue_at = autotag.earlier(q.overdue_at, v_back, p_now)
+  where greatest(q.ready_at, q.overdue_at) > p_now;
+  update autotag.workers wk
+  set lease_until = autotag.earlier(wk.lease_until, v_back, p_now), last_heartbeat_at = least(wk.last_heartbeat_at, p_now),
+    resumed_at = autotag.earlier(wk.resumed_at, v_back, p_now), poll_assigned_at = autotag.earlier(wk.poll_assigned_at, v_back, p_now)
+  where wk.id in (select late.id from autotag.workers late for no key update skip locked);
+  perform pg_notify('autotag', channel.name) from unnest(array['realtime', 'batch', 'store']) channel (name);
+end $$;
+
+-- A time of a clock that was set back by p_back: a future time moves with it, a past one stays.
+create or replace function autotag.earlier(p_time timestamptz, p_back interval, p_now timestamptz) returns timestamptz
+language plpgsql immutable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case when p_time > p_now then p_time - p_back else p_time end;
 end $$;
 
 -- Ends uploads that have no unfinished task, because somebody deleted their tasks by hand. Missing images count as failed. Called by

@@ -26,6 +26,7 @@ begin
     perform pg_notify('autotag', 'store');
   end if;
   -- Last, because these lock the provider row.
+  perform autotag.follow_clock(v_now);
   perform autotag.repair_queues();
   perform autotag.retry_features(v_now - (select s.model_check_interval from autotag.settings s));
   update autotag.clock set ticked_at = v_now where id;
@@ -50,6 +51,62 @@ begin
     cross join lateral autotag.admit(g.workspace_id, 'batch', cardinality(g.ids), g.images, true, p_take => false) a
     join autotag.batches fitting on fitting.id = any (g.ids[1 : a.admitted])
     for no key update of fitting skip locked);
+end $$;
+
+-- After the server's clock was set back: everything that was due at a time of the old clock is due as much earlier, because otherwise
+-- nothing would happen until the new clock has reached that time. Rows that another transaction holds get a new time from it. Called by
+-- tick(). Locks: batches, tasks, unstored, uploads (all skip locked), provider, workspaces, queues, workers (skip locked).
+create or replace function autotag.follow_clock(p_now timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_back interval := (
+    select greatest(c.ticked_at, p.refilled_at) - p_now from autotag.clock c, autotag.provider_limits p
+    where isfinite(greatest(c.ticked_at, p.refilled_at)));
+begin
+  if v_back is null or v_back <= interval '1 min' then
+    return;
+  end if;
+  raise warning 'autotag: the clock was set back by %, so all that waits is due as much earlier.', v_back;
+  update autotag.batches b
+  set not_before = autotag.earlier(b.not_before, v_back, p_now), submitted_at = autotag.earlier(b.submitted_at, v_back, p_now),
+    running_at = autotag.earlier(b.running_at, v_back, p_now), progress_at = autotag.earlier(b.progress_at, v_back, p_now),
+    ended_at = autotag.earlier(b.ended_at, v_back, p_now), cancel_sent_at = autotag.earlier(b.cancel_sent_at, v_back, p_now),
+    last_missing_poll_at = autotag.earlier(b.last_missing_poll_at, v_back, p_now)
+  where b.id in (
+    select late.id from autotag.batches late
+    where late.finished_at is null or late.finished_at > p_now for no key update skip locked);
+  update autotag.tasks t set retry_at = t.retry_at - v_back
+  where t.id in (select late.id from autotag.tasks late where late.retry_at > p_now for no key update skip locked);
+  update autotag.unstored un set next_at = un.next_at - v_back
+  where un.task_id in (select late.task_id from autotag.unstored late where late.next_at > p_now for no key update skip locked);
+  update autotag.uploads up set seal_at = up.seal_at - v_back
+  where up.id in (select late.id from autotag.uploads late where late.seal_at > p_now for no key update skip locked);
+  update autotag.provider_limits p
+  set refilled_at = autotag.earlier(p.refilled_at, v_back, p_now), blocked_until = autotag.earlier(p.blocked_until, v_back, p_now),
+    limited_since = autotag.earlier(p.limited_since, v_back, p_now), limited_at = autotag.earlier(p.limited_at, v_back, p_now),
+    day_seen_at = autotag.earlier(p.day_seen_at, v_back, p_now), question_since = autotag.earlier(p.question_since, v_back, p_now),
+    fingerprint_since = autotag.earlier(p.fingerprint_since, v_back, p_now), degraded_at = autotag.earlier(p.degraded_at, v_back, p_now),
+    checked_at = autotag.earlier(p.checked_at, v_back, p_now), probe_at = autotag.earlier(p.probe_at, v_back, p_now),
+    next_poll_at = autotag.earlier(p.next_poll_at, v_back, p_now), ask_after = autotag.earlier(p.ask_after, v_back, p_now),
+    waiting_at = autotag.earlier(p.waiting_at, v_back, p_now)
+  where p.id;
+  update autotag.workspaces ws set ready_at = ws.ready_at - v_back where ws.ready_at > p_now;
+  update autotag.queues q set ready_at = autotag.earlier(q.ready_at, v_back, p_now), overdue_at = autotag.earlier(q.overdue_at, v_back, p_now)
+  where greatest(q.ready_at, q.overdue_at) > p_now;
+  update autotag.workers wk
+  set lease_until = autotag.earlier(wk.lease_until, v_back, p_now), last_heartbeat_at = least(wk.last_heartbeat_at, p_now),
+    resumed_at = autotag.earlier(wk.resumed_at, v_back, p_now), poll_assigned_at = autotag.earlier(wk.poll_assigned_at, v_back, p_now)
+  where wk.id in (select late.id from autotag.workers late for no key update skip locked);
+  perform pg_notify('autotag', channel.name) from unnest(array['realtime', 'batch', 'store']) channel (name);
+end $$;
+
+-- A time of a clock that was set back by p_back: a future time moves with it, a past one stays.
+create or replace function autotag.earlier(p_time timestamptz, p_back interval, p_now timestamptz) returns timestamptz
+language plpgsql immutable set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return case when p_time > p_now then p_time - p_back else p_time end;
 end $$;
 
 -- Ends uploads that have no unfinished task, because somebody deleted their tasks by hand. Missing images count as failed. Called by

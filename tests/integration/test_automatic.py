@@ -109,6 +109,40 @@ def test_a_crowd_of_one_users_uploads_holds_up_no_other_user(sealer: Library) ->
     assert jobs(victim) == [1]
 
 
+def test_many_users_of_one_workspace_hold_up_no_other_workspace(sealer: Library) -> None:
+    victim = Library(sealer.stack, sealer.stack.add_member())
+    insert_as_many(sealer, 20)
+    victim.insert(["a.jpg"])
+    for _ in range(15):  # one in 30,000 runs takes the first workspace each time
+        seal_one(sealer)
+        if jobs(victim):
+            break
+    assert jobs(victim) == [1]
+
+
+def test_a_workspace_in_which_an_upload_has_failed_comes_last(sealer: Library) -> None:
+    """Its trigger may be slow, and each of its uploads would keep the others waiting for seconds."""
+    victim = Library(sealer.stack, sealer.stack.add_member())
+    sealer.sql("insert into autotag.uploads (workspace_id, uploader, seal_at, failures) values (%s, %s, now() + interval '1 h', 1)",
+               sealer.member.workspace, str(uuid.uuid4()))  # fmt: skip
+    insert_as_many(sealer, 20)
+    victim.insert(["a.jpg"])
+    seal_one(sealer)
+    assert (jobs(sealer), jobs(victim)) == ([], [1])
+    seal_one(sealer)
+    assert jobs(sealer) == [1], "and then it goes on"
+
+
+def insert_as_many(library: Library, users: int) -> None:
+    """Each of many users inserts a row into the workspace."""
+    for number in range(users):
+        with psycopg.connect(library.stack.database_url()) as owner:
+            claims = f'{{"role": "authenticated", "sub": "{uuid.uuid4()}"}}'
+            owner.execute("select set_config('request.jwt.claims', %s, true)", (claims,))
+            owner.execute("insert into public.assets (workspace_id, storage_path) values (%s, %s)",
+                          (library.member.workspace, f"{library.member.workspace}/{number}.jpg"))  # fmt: skip
+
+
 def test_many_uploads_hold_up_nobodys_single_calls(sealer: Library) -> None:
     """A claim does not look at uploads at all."""
     victim = Library(sealer.stack, sealer.stack.add_member())

@@ -18,7 +18,7 @@ import pytest
 from forked import worker_process
 from lab.proxy import Proxy
 from lab.stack import Stack
-from support import Library, asked, check_asked_once, check_money, until
+from support import Library, answered_pictures, asked, check_asked_once, check_money, until
 
 #: A table and a trigger as most projects write them: the table's name has no schema, the function no search_path.
 ACTIVITY = """
@@ -345,6 +345,132 @@ async def test_a_slow_trigger_of_one_workspace_does_not_hold_up_another(library:
         neighbour.check_tags()
         assert process.is_alive(), "the worker has died"
         process.kill()  # it would wait for the slow trigger
+
+
+async def test_a_slow_policy_does_not_hold_up_another_workspace(library: Library, neighbour: Library) -> None:
+    """It is asked about files that replaced others, and images of all workspaces are in the same claim."""
+    assets, replacements = await library.upload(20), await library.upload_files(20, seed=7)
+    others = await neighbour.upload(8, seed=2)
+    library.enqueue(assets)
+    for asset, (path, _) in zip(assets, replacements, strict=True):
+        library.sql("update public.assets set storage_path = %s where id = %s", path, asset)
+    with psycopg.connect(library.stack.database_url("supabase_admin"), autocommit=True) as admin:
+        admin.execute(
+            f"""
+            create function public.slowly(name text) returns boolean language plpgsql as $$
+            begin
+              if starts_with(name, '{library.member.workspace}') then perform pg_sleep(5); end if;
+              return true;
+            end $$""".encode()
+        )
+        admin.execute(
+            "create policy slow on storage.objects as restrictive for select to authenticated using (public.slowly(name))"
+        )
+    job = neighbour.enqueue(others)
+    async with worker_process(library.stack.worker_environment()) as process:
+        await until(lambda: neighbour.job(job["job_id"])["finished_at"] is not None, "the other workspace", 60)
+        neighbour.check_tags()
+        assert process.is_alive(), "the worker has died"
+        process.kill()  # it would wait for the slow policy
+
+
+async def test_a_lock_that_a_failing_trigger_leaves_behind_is_released(library: Library, neighbour: Library) -> None:
+    """An advisory lock of the session outlives the error and the transaction, and the worker's session goes on."""
+    assets, others = await library.upload(5), await neighbour.upload(20, seed=2)
+    library.sql(f"""
+        create function public.lock_first() returns trigger language plpgsql as $$
+        begin
+          perform pg_advisory_lock(42);
+          if new.id = '{assets[2]}' then raise exception 'not this one'; end if;
+          perform pg_advisory_unlock(42);
+          return new;
+        end $$;
+        create trigger lock_first before update of tags on public.assets for each row
+          when (new.tags is distinct from old.tags) execute function public.lock_first()""")
+    job = library.enqueue(assets)
+    async with working(library):
+        await library.finished(job)
+        await neighbour.finished(neighbour.enqueue(others))
+    neighbour.check_tags()
+    assert all_but(library, assets[2])
+    assert stages(library)[assets[2]] == "failed"
+
+
+SHOWN = {"processing", "completed"}  # an upload's first images are single calls, and are tagged at once
+
+
+@pytest.mark.parametrize("code", ["P0001", "55000", "54000", "40001"])
+async def test_a_deferred_trigger_that_refuses_a_stage_keeps_that_row_alone(
+    library: Library, neighbour: Library, code: str
+) -> None:
+    """It raises at the commit, in the transaction that shows the stage of the whole batch."""
+    library.stack.simulator.plan.batch_latency = (3600.0, 3600.0)
+    library.stack.simulator.plan.batch_validation = 0.5
+    assets = await library.upload(60)
+    await neighbour.upload(60, seed=2)
+    library.sql(f"""
+        create function public.refuse_late() returns trigger language plpgsql as $$
+        begin
+          raise exception 'not this one' using errcode = '{code}';
+        end $$;
+        create constraint trigger refuse_late after update on public.assets deferrable initially deferred for each row
+          when (new.tagging_stage = 'processing' and new.id = '{assets[30]}') execute function public.refuse_late()""")
+    library.enqueue(assets)
+    async with working(library):
+        await until(
+            lambda: {stage for asset, stage in stages(library).items() if asset != assets[30]} <= SHOWN,
+            "the stage of the batch's other images",
+        )
+        neighbour.enqueue(list(neighbour.assets()))
+        await until(lambda: set(stages(neighbour).values()) <= SHOWN, "the stage of the other workspace's batch")
+
+
+async def test_a_clock_that_is_set_back_stops_nobody(library: Library, neighbour: Library) -> None:
+    """Until the clock has reached the time again, everything that was due at a time of the old clock would wait."""
+    stack = library.stack
+
+    def set_clock(ahead: str) -> None:
+        library.sql(f"""
+            create or replace function autotag.now() returns timestamptz
+            language sql stable set search_path = pg_catalog, pg_temp
+            as $$ select clock_timestamp() + interval '{ahead}' $$""")
+
+    jobs = [library.enqueue(await library.upload(5)), library.enqueue(await library.upload(60, seed=2))]
+    set_clock("1 day")
+    async with working(library):
+        await library.finished(*jobs)
+        set_clock("0")
+        late = [neighbour.enqueue(await neighbour.upload(n, seed=n)) for n in (40, 60)]
+        await until(lambda: late_enough(library), "the minute after which it counts as set back")
+        library.sql("select autotag.tick()")  # as pg_cron does
+        await neighbour.finished(*late)
+    neighbour.check_tags()
+    assert len(answered_pictures(stack)) == 5 + 60 + 40 + 60, "each image was asked once"
+
+
+def late_enough(library: Library) -> bool:
+    """Whether the worker has seen the new time, by its heartbeat."""
+    [row] = library.sql(
+        "select max(last_heartbeat_at) < clock_timestamp() + interval '1 min' as seen from autotag.workers"
+    )
+    return bool(row["seen"])
+
+
+async def test_an_old_snapshot_does_not_ask_again(library: Library) -> None:
+    """A transaction that began before the images were tagged does not see that they are."""
+    async with working(library):
+        for level in (psycopg.IsolationLevel.REPEATABLE_READ, psycopg.IsolationLevel.SERIALIZABLE):
+            assets = await library.upload(4, seed=level.value)
+            with psycopg.connect(library.stack.database_url()) as old:
+                old.isolation_level = level
+                old.execute("select count(*) from public.workspaces")
+                await library.finished(library.enqueue(assets))
+                before = len(asked(library.stack))
+                with pytest.raises(psycopg.errors.SerializationFailure):
+                    old.execute("select public.enqueue_tagging(%s::uuid[])", (assets,))
+                old.rollback()
+            assert len(asked(library.stack)) == before
+            assert library.sql("select from autotag.jobs where finished_at is null") == []
 
 
 async def test_automatic_mode_takes_no_harm_from_a_row_that_refuses(library: Library, neighbour: Library) -> None:

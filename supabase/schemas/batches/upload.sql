@@ -187,7 +187,7 @@ begin
   end if;
   v_stage := case when v_batch.running_at is null then 'submitted' else 'processing' end;
   perform autotag.show(v_batch.workspace_id, v_page.assets, v_stage, autotag.stage_progress(v_stage),
-    (autotag.batch_eta(v_batch, autotag.now())).p50);
+    (autotag.batch_eta(v_batch, autotag.now())).p50, true);
   perform autotag.broadcast_progress(v_batch.job_id, null, v_page.assets);
   return v_page.last;
 end $$;

@@ -250,7 +250,7 @@ begin
   v_free := array(
     select j.id from autotag.jobs j where j.id in (select m.job_id from unnest(v_moved) m) order by j.id for no key update skip locked);
   perform autotag.show(p_workspace_id, array(select a from unnest(v_moved) m, unnest(m.assets) a where m.job_id = any (v_free)),
-    'processing', autotag.stage_progress('processing'), null);
+    'processing', autotag.stage_progress('processing'), null, true);
   perform autotag.broadcast_progress(m.job_id, null, m.assets) from unnest(v_moved) m where m.job_id = any (v_free);
   perform autotag.broadcast_held(p_workspace_id);
   return case when p_sent is null then '[]'::jsonb else autotag.report_provider(autotag.summarize_calls(p_worker, '{}', p_sent)) end;

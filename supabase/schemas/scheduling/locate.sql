@@ -59,11 +59,14 @@ exception when others or assert_failure then
     cross join lateral autotag.locate(p_asset_ids[i : i], p_workspace_ids[i : i], p_visible_marks[i : i], p_users[i : i]) l;
 end $$;
 
--- The same; raises if one row does.
+-- The same; raises if one row does. A policy of the host may be slow, and images of other workspaces are in the same claim. So files that
+-- were replaced are looked at for one second; those that are left are `unreadable_now`.
 create or replace function autotag.locate_together(p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[], p_visible_marks uuid[], p_users autotag.user_id[])
 returns table (asset_id autotag.asset_id, bucket text, path text, url text, refused text, mark uuid)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_until timestamptz := clock_timestamp() + interval '1 s';
 begin
   return query
     select d.asset_id, case when r.refused is null then d.bucket end, case when r.refused is null then d.path end,
@@ -72,8 +75,9 @@ begin
     join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id and d.workspace_id = t.workspace_id
     cross join lateral (select case
       when d.refused is not null then d.refused
-      when t.visible_mark is not null and t.visible_mark <> d.file_mark
-        and not autotag.may_see_file(t.user_id, d.bucket, d.path) then 'hidden_file' end as refused
+      when (t.visible_mark = d.file_mark) is not false then null   -- the same file, or none that has to be visible
+      when clock_timestamp() > v_until then 'unreadable_now'
+      when not autotag.may_see_file(t.user_id, d.bucket, d.path) then 'hidden_file' end as refused
       offset 0  -- evaluate the case once per image, not once per use
     ) r;
 end $$;

@@ -109,9 +109,10 @@ begin
 end $$;
 
 -- Makes a job of one upload that is due, in a transaction of its own: it writes the host's rows, so it holds nothing that other
--- tenants need. It waits for nobody, and skips an upload whose quotas are locked. The oldest upload of each user is eligible, and users
--- with fewer uploads are more probable. So many uploads of one user do not keep others waiting, and do not wait for ever either. A worker
--- calls it again at once while `more` is true.
+-- tenants need. It waits for nobody, and skips an upload whose quotas are locked. The oldest upload of each user and of each workspace is
+-- eligible, and users with fewer uploads are more probable. So many uploads of one user, or many users of one workspace, do not keep
+-- others waiting, and do not wait for ever either. A workspace in which an upload has failed (its triggers may be slow) comes after all
+-- others. A worker calls it again at once while `more` is true.
 --   sealed: how many jobs were made.   more: another upload is due.
 --   wait: seconds until the next call; null: automatic mode is off, and nothing waits.
 --   notices: [{event, notice}] for the log.
@@ -140,10 +141,15 @@ begin
     return;
   end if;
   for v_upload in
-    select l.*
-    from autotag.list_uploads(v_now) l
-    window users as (partition by l.uploader, case when l.uploader = v_nobody then l.workspace_id end, l.due_at > v_now)
-    order by l.due_at > v_now, (row_number() over (users order by l.due_at)) > 1, random() * (count(*) over users)
+    select x.workspace_id, x.uploader, x.due_at
+    from (
+      select l.workspace_id, l.uploader, l.due_at, l.due_at > v_now as later, row_number() over (users order by l.due_at) as of_user,
+        count(*) over users as uploads
+      from autotag.list_uploads(v_now) l
+      window users as (partition by l.uploader, case when l.uploader = v_nobody then l.workspace_id end, l.due_at > v_now)) x
+    left join (select distinct up.workspace_id from autotag.uploads up where up.failures > 0) failed on failed.workspace_id = x.workspace_id
+    order by x.later, failed.workspace_id is not null,
+      greatest(x.of_user, row_number() over (partition by x.workspace_id, x.later order by x.of_user, x.due_at)) > 1, random() * x.uploads
   loop
     if v_upload.due_at > v_now then
       v_next := least(v_next, v_upload.due_at);

@@ -21,9 +21,11 @@ $$;
 
 -- Writes a stage to the host's rows of images of one workspace. A row that is held or that raises is left out, because the image's
 -- outcome follows. It writes in parts and waits for locks as finish() does. While autotag.quiet is set, it writes nothing
--- (seal_uploads). The caller does not hold the provider row. Locks: assets.
+-- (seal_uploads). p_own: the transaction is a worker's own, so constraints that the host has deferred are checked here, because an error
+-- at the commit would undo everything. The caller does not hold the provider row. Locks: assets.
 create or replace function autotag.show(
-  p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_stage text, p_progress integer, p_eta timestamptz
+  p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_stage text, p_progress integer, p_eta timestamptz,
+  p_own boolean default false
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set lock_timeout = '50ms'
 as $$
@@ -40,7 +42,7 @@ begin
   end if;
   while v_next <= cardinality(p_asset_ids) and v_waits > interval '0' loop
     v_part := p_asset_ids[v_next : v_next + v_parts.size - 1];
-    v_try := autotag.try_stage(p_workspace_id, v_part, p_stage, p_progress, p_eta);
+    v_try := autotag.try_stage(p_workspace_id, v_part, p_stage, p_progress, p_eta, p_own);
     v_parts := autotag.next_part(v_parts, cardinality(v_part), v_try.state is not null);
     if v_try.state is null or cardinality(v_part) = 1 then
       v_next := v_next + cardinality(v_part);
@@ -57,9 +59,12 @@ begin
   end loop;
 end $$;
 
--- Shows a stage on all these rows (show_stage). Its error is returned as in try_outcomes().
+-- Shows a stage on all these rows (show_stage). Its error is returned as in try_outcomes(), except this: at the isolation levels
+-- repeatable read and serializable, a row that has changed since the caller's snapshot ends the call with 40001. The caller would not see
+-- what has happened to the image meanwhile, and it would be tagged and paid twice.
 create or replace function autotag.try_stage(
-  p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_stage text, p_progress integer, p_eta timestamptz, out state text, out took interval
+  p_workspace_id autotag.workspace_id, p_asset_ids autotag.asset_id[], p_stage text, p_progress integer, p_eta timestamptz, p_own boolean,
+  out state text, out took interval
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -68,8 +73,14 @@ declare
 begin
   -- whole seconds: a prediction is no more exact, and clients fetch it for each image
   perform autotag.show_stage(p_asset_ids, p_workspace_id, p_stage, p_progress, date_trunc('second', p_eta));
+  if p_own then
+    set constraints all immediate;
+  end if;
 exception when others or assert_failure then
   get stacked diagnostics state = returned_sqlstate;
+  if state = '40001' and current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
+    raise;
+  end if;
   took := clock_timestamp() - v_began;
 end $$;
 

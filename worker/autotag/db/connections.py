@@ -49,8 +49,11 @@ def _log_retry(error: BaseException) -> None:
 
 
 async def _reset(connection: psycopg.AsyncConnection[Any]) -> None:
-    """Resets parameters that the host's code has set for the session, for example `statement_timeout`."""
-    await connection.execute("reset all", prepare=False)
+    """Undoes what the host's code has done to the session: a `statement_timeout`, an advisory lock that it kept because
+    an error came in between, a temporary table, a cursor, a `listen`."""
+    await connection.execute(
+        "reset all; select pg_advisory_unlock_all(); discard temp; close all; unlisten *", prepare=False
+    )
 
 
 class Connections:
@@ -200,8 +203,14 @@ def _meaning(error: psycopg.DatabaseError) -> Exception | None:
 
 
 def _is_broken(error: BaseException) -> bool:
-    """Whether the connection or the server is the cause; a server that is read only is a standby after a failover."""
-    return isinstance(error, psycopg.OperationalError | psycopg.errors.ReadOnlySqlTransaction)
+    """Whether the connection or the server is the cause; a server that is read only is a standby after a failover.
+
+    The classes 54 (a limit of a statement) and 55 (a state of an object) are about the statement, or the host's code has
+    raised them.
+    """
+    if isinstance(error, psycopg.OperationalError):
+        return (error.sqlstate or "")[:2] not in ("54", "55")
+    return isinstance(error, psycopg.errors.ReadOnlySqlTransaction)
 
 
 def _is_temporary(error: BaseException) -> bool:
