@@ -109,7 +109,7 @@ class Library:
         return answer
 
     def enqueue_as_server(self, assets: Sequence[str]) -> dict[str, Any]:
-        """As the project's server, which sees every file and is not asked about any."""
+        """Enqueues as the project's server, whose right to see files is not checked."""
         [row] = self.sql("select to_jsonb(public.enqueue_tagging(%s)) as job", array(assets))
         answer: dict[str, Any] = row["job"]
         return answer

@@ -38,7 +38,7 @@ def lines(path: str) -> list[dict[str, Any]]:
 
 
 def without_ids(text: str) -> str:
-    """What does not depend on when and by whom it was said."""
+    """The text with placeholders for tokens, ids, times and hashes, which differ in every run."""
     for pattern, name in ((JWT, "<SIGNED_TOKEN>"), (UUID, "<id>"), (MOMENT, "<time>"), (MD5, "<md5>"), (AGO, "<ago>")):
         text = pattern.sub(name, text)
     return text
@@ -228,9 +228,10 @@ class Play:
         assert (answer.status_code, answer.text) == (rest["status"], rest["answer"])
 
     async def _nothing_more(self) -> None:
-        """What should not have been sent was not: the answer to a heartbeat is the next thing that comes.
+        """Checks that the server has sent nothing else: the next message is the answer to a heartbeat.
 
-        Messages from the database travel on their own, so one more of them goes ahead, to a second socket.
+        Messages from the database take another path. So a marker is sent through the database first, and has to arrive
+        at a second socket.
         """
         key = self._who["ANON"]
         base = self._stack.supabase_url.replace("http", "ws")

@@ -1,5 +1,5 @@
-"""What a project has of its own where autotag needs a name, and what of it takes whole rows: init says it before anything is
-written, and the app goes on working afterwards."""
+"""Projects that already have an object with a name that autotag needs, or code that takes whole rows of the table: init
+reports both before it writes anything, and the app works afterwards."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_a_held_row_holds_up_no_other_image(sealer: Library) -> None:
 
 
 def test_a_crowd_of_one_users_uploads_holds_up_no_other_user(sealer: Library) -> None:
-    """A crowd of uploads of one user that came first."""
+    """60 earlier uploads of one user do not delay the upload of another user."""
     victim = Library(sealer.stack, sealer.stack.add_member())
     crowd(sealer, 60)
     as_member(victim, "insert into public.assets (workspace_id, storage_path) values (%s, %s)",

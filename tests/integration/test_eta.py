@@ -1,4 +1,4 @@
-"""When it will be done: what is shown, and that it can be believed (how far is measured by `scripts/bench eta`)."""
+"""Predicted times: which ones are shown, and that they are plausible. `scripts/bench eta` measures how exact they are."""
 
 from __future__ import annotations
 

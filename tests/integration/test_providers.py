@@ -457,7 +457,9 @@ async def test_after_a_429_nothing_is_called_before_retry_after_is_over(wide: Li
     ["POST /v1/files", "POST /v1/batches", "GET /v1/batches", "GET /v1/files/", "DELETE /v1/files/", "GET /v1/models/"],
 )
 async def test_the_batch_lane_keeps_to_retry_after_too(wide: Library, request_line: str) -> None:
-    """Upload, creation, look, download, deletion and question about the model; another batch and a webhook come meanwhile."""
+    """One kind of request (upload, creation, list, download, deletion, look-up of the model) gets a 503 with
+    `retry-after`. No such request follows before that time. While the list waits, another batch is submitted and a
+    webhook arrives."""
     stack = wide.stack
     stack.configure(realtime_max_images=0, chunk_max_images=0, batch_create_grace="0.1 s", express_images=0)  # fmt: skip
     stack.simulator.plan.batch_latency = (0.3, 0.5)

@@ -178,7 +178,7 @@ def claimed(library: Library, images: int) -> list[dict[str, Any]]:
 
 
 def answer(library: Library, tasks: list[dict[str, Any]], errors: list[dict[str, Any]], prompt: int) -> None:
-    """Every answer is billed with its whole cap."""
+    """Reports these errors. Each answer was billed with its whole cap."""
     library.settle(WORKER, [
         {"task": task["task"], "attempt": task["attempt"], "error": error,
          "usage": {"input": prompt, "cached": 0, "cache_write": 0, "output": task["cap"], "reasoning": 0,

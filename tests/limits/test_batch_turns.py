@@ -55,7 +55,7 @@ def test_a_batch_without_room_holds_back_only_larger_and_later_ones(engine: Engi
 
 
 def test_a_minute_does_not_wake_batches_that_have_no_room(engine: Engine) -> None:
-    """The window is full of images only: it has room for more batches, but for none of these."""
+    """The window admits more batches, but only 40 more images, and each of these batches has 60."""
     engine.sql(
         "update autotag.settings set batch_images_per_hour = 100, chunk_max_images = 10, realtime_max_wait = '1 day'"
     )

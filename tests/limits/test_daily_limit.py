@@ -64,7 +64,8 @@ def test_a_higher_tier_has_no_daily_limit(seen: Callable[..., Any], library: Lib
 
 
 def test_a_day_that_begins_is_noticed(seen: Callable[..., Any], library: Library) -> None:
-    """Some providers give everything back at midnight; but calls that the headers do not count yet stay counted."""
+    """Some providers restore the whole day's limit at midnight. The mirror adopts that, minus the calls that the headers
+    do not count yet."""
     library.sql("update autotag.provider_limits set requests_left = 580")  # 20 calls were released just now
     assert seen(day_limit=14400, day_left=14390, age=0)[1] == 14390 - 20
     library.sql("update autotag.provider_limits set day_left = 100, requests_left = 600")

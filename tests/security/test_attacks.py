@@ -151,7 +151,7 @@ async def test_the_ports(scene: Scene, served: port.Ports, tmp_path: Path) -> No
 
 
 async def test_the_public_topic(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is said there reaches who listens there, as text, and nothing else."""
+    """Messages on the public topic reach its listeners as text, and have no other effect."""
     attempts = broadcaster.attempts(scene)
     assert len(attempts) >= LEAST
     assert_nothing(await watched(scene, attempts, capsys, 1000))

@@ -55,7 +55,7 @@ def test_functions(stack: Stack) -> None:
 
 
 def test_users_reach_autotag_only_by_the_wrappers(stack: Stack) -> None:
-    """What users may execute in autotag is just what stands in a public wrapper, and what policies ask."""
+    """In the schema autotag, users may execute only functions that a public wrapper calls, and functions in policies."""
     wrapped: set[str] = set()
     for row in rows(stack, """select p.prosrc, p.prosecdef, has_function_privilege('authenticated', p.oid, 'execute') as users
                               from pg_proc p where p.pronamespace = 'public'::regnamespace"""):  # fmt: skip

@@ -330,7 +330,8 @@ def granted(scene: Scene) -> list[tuple[str, list[str], list[str]]]:
 
 
 def attempts(scene: Scene, only: str | None) -> Iterator[Attempt]:
-    """Each hostile value of each argument beside what is right for the others, and the same in the other worker's name."""
+    """Calls of every granted function: each hostile value of one argument with valid values of the others; and calls in
+    the name of another login's worker."""
     for function, names, kinds in granted(scene):
         if only and function not in only.split():
             continue
@@ -611,7 +612,7 @@ def fingerprint(scene: Scene, without: tuple[str, ...] = (), of: Callable[[str],
 
 
 def call(scene: Scene, attempt: Attempt) -> tuple[str, str | None]:
-    """What it answers; if it is refused, what is wrong with how ("": nothing): only an error of its own says what to do."""
+    """The function's answer, and what is wrong with the form of a refusal ("": nothing; None: it was not refused)."""
     try:
         with scene.connection.transaction():
             found = scene.rows_as(

@@ -1,4 +1,5 @@
-"""What was asked and had no answer is not asked again, and what nobody knows is said."""
+"""Images that were tagged without any tag are not offered again; doctor and the commands report profiles, URLs and
+workspaces that cannot be right."""
 
 from __future__ import annotations
 

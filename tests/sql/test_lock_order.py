@@ -264,7 +264,7 @@ def set_the_scene(connection: psycopg.Connection[tuple[object, ...]]) -> None:
           from autotag.tasks t where t.workspace_id = v_workspace and t.worker_id = '{WORKER}' order by t.id limit 2), false);
         perform autotag.requeue(jsonb_build_array(jsonb_build_object('task', min(t.id), 'failures', 1)))
         from autotag.tasks t where t.workspace_id = v_workspace and t.worker_id = '{WORKER}';
-        -- more than a day: a lease that ended later does not expire once no worker has beaten for some time (can_expire)
+        -- more than a day: a lease that ended later does not expire once no worker has sent a heartbeat for some time (can_expire)
         update autotag.workers set lease_until = now() - interval '2 days' where id = '{DEAD}';
         -- it lives on, however long these tests take
         update autotag.workers set poll_assigned_at = now(), unsent = 5, lease_until = now() + interval '1 day' where id = '{WORKER}';
@@ -286,7 +286,7 @@ def set_the_scene(connection: psycopg.Connection[tuple[object, ...]]) -> None:
 
 
 def test_every_function_has_something_to_do(server: Server) -> None:
-    """What does nothing locks nothing, and would pass."""
+    """Each function changes a row in these tests. A function without work would lock nothing, and its tests would prove nothing."""
 
     def changed() -> object:
         found = server.holder.execute(

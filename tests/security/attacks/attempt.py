@@ -52,7 +52,8 @@ class Attempt:
 
 
 async def run(scene: Scene, attempts: Sequence[Attempt], only: str = "") -> list[str]:
-    """What went otherwise than it should, one line each; ``only``: a regular expression for names."""
+    """Makes the attempts. Returns one line for each unexpected outcome and each leak. ``only``: a regular expression for
+    the names of attempts."""
     found = []
     for attempt in attempts:
         if not re.search(only, attempt.name):
