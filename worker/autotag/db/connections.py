@@ -150,7 +150,8 @@ class Connections:
     async def _call(
         self, purpose: Purpose, statement: str, arguments: tuple[object, ...], within: float | None, *, check: bool
     ) -> object:
-        """`call_once`, unread. check: try the connection first; if the statement loses it then, raise `Lost`."""
+        """`call_once` without its reader. check: test the connection first; if the statement then loses it, raise
+        `Lost`."""
         async with self._shares[purpose], self._pools[purpose].connection() as connection:
             if check:
                 await AsyncConnectionPool.check_connection(connection)
