@@ -145,7 +145,8 @@ def as_member(library: Library, statement: str, *arguments: object) -> None:
 
 
 def test_uploads_without_quota_wait_until_it_renews(sealer: Library) -> None:
-    """One look is enough for all workspaces of a user, and new rows do not bring the next look forward."""
+    """Once a user's quota is used up, it is looked up once for all workspaces of the user, and new rows do not cause
+    another look-up before the quota renews."""
     sealer.sql("insert into autotag.quotas (scope, period, max_images, user_id) values ('user', 'day', 0, %s)",
                sealer.member.user)  # fmt: skip
     crowd(sealer, 40)
@@ -195,7 +196,8 @@ def test_an_image_that_a_deferred_constraint_refuses_fails_by_itself(sealer: Lib
 
 @pytest.mark.parametrize("state", ["P0001", "55P03", "40P01"])
 def test_an_image_whose_stage_a_trigger_refuses_is_tagged_without_it(sealer: Library, state: str) -> None:
-    """As after a call of enqueue_tagging. The other rows show it, whatever the trigger raises."""
+    """If a trigger refuses to show the stage of two rows, their images are tagged in any case, and the other rows show
+    the stage. Calls of enqueue_tagging behave in the same way."""
     sealer.sql(
         f"{REFUSE.replace('P0001', state)}"
         "create trigger refuse before update on public.assets for each row execute function public.refuse()"

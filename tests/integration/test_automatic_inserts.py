@@ -81,7 +81,8 @@ def test_an_insert_notifies_nobody(sealer: Library) -> None:
 
 
 def test_a_locked_table_costs_the_collection_and_not_the_insert(sealer: Library) -> None:
-    """As an upgrade of autotag locks it."""
+    """An upgrade of autotag locks the table of arrivals. Inserts of rows succeed meanwhile, although they are not
+    collected."""
     with transaction(sealer) as upgrade, host(sealer, autocommit=True) as connection:
         upgrade.execute("lock table autotag.arrivals in access exclusive mode")
         assert len(insert(connection, *[sealer.member.workspace] * 3)) == 3

@@ -120,7 +120,7 @@ def traces(library: Library) -> dict[str, Any]:
 
 
 def calls(library: Library, status: int = 200) -> list[dict[str, Any]]:
-    """What the provider's book has of completions."""
+    """The calls for completions that the simulator has recorded with this status."""
     return [
         e for e in library.stack.simulator.request_log if e["path"].endswith("/completions") and e["status"] == status
     ]
@@ -252,7 +252,7 @@ async def test_the_providers_bucket_makes_it_wait_and_there_is_no_429(tagged: Li
 
 
 def admit(library: Library, **question: Any) -> dict[str, Any]:
-    """One call of admit_comparison as the operator's role, with a window that is looked at and not taken."""
+    """Calls admit_comparison once as the operator's role and rolls back, so the window stays as it is."""
     with psycopg.connect(library.stack.database_url(OPERATOR_ROLE)) as connection:
         row = connection.execute(
             "select autotag.admit_comparison(%s, %s::jsonb)", (library.member.workspace, json.dumps(question))

@@ -78,7 +78,8 @@ async def test_what_foreign_code_sets_for_a_session_is_undone(connections: Conne
 async def test_every_purpose_gets_a_connection_while_the_others_are_stuck(
     library: Library, connections: Connections
 ) -> None:
-    """Whatever the host's rows hold up: heartbeats, claims and other workspaces' outcomes go on."""
+    """While calls that touch the host's rows are stuck, heartbeats, claims and reports of other workspaces still get
+    connections."""
     stuck = [
         asyncio.create_task(connections.call_once(purpose, nothing, "select pg_sleep(%s)", PATIENCE))
         for purpose in ("describe", *HOST_PURPOSES, "other")

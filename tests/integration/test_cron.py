@@ -16,7 +16,7 @@ MINUTE = 75.0  # seconds within which a job of every minute has run
 
 
 def rows(postgres: LocalPostgres, statement: str) -> list[dict[str, Any]]:
-    """In the server's own database, where pg_cron is."""
+    """Executes a statement in the server's own database, where pg_cron is."""
     with psycopg.connect(postgres.url(), autocommit=True, row_factory=dict_row) as connection:
         cursor = connection.execute(statement)  # type: ignore[arg-type]
         return cursor.fetchall() if cursor.description else []
@@ -34,8 +34,8 @@ def test_the_jobs_are_scheduled_once(postgres: LocalPostgres, machine_postgres: 
 
 
 async def test_pg_cron_runs_the_tick(postgres: LocalPostgres, machine_postgres: bool) -> None:
-    """Not called by us: pg_cron itself takes back what a dead worker held (`leave_a_dead_worker`), and its command for
-    the day works."""
+    """pg_cron runs the tick without a call of ours: it releases what a dead worker held (`leave_a_dead_worker`). The
+    command of its daily job works, too."""
     if not machine_postgres:
         skip("pg_cron needs Debian's Postgres")
 

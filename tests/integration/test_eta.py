@@ -144,7 +144,7 @@ def test_histories_are_replayed_with_what_was_known_then(tmp_path: Path) -> None
 
 
 def test_a_look_at_many_batches_predicts_once_an_upload(stack: Stack, postgres: LocalPostgres, database: str) -> None:
-    """One prediction for each batch of the uploads concerned, however many of them moved."""
+    """A poll that reports many moved batches predicts each batch of their uploads once, however many of them moved."""
     uploads, batches = 4, 10
     with psycopg.connect(postgres.url("supabase_admin", database), autocommit=True) as connection:
         connection.execute("set track_functions = 'pl'")

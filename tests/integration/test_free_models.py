@@ -113,7 +113,7 @@ def test_one_price_of_zero_and_the_other_unknown_is_unknown(library: Library) ->
 
 
 def test_a_quota_that_is_used_up_still_refuses_what_has_no_price(library: Library) -> None:
-    """Without a price, nothing says that an image would be free."""
+    """A quota of 0 dollars refuses images of a model without a price, because nothing shows that they are free."""
     library.sql("update autotag.settings set model = 'no-price-known'")
     library.sql("insert into autotag.quotas (scope, period, max_cost) values ('workspace', 'day', 0)")
     with pytest.raises(psycopg.Error) as caught:

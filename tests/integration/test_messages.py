@@ -188,7 +188,7 @@ def test_operators(library: Library) -> None:
 
 
 def check_status(library: Library) -> None:
-    """Every part of the status has the keys of its message."""
+    """Checks that every part of the status has the keys of its message."""
     register(library)
     library.enqueue(library.insert([f"{number}.jpg" for number in range(60)]))
     library.sql(
@@ -321,7 +321,7 @@ class Plain(list[int]):
 
 
 def value(library: Library, call: str, *arguments: Any) -> Any:
-    """What one call of a function answers."""
+    """The value that one call of a function returns."""
     placed = [list(one) if isinstance(one, Plain) else Jsonb(one) if isinstance(one, dict | list) else one
               for one in arguments]  # fmt: skip
     return library.sql(f"select {call} as told", *placed)[0]["told"]

@@ -142,7 +142,7 @@ async def test_a_model_that_thinks_is_asked_hardly_more_often_than_there_are_ima
 
 
 def caps(library: Library) -> dict[str, list[int]]:
-    """Of each picture, the caps of its answers in the order they were asked for."""
+    """The caps of each picture's calls, in the order of the calls."""
     by_picture = defaultdict(list)
     for entry in paid(library.stack):
         by_picture[entry["picture"]].append(entry["cap"])
@@ -173,7 +173,8 @@ async def test_a_cut_off_answer_is_asked_again_with_more_room_and_its_neighbours
 async def test_an_answer_that_no_cap_is_enough_for_fails_with_a_sentence_and_the_operator_is_told(
     wide: Library, size: int
 ) -> None:
-    """One picture makes the model think without end; the others are tagged at once."""
+    """For one picture, the model reasons beyond every cap. That image fails, a log line tells the operator, and the
+    other images are tagged."""
     stack = wide.stack
     stack.configure(max_output_tokens=2000, express_images=1)
     # The first goes alone and is not of the batch; the last is.
@@ -209,7 +210,8 @@ async def test_an_answer_that_no_cap_is_enough_for_fails_with_a_sentence_and_the
 
 
 async def test_the_model_is_switched_under_load_and_back_without_losing_or_repeating_anything(wide: Library) -> None:
-    """What is claimed after an UPDATE is asked of the new model, in both lanes; calls in flight end as they began."""
+    """In both lanes, calls that are claimed after the switch use the new model, and calls in flight end with the old
+    one."""
     stack = wide.stack
     stack.simulator.plan.latency = (1.0, 1.5)
     stack.configure(batch_max_images=60, batch_split_images=20)
@@ -362,7 +364,7 @@ def errors() -> st.SearchStrategy[Any]:
 
 
 def reports() -> st.SearchStrategy[dict[str, Any]]:
-    """What is said of one image: an error, or a result that is none, and figures of any kind."""
+    """Generates reports about one image: an error or an invalid result, and usage with any values."""
     names = ["input", "cached", "cache_write", "output", "reasoning", "model", "tier"]
     usage = garbage() | st.fixed_dictionaries({}, optional={name: garbage() for name in names})
     return st.fixed_dictionaries({}, optional={"error": errors(), "result": garbage(), "usage": usage})

@@ -1,4 +1,4 @@
-"""What OpenAI's Batch API is known to do, a test for each, named after it."""
+"""Known behaviour of OpenAI's Batch API: each test covers one case and is named after it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def single_calls(library: Library) -> int:
 
 
 def completions(library: Library) -> list[dict[str, Any]]:
-    """Every batch-complete of a batch that was sent on the public topic."""
+    """All batch-complete messages of batches on the public topic."""
     rows = library.sql(
         "select payload from realtime.messages where event = 'batch-complete' and topic = 'batch-updates'"
         " and payload ->> 'batch_id' is not null"
@@ -62,7 +62,8 @@ def completions(library: Library) -> list[dict[str, Any]]:
 
 
 def check_books(library: Library) -> None:
-    """Every image tagged with its own tags, every batch announced once, every token counted once."""
+    """Checks that every image has its own tags, that every batch was announced once, and that every token was counted
+    once."""
     library.check_tags()
     audit(library.stack)
     announced = Counter(payload["batch_id"] for payload in completions(library))

@@ -264,7 +264,7 @@ HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\r\n\u202e\u2066[red][link=https://evil
 
 
 def is_text(shown: str) -> bool:
-    """Without control characters but line ends, and without those that turn the direction."""
+    """Whether a text has no control characters except line ends, and none that change the direction of writing."""
     return not re.search(r"[^\n\x20-\x7e\xa0-\U0010ffff]|[\u200e\u200f\u2028-\u202e\u2066-\u2069]", shown)
 
 

@@ -63,7 +63,8 @@ def pgbouncer(stack: Stack, mode: str) -> Iterator[str]:
 
 
 def warnings(logs: list[Any]) -> list[str]:
-    """Not those of a loaded machine, where PgBouncer's cancel of a call that took too long can meet the next call of that connection."""
+    """The log's warnings and errors, without those that a loaded machine causes: PgBouncer's cancel of a slow call can
+    hit the next call on its connection."""
     return [
         entry["event"] for entry in logs
         if entry["log_level"] in ("warning", "error")
@@ -101,7 +102,8 @@ async def test_behind_a_session_pooler_the_worker_listens(library: Library) -> N
 
 
 async def test_a_killed_connection_loses_nothing(library: Library) -> None:
-    """Every connection of the worker is cut, again and again, while it works."""
+    """Cuts every connection of the worker five times while it works. Every image is tagged, and the next upload starts
+    at once."""
     library.stack.configure(**ONCE)
     assets = await library.upload(40)
     async with worker(library.stack):
@@ -176,7 +178,8 @@ class Wire:
 
 
 async def test_a_pause_of_the_network_longer_than_the_lease_loses_nothing(library: Library) -> None:
-    """Nobody could beat, so nobody is taken for dead: what was paid for meanwhile is accepted, and not asked again."""
+    """No worker could send heartbeats, so none expires: answers from that time are accepted, and no image is requested
+    again."""
     stack = library.stack
     stack.configure(**ONCE, lease="1 s")
     stack.simulator.plan.latency = (0.05, 0.2)

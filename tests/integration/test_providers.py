@@ -198,7 +198,7 @@ FORMS = {
 
 
 def check_form(library: Library, form: dict[str, Any]) -> None:
-    """How the model is asked: as it was before but for this."""
+    """Checks the stored form of requests: the default one except for ``form``."""
     [row] = library.sql("select cap_parameter, answer_format, sends_effort, sends_detail, sends_tier"
                         " from autotag.models where name = 'gpt-6-luna'")  # fmt: skip
     before = {"cap_parameter": "max_completion_tokens", "answer_format": "json_schema", "sends_effort": True,
@@ -256,7 +256,7 @@ async def test_a_form_that_is_refused_in_the_middle_of_a_run_makes_way_for_the_n
 
 @pytest.mark.long
 async def test_credit_that_runs_out_in_the_middle_of_a_run_fails_no_image(wide: Library) -> None:
-    """What was in flight when it ran out, and was answered, does not start everything again."""
+    """Answers to calls that were in flight when the credit ran out do not resume tagging."""
     stack = wide.stack
     compress(stack, SPEED / 2)  # the machine's own slowness counts as often
     stack.configure(realtime_max_images=40)
@@ -321,7 +321,8 @@ async def test_without_a_batch_api_everything_goes_as_single_calls_and_says_so(w
 
 @pytest.mark.parametrize("batch_api", [True, False])
 async def test_where_only_batches_wait_one_of_their_images_tries_the_question(fresh: Library, batch_api: bool) -> None:
-    """Nothing is begun with a question that nobody has seen answered, and nothing waits for ever for an answer."""
+    """If only batches wait, one of their images is sent as a single call to prove the question, so no batch starts
+    unproven and none waits for ever."""
     stack = fresh.stack
     stack.simulator.plan.batch_api = batch_api
     stack.configure(express_images=0)
@@ -408,7 +409,7 @@ async def test_a_server_without_rate_headers_works_and_that_is_a_fact(wide: Libr
 
 
 async def test_a_call_is_not_made_again_before_retry_after_is_over_whatever_its_status(wide: Library) -> None:
-    """In seconds and as a date; pictures that nobody refused do not wait for it."""
+    """`retry-after` may be seconds or a date. Pictures that were not refused do not wait for it."""
     stack = wide.stack
     drawings = pictures(8)
     ends: list[float] = []  # of each picture's wait: seconds from its refusal, or a moment

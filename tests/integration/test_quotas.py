@@ -1,4 +1,4 @@
-"""Who may use how much: images and money, a day and a month, by workspace and by user."""
+"""Quotas of images and dollars, for a day or a month, by workspace and by user."""
 
 from __future__ import annotations
 
@@ -191,7 +191,8 @@ def answer(library: Library, tasks: list[dict[str, Any]], errors: list[dict[str,
 @pytest.mark.parametrize("kind", ["images", "cost"])
 @pytest.mark.parametrize("seed", range(4))
 def test_retries_do_not_exceed_a_quota(library: Library, kind: str, scope: str, seed: int) -> None:
-    """Whatever comes back, in whatever order: the bill exceeds the quota by one answer per image in flight at most."""
+    """Reports random errors in random order. The bill exceeds the quota by at most one answer for each image in
+    flight."""
     chance = random.Random(seed)
     library.stack.configure(
         realtime_max_images=50, realtime_requests_per_minute=100000, realtime_tokens_per_minute=100000000

@@ -1,4 +1,4 @@
-"""Nothing twice: whatever a client calls again, each image is asked once, and who wants its tags anew gets them."""
+"""Repeated calls: each image is requested once, however often a client calls, unless the client asks for new tags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong with the provider, with images and with workers, and what becomes of it."""
+"""Failures of the provider, of images and of workers, and their consequences."""
 
 from __future__ import annotations
 
@@ -335,7 +335,8 @@ async def test_sigterm_finishes_what_is_in_hand_and_gives_back_the_rest(library:
 async def test_a_worker_whose_heartbeat_loses_the_cancellation_stops_and_stays_away(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `asyncio.wait_for` does before Python 3.12: the heartbeat goes on, and finds that the worker has left."""
+    """`asyncio.wait_for` can lose a cancellation before Python 3.12. Here the heartbeat does: it goes on, and must not
+    register the stopped worker again."""
     beating, lost = asyncio.Event(), asyncio.Event()
 
     async def heartbeat(db: Database, *claims: Sequence[int]) -> Beat:

@@ -1,4 +1,5 @@
-"""Every state ends: batches that are refused for ever or that no limit admits, uploads without images."""
+"""Every state ends: no batch that is always refused or that no limit admits, and no upload without images, waits for
+ever."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whoever can reach a worker's ports can neither keep health checks waiting nor fill the disk with logs.
+"""A client of a worker's ports can neither delay health checks nor fill the disk with logs.
 
 The load is 1,000 connections that send a byte a second, each opened again when it is closed, beside 100 requests of rubbish
 a second; the worker may have 1,024 files open, as processes usually may.
@@ -77,7 +77,7 @@ async def _started(port: int) -> None:
 
 
 async def exchange(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
-    """What comes back to these bytes until the server closes, or nothing more comes."""
+    """Sends these bytes, and returns what comes back until the server closes the connection or sends nothing more."""
     reader, writer = await asyncio.open_connection(HOST, port)
     answer = b""
     try:

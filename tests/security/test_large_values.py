@@ -104,7 +104,8 @@ def test_no_function_of_the_adapter_reads_a_value_that_is_too_long(library: Libr
 
 
 async def test_a_large_value_fails_its_image_with_a_sentence(library: Library) -> None:
-    """In automatic mode, where nobody calls enqueue_tagging."""
+    """In automatic mode, enqueue_tagging cannot refuse a URL that is too long. The image fails with a sentence, and the
+    others are tagged."""
     library.stack.configure(upload_quiet="0.1 s")
     library.sql("select autotag.set_automatic(true)")
     files = await library.upload_files(2)

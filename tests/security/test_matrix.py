@@ -288,7 +288,7 @@ async def test_members_cannot_speak_in_autotags_name(library: Library) -> None:
 
 
 async def test_the_main_job_works_with_the_workers_login_alone(library: Library) -> None:
-    """All lanes, with nothing but the grants of autotag_worker."""
+    """Single calls and batches work with no other privileges than those of autotag_worker."""
     assets = await library.upload(55)
     async with worker(library.stack):
         await library.finished(library.enqueue(assets))

@@ -1,4 +1,4 @@
-"""What the database stores of anybody's text is what the worker would show of it."""
+"""The database stores texts from outside just as the worker would show them."""
 
 from __future__ import annotations
 

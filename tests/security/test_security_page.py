@@ -1,4 +1,4 @@
-"""What docs/security.md tells people to run does what it says."""
+"""The statements and commands in docs/security.md do what the page says."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_thousand_hints_are_two_refetches() -> None:
 
 
 def test_the_table_of_broadcasts_is_what_the_migrations_send() -> None:
-    """Every payload with its keys, both ways."""
+    """The page lists every event with all keys of its payload, and no others."""
     told = {
         (event, frozenset(re.findall(r"`(\w+)`", payload)))
         for event, payload in re.findall(r"^\|[^|]*\| `(\w+-\w+)` \| ([^|]*) \|$", PAGE, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What is installed is what was looked at: every package by its hash, and nothing else."""
+"""Only reviewed packages are installed: every package is pinned by its hash."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ SETS = {
 
 
 def pins(name: str) -> list[Requirement]:
-    """What a file of requirements/ installs, with that of the file it begins with. Nothing but pins with hashes is in it."""
+    """The packages that a file of requirements/ installs, including those of the file that it begins with. Checks that
+    the file has only pinned versions with hashes."""
     found = []
     for entry in (ROOT / "requirements" / f"{name}.txt").read_text().replace("\\\n", " ").splitlines():
         if base := re.fullmatch(r"-r (\w+)\.txt", entry):

@@ -203,7 +203,8 @@ async def test_a_retry_asks_again_as_whoever_retries(strict: Library) -> None:
 
 
 async def test_an_image_whose_run_ends_while_it_is_asked_for_again(strict: Library) -> None:
-    """Nobody looks for the files of images that are being tagged. If they are done a moment later, their claims do."""
+    """The files of images that are being tagged are not checked at enqueue. If their run ends a moment later and they
+    are enqueued again, the claim checks them."""
     assets = await strict.upload(2)
     strict.sql("update storage.objects set owner_id = %s where name like '%%' || %s",
                strict.member.user, strict.drawings[assets[0]].name)  # fmt: skip

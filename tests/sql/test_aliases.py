@@ -35,7 +35,8 @@ SHORT = 2  # letters of an alias; what is longer is a word
 
 
 class Source(NamedTuple):
-    """What a FROM, JOIN, USING, UPDATE or INSERT names: a table of ours with its schema, or anything else."""
+    """The object that a FROM, JOIN, USING, UPDATE or INSERT names: a table of autotag with its schema, or anything
+    else."""
 
     alias: str
     is_table: bool

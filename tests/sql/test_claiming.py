@@ -51,8 +51,8 @@ def unsent(session: psycopg.Connection[Any]) -> int:
 def test_an_upload_that_commits_while_a_claim_runs_is_left_to_the_next_claim(
     session: psycopg.Connection[Any], slots: int
 ) -> None:
-    """Each statement of a claim sees what was committed before it. The trigger stands for another session: what it inserts is there
-    after the claim has counted the new queues, and before it releases images."""
+    """A trigger stands for another session, which commits an upload after the claim has counted the new queues and
+    before it releases images. (Each statement of a claim sees what was committed before it.)"""
     session.execute("""
         create table public.moments (n integer);
         create function public.upload() returns trigger language plpgsql security definer as $$

@@ -75,7 +75,7 @@ def tagged(session: psycopg.Connection[Any]) -> int:
 def test_what_is_held_is_stored_later(
     postgres: LocalPostgres, database: str, session: psycopg.Connection[Any], held: str, stored: int
 ) -> None:
-    """Every report is accepted; rows that are free get their tags at once, and the others when they are."""
+    """Every report is accepted. Free rows get their tags at once, locked rows once they are free."""
     with psycopg.connect(postgres.url("supabase_admin", database)) as tenant:
         tenant.execute(held.encode())
         assert settle(session) | {"held": None} == {"accepted": IMAGES, "busy": False, "notices": [], "held": None}
@@ -148,7 +148,7 @@ def raise_on(session: psycopg.Connection[Any], stage: str, state: str, path: str
 
 
 def tries_until_all_ended(session: psycopg.Connection[Any], most: int) -> tuple[int, list[str]]:
-    """How often the outcomes that wait are tried until none waits, and the log's last sentences."""
+    """Tries the waiting outcomes until none waits. Returns the number of tries, and the log events of the last one."""
     for tries in range(1, most + 1):
         session.execute("update autotag.unstored set next_at = '-infinity'")
         row = session.execute(STORE, {"worker": WORKER, "workspace": WORKSPACE}).fetchone()
@@ -188,7 +188,7 @@ def test_an_error_of_autotags_own_is_the_rows_refusal_if_the_host_raises_it(
 
 @pytest.mark.parametrize("state", ["40001", "55P03"])
 def test_images_that_all_raise_a_locks_error_end_too(session: psycopg.Connection[Any], state: str) -> None:
-    """None hides behind the others, although a try gives up after a few waits."""
+    """Although a try gives up after a few waits for locks, every image is tried and ends."""
     raise_on(session, "completed", state, "%")
     settle(session)
     tries_until_all_ended(session, 70)
@@ -266,7 +266,8 @@ def test_a_second_account_error_counts_if_others_succeeded_before_it_was_asked(
 
 
 def test_the_list_of_what_waits_does_not_read_all_of_it(session: psycopg.Connection[Any]) -> None:
-    """Every outcome that is kept wakes all workers to ask for it, and a slow tenant may have many."""
+    """All workers read this list whenever an outcome is kept, and a workspace with slow rows may have many outcomes. So
+    it reads few of their rows."""
     session.execute("""
         insert into autotag.unstored (task_id, workspace_id, result, next_at, kept_at)
         select i, md5((i % 3)::text)::uuid, '{}', autotag.now() + case i % 3 when 0 then -i when 1 then -1 else i end * interval '1 s',
@@ -374,7 +375,8 @@ def test_answers_are_durable_while_another_worker_waits_for_the_same_tenants_row
 
 
 def test_the_usage_of_a_batch_is_added_after_the_hosts_rows_are_written(session: psycopg.Connection[Any]) -> None:
-    """What the trigger sees is what another session would wait for."""
+    """The host's trigger does not see the usage yet. So while it runs, the transaction holds no row of usage for which
+    another session would wait."""
     session.execute("""
         create table public.seen (requests bigint);
         create function public.look() returns trigger language plpgsql security definer as $$

@@ -212,7 +212,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(postgres: LocalPostgres) -> Iterator[Server]:
-    """One for all tests: what they do is rolled back."""
+    """One server for all tests. Everything that they do is rolled back."""
     with contextlib.ExitStack() as stack:
         url = postgres.url("supabase_admin", stack.enter_context(copied_database(postgres, TEMPLATE)))
         sessions = [stack.enter_context(psycopg.connect(url, autocommit=True)) for _ in range(4)]
@@ -306,7 +306,8 @@ def test_every_function_has_something_to_do(server: Server) -> None:
 
 @pytest.mark.parametrize("held", HELD_BY_TENANTS)
 def test_nothing_waits_for_a_tenant(server: Server, held: str) -> None:
-    """What works for all tenants returns, whatever one of them holds: without it, or saying `busy` within a moment."""
+    """Functions that work for all tenants return whatever lock one tenant holds: they leave that tenant out, or return
+    `busy` within a moment."""
     waited = []
     with server.held(HELD_BY_TENANTS[held]):
         for name, statement in SERVANTS.items():
@@ -325,7 +326,7 @@ def test_nothing_waits_for_a_tenant(server: Server, held: str) -> None:
 
 @contextlib.contextmanager
 def timeouts(server: Server, timeout: str) -> Iterator[None]:
-    """How long functions wait where they give up in a moment, so that it can be seen."""
+    """Sets the lock_timeout of all functions that have one, so that tests can see them wait."""
     usual = server.looker.execute(
         "select p.oid::regprocedure::text, split_part(c, '=', 2) from pg_proc p, unnest(p.proconfig) c"
         " where p.pronamespace = 'autotag'::regnamespace and c like 'lock_timeout=%'"

@@ -1,4 +1,4 @@
-"""What a provider refuses because of one workspace's profile concerns that workspace alone."""
+"""If a provider refuses what one workspace's profile asks, only that workspace is affected."""
 
 from __future__ import annotations
 
@@ -226,7 +226,8 @@ def test_while_nothing_is_proven_the_others_are_tried_next(scene: Scene, refusal
 
 
 def test_a_second_workspace_that_is_refused_makes_it_the_providers(scene: Scene) -> None:
-    """Every workspace has a profile, and the provider supports no schema any more."""
+    """Every workspace has a profile, and the provider no longer supports schemas. The refusal of a second workspace
+    counts after a minute, and then the form of requests changes."""
     scene.start((HOSTILE, OTHER, THIRD))
     held = scene.claim()
     scene.report(HOSTILE, held[HOSTILE][:1], SCHEMA)

@@ -256,7 +256,8 @@ HOSTILE: list[Any] = [
 
 
 def expected(field: dict[str, Any], given: Any) -> Any:
-    """What may be kept, by the words of the promise; `any_text`: some printable text of at most 200 characters."""
+    """The value that the documented promise allows for a field. `any_text`: some printable text of at most 200
+    characters."""
     match field["kind"]:
         case "boolean":
             return given if isinstance(given, bool) else None

@@ -129,7 +129,8 @@ def test_a_released_migration_never_changes(tree: Path) -> None:
 
 
 def test_a_tag_has_what_was_released(tree: Path) -> None:
-    """Also where somebody has edited the migration and its hash."""
+    """Released files that differ from their tag are reported, even if somebody has edited the migration and its
+    hash."""
     released = schema.releases()[-1]
     git(tree.parent, "init", "-q")
     git(tree.parent, "add", "-A")
@@ -372,7 +373,7 @@ def test_a_release_brings_an_installation_to_what_the_source_says(
 
 
 def test_npm_finds_the_released_client_in_its_workspace(tree: Path) -> None:
-    """With another version in the lock or in a dependency, `npm install` would ask the registry for it."""
+    """If the lock or a dependency had another version, `npm install` would ask the registry for the client."""
     with next_release(tree, "9.1.0"):
         root = tree.parent
     locked = json.loads((root / "package-lock.json").read_text())["packages"]

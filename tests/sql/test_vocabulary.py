@@ -79,7 +79,7 @@ def match(
 
 
 def key(tag: str) -> str:
-    """What is compared, by the classes of Unicode instead of a pattern."""
+    """The key of a tag, computed with the classes of Unicode instead of a pattern."""
     seen = "".join(" " if c.isspace() else c for c in tag if c.isspace() or unicodedata.category(c)[0] != "C")
     seen = re.sub("[\ufe00-\ufe0f\u034f\u115f\u1160\u3164\uffa0]", "", seen)
     text = unicodedata.normalize("NFKC", seen).replace("İ", "i").lower().replace("ς", "σ")
@@ -102,7 +102,7 @@ def grams(text: str) -> set[str]:
 
 
 class Oracle:
-    """What tags become, by plain loops over lists."""
+    """Computes the expected tags with plain loops over lists."""
 
     def __init__(self, own: Entries, general: Entries) -> None:
         own_names = {key(name) for entry in own for name in (entry["tag"], *entry.get("aliases", []))}
@@ -415,7 +415,7 @@ def test_general_cycles_end(session: psycopg.Connection[Any]) -> None:
 
 
 def test_only_one_place_writes_tags() -> None:
-    """Whatever the path of an answer, it passes match_results() on its way to the host's rows."""
+    """Every answer passes match_results() on its way to the host's rows."""
     calls = {s.key.split("(")[0]: s for s in schema.engine() if "autotag.store_tags(" in s.text}
     assert set(calls) == {"function autotag.write_outcomes", "function autotag.try_write"}  # which takes it back
     assert (

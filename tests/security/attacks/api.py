@@ -1,4 +1,4 @@
-"""What everybody with a key can try: generated from the catalogue, so that new functions and tables are tried too."""
+"""Attempts of any holder of a key. They are generated from the catalogue, so they include new functions and tables."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def views(scene: Scene) -> list[str]:
 
 
 def columns(scene: Scene) -> dict[str, list[str]]:
-    """Of each table and view in public."""
+    """The columns of each table and view in public."""
     rows = scene.victim.sql("select table_name as name, array_agg(column_name::text order by ordinal_position) as columns"
                             " from information_schema.columns where table_schema = 'public' group by 1 order by 1")  # fmt: skip
     return {row["name"]: row["columns"] for row in rows}
@@ -137,8 +137,8 @@ def theirs(scene: Scene, name: str, kind: str) -> Any:
 
 
 def rpcs(scene: Scene, caller: str, *, own: bool = False) -> list[Attempt]:
-    """Every RPC × every argument × every hostile value, and the ways in which PostgREST can be asked; about what is the
-    victim's, or the caller's own. The ways are dealt out over the functions, each as many as there are bodies."""
+    """Every RPC × every argument × every hostile value, and PostgREST's forms of request, about the victim's rows or
+    the caller's own. The forms are dealt out over the functions, each as often as there are bodies."""
     token, found = scene.token(caller), []
     refused = ANY if own else REFUSED
     ways = _ways()
@@ -178,7 +178,7 @@ def rpcs(scene: Scene, caller: str, *, own: bool = False) -> list[Attempt]:
 
 
 def rows(scene: Scene, caller: str) -> list[Attempt]:
-    """Every table × every verb, filter and preference."""
+    """Attempts at every table, with every verb, filter and preference."""
     columns_of, found = columns(scene), _hidden_rows(scene, caller)
     for table in tables(scene, "public"):
         name = table.removeprefix("public.")
@@ -188,7 +188,8 @@ def rows(scene: Scene, caller: str) -> list[Attempt]:
 
 
 def _reads(scene: Scene, caller: str, name: str, key: str) -> list[Attempt]:
-    """Every filter of a table, and what nobody's rows answer; key: its column with the workspace."""
+    """Attempts to read a table with every filter, and, for a type of results, requests that no rows answer. key: the
+    table's column with the workspace."""
     token, own, workspace = scene.token(caller), _own(scene, caller), scene.ids["workspace"]
     nothing = REFUSED if caller == "anon" else UNSEEN
     found: list[Attempt] = []
@@ -226,7 +227,7 @@ def _reads(scene: Scene, caller: str, name: str, key: str) -> list[Attempt]:
 
 
 def _writes(scene: Scene, caller: str, name: str, key: str) -> list[Attempt]:
-    """Every verb that changes a table's rows, with every preference; key: its column with the workspace."""
+    """Attempts to change a table's rows with every verb and preference. key: its column with the workspace."""
     token, own, workspace = scene.token(caller), _own(scene, caller), scene.ids["workspace"]
     nothing = REFUSED if caller == "anon" else UNSEEN
     asset = scene.ids["asset"]
@@ -532,8 +533,8 @@ def _statements_on_rows(scene: Scene, caller: str) -> list[Attempt]:
 
 
 def behind(scene: Scene, caller: str, foreign: list[str]) -> list[Attempt]:
-    """By SQL, what stands right behind the RPCs, where the caller says which files they may not see; `foreign`: images of
-    theirs that name somebody else's file."""
+    """Calls by SQL of the functions behind the RPCs, where the caller itself says which files are hidden. `foreign`:
+    images of the caller that name another user's file."""
     own, found = scene.of(caller), []
     assets, theirs = list(own.assets()), [scene.ids["asset"], scene.ids["live asset"], scene.ids["fileless asset"]]
     assets = [asset for asset in assets if asset not in foreign]

@@ -1,4 +1,4 @@
-"""One attempt, its answer, and the run of many."""
+"""One attempt, its answer, and a function that makes many attempts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ERROR = re.compile(r"5(?!01 LOCAL501)\d\d .*|XX000|crashed .*")
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back.
+    """The answer to an attempt.
 
     outcome: in a word or two: `403 42501`, `200 []`, `42501`, `rows 3`, `joined`.
     received: everything that the attacker has learned.

@@ -206,7 +206,7 @@ def take_announcements(scene: Scene) -> int:
 
 
 def cheating(scene: Scene) -> list[str]:
-    """What the member's rows show that only a worker may write, and limits that have moved."""
+    """Values in the member's rows that only a worker may write."""
     own = scene.member
     found = [f"changed: an asset has {row}" for row in own.sql(
         "select id, tags, tagging_result, tagging_stage from public.assets where workspace_id = %s and (tags is not null"

@@ -56,7 +56,7 @@ class Scene:
         return self.stack.token(self.nobody) if caller == "nobody" else self.of(caller).member.token
 
     def user(self, caller: str) -> str | None:
-        """Who it is; None: nobody who is signed in."""
+        """The id of the caller's user; None: nobody is signed in."""
         if caller in ("anon", "nobody"):
             return self.nobody if caller == "nobody" else None
         return self.of(caller).member.user
@@ -136,7 +136,7 @@ class Scene:
         return [name for name, value in self.secrets.items() if value in answer.received and value not in answer.sent]
 
     def snapshot(self, attacker: str = "") -> dict[str, Counter[str]]:
-        """Every row of every table that is not the attacker's own, and who may do what."""
+        """Every row that does not belong to the attacker, and all privileges."""
         own = self.of(attacker).member.workspace if attacker in ("neighbour", "member") else str(uuid.uuid4())
         seen: dict[str, Counter[str]] = {}
         with psycopg.connect(self.stack.database_url("supabase_admin"), autocommit=True) as connection:
@@ -165,7 +165,7 @@ class Scene:
         return seen
 
     async def findings(self, before: dict[str, Counter[str]], attacker: str = "") -> list[str]:
-        """What is otherwise than before, where it is not the attacker's own."""
+        """Everything that has changed since ``before`` and does not belong to the attacker."""
         after, found = self.snapshot(attacker), []
         for name in sorted(before.keys() | after.keys()):
             was, is_now = before.get(name, Counter()), after.get(name, Counter())

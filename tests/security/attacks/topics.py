@@ -1,4 +1,4 @@
-"""What can be tried at Realtime: joins, broadcasts over websocket and HTTP, frames of any form."""
+"""Attempts at Realtime: joins, broadcasts over websocket and HTTP, frames of any form."""
 
 from __future__ import annotations
 

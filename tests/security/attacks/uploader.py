@@ -164,7 +164,7 @@ def places(scene: Scene) -> Iterator[tuple[str, dict[str, str], str]]:
 
 
 def answers() -> Iterator[tuple[str, dict[str, Any], str]]:
-    """What a picture with writing in it may make a model say."""
+    """Answers that text in a picture may make a model give."""
 
     def said(tags: Any, caption: Any = "A caption.", **more: Any) -> dict[str, Any]:
         return {"content": json.dumps({"caption": caption, "tags": tags}), **more}
@@ -189,7 +189,7 @@ def answers() -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 class Uploads:
-    """All of it in one workspace, tagged in one run beside the victim's own."""
+    """All hostile uploads, in one workspace and tagged in one run, together with good images of the victim."""
 
     def __init__(self) -> None:
         self.assets: dict[str, tuple[str, str]] = {}  # name: id, expected
