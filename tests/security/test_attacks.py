@@ -236,7 +236,8 @@ def enqueue_all(scene: Scene, assets: list[str]) -> None:
 
 
 async def test_a_user_calls_by_sql_what_stands_behind_the_rpcs(scene: Scene) -> None:
-    """Over the API nobody reaches the schema autotag. Whoever did would be told whose an image is all the same."""
+    """The API does not expose the schema autotag. But even a direct call of its functions does not accept another
+    workspace's images."""
     foreign = whose.insert(scene, foreign_ways(scene)[:6])
     attempts = api.behind(scene, "neighbour", list(foreign.values()))
     before = scene.snapshot("neighbour")
@@ -258,7 +259,7 @@ def foreign_ways(scene: Scene) -> list[whose.Way]:
 
 
 def odd_ways(scene: Scene) -> list[whose.Way]:
-    """Those whose names are not just the file's."""
+    """The ways that do not name the file by its ordinary name."""
     return [way for way in whose.ways(scene) if way.name not in ("itself", "in its own bucket")]
 
 
@@ -270,7 +271,8 @@ async def test_a_row_that_names_anothers_file_is_refused(scene: Scene) -> None:
 
 
 async def test_a_row_that_names_anothers_file_later_is_not_tagged(scene: Scene) -> None:
-    """It names its own when it is enqueued, and another's when the worker asks where the image is."""
+    """A row names a file of its own workspace when it is enqueued, and another workspace's file when the worker asks
+    for its location."""
     foreign = foreign_ways(scene)
     own = scene.neighbour
     assets = own.insert([f"{own.member.workspace}/{i}.jpg" for i in range(len(foreign))])

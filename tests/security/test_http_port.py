@@ -171,7 +171,7 @@ async def test_what_no_port_takes(served: tuple[int, int], port: str, parts: tup
 
 @pytest.fixture
 async def served(caplog: pytest.LogCaptureFixture) -> AsyncIterator[tuple[int, int]]:
-    """Both applications inside the test; nothing may escape them."""
+    """Runs both applications inside the test. No exception may leave them."""
     async with _served() as ports:
         yield ports
     # uvicorn logs even an answer that it cancels at the end.
@@ -248,7 +248,7 @@ async def test_garbage_after_an_answer_is_no_error_of_ours(served: tuple[int, in
 
 
 async def test_chunks_of_one_byte_end_the_connection(served: tuple[int, int]) -> None:
-    """64 KB of them would cost 0.3 s of processor time."""
+    """The server ends such a connection, because 64 KB in chunks of one byte would take 0.3 s of processor time."""
     reader, writer = await asyncio.open_connection(HOST, served[1])
     writer.write(CHUNKED + b"1\r\nx\r\n" * 1000)
     async with asyncio.timeout(1):

@@ -47,7 +47,7 @@ def caller(library: Library, login: str, role: str | None) -> Iterator[psycopg.C
 
 
 def shadow_everything(connection: psycopg.Connection[Any]) -> list[str]:
-    """A domain in pg_temp in the place of each type; the types that could be shadowed."""
+    """Creates a domain in pg_temp with the name of each type. Returns the types for which that was possible."""
     connection.execute("""
         create function pg_temp.spy(p_type text) returns boolean language plpgsql as $$
         begin
@@ -73,7 +73,7 @@ def shadow_everything(connection: psycopg.Connection[Any]) -> list[str]:
 
 
 def callable_functions(connection: psycopg.Connection[Any]) -> list[tuple[str, dict[str, str]]]:
-    """The functions that this role may call, with the types of what they take, by name."""
+    """The functions that this role may call: name, and the types of the arguments by their names."""
     rows = connection.execute("""
         select p.oid::pg_catalog.regproc::pg_catalog.text, array(
           -- of an id, the type that its domain is made of
@@ -108,7 +108,7 @@ class Scene:
     task: dict[str, Any]
 
     def values(self, name: str, kind: str) -> list[Any]:
-        """Values that get a function to do something, for an argument."""
+        """Values for an argument with which a function does some work."""
         result = {"tags": ["x"], "confidence": {"x": 1}, "caption": "c", "model": "m"}
         report = {**self.task, "result": result, "usage": {"input": 10, "cached": 0, "output": 5}, "called": True}
         error = {"kind": "transient", "code": "x", "message": "m", "retry_after": 1}
@@ -133,8 +133,8 @@ WORKER = "00000000-0000-4000-8000-00000000000a"
 
 
 def call_everything(scene: Scene, connection: psycopg.Connection[Any]) -> tuple[int, set[str], list[str]]:
-    """Calls each function a few times with values that fit, each as if it were the first. How many functions there were,
-    which of them returned, and the errors of those that did not."""
+    """Calls each function a few times with fitting values, and undoes each call. Returns the number of functions, the
+    functions that returned, and the errors of the others."""
     functions = callable_functions(connection)
     returned: set[str] = set()
     errors: list[str] = []

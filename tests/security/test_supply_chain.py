@@ -81,7 +81,7 @@ def test_these_tests_run_with_the_pinned_packages() -> None:
 
 
 def wheel(folder: Path, content: str) -> str:
-    """Makes a package tiny 1.0; its hash."""
+    """Makes a wheel of a package tiny 1.0, and returns its hash."""
     path = folder / "tiny-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("tiny.py", content)
@@ -93,7 +93,7 @@ def wheel(folder: Path, content: str) -> str:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment that has nothing but our own pip, to copy; installing one takes seconds."""
+    """A virtual environment with only our version of pip, to copy, because installing one takes seconds."""
     path = tmp_path_factory.mktemp("environment") / ".venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", path], check=True)
     [site] = path.glob("lib/*/site-packages")
@@ -138,7 +138,7 @@ def test_setup_refuses_a_package_that_was_changed(
 
 @pytest.mark.parametrize("function", ["auto_tag_asset", "openai-webhook"])
 def test_an_edge_function_runs_one_version_of_each_package(function: str) -> None:
-    """It runs with a key of the project: what it imports is pinned, and so is what that needs, by hash."""
+    """An edge function has a key of the project. So its imports and their dependencies are pinned by hash."""
     folder = ROOT / "supabase" / "functions" / function
     imports = json.loads((folder / "deno.json").read_text())["imports"]
     for name, what in imports.items():

@@ -172,7 +172,8 @@ class Session:
         return self.thread is not None and self.thread.is_alive()
 
     def end(self) -> psycopg.Error | None:
-        """Waits for the end; what went wrong, if it was not that the function says that a row is held."""
+        """Waits until the statement has ended. Returns its error, unless the function has reported that a row is
+        locked."""
         assert self.thread
         self.thread.join(PATIENCE)
         assert not self.runs(), "it does not end"
@@ -195,7 +196,7 @@ class Server:
             yield
 
     def waits(self, session: Session) -> bool:
-        """Whether a session has come to a lock that somebody holds; false: its function has ended."""
+        """Waits until the session waits for a lock (true) or its function has ended (false)."""
         deadline = time.monotonic() + PATIENCE
         while session.runs():
             if self.looker.execute("select cardinality(pg_blocking_pids(%s)) > 0", (session.pid,)).fetchone() == (
@@ -221,7 +222,7 @@ def server(postgres: LocalPostgres) -> Iterator[Server]:
 
 
 def set_the_scene(connection: psycopg.Connection[tuple[object, ...]]) -> None:
-    """Something to do for each of the functions: work of every kind in every state.
+    """Creates work of every kind in every state, so that each function has something to do.
 
     Workspaces 1 to 3 have single calls: some are held by each worker, some wait, one failed; in 3 an answer waits for its row, and an
     image is due again. 4 has a batch at OpenAI, 5 one that the worker builds, and 6 a planned one. 7 has single calls that no claim
@@ -356,7 +357,7 @@ def test_who_waits_for_a_tenant_does_not_hold_the_provider(server: Server, held:
 
 
 def deadlocks(server: Server, point: str) -> tuple[list[str], list[str]]:
-    """The functions that come to a point, and which two of them deadlock if both wait there and go on at the same moment."""
+    """The functions that reach a lock, and the pairs that deadlock if both wait there and go on at the same moment."""
     coming, found = [], []
     hold = MEETING_POINTS[point][0]
     # In production a wait of 50 ms ends before it counts as a deadlock, after a second. Here it is longer, so that two can meet.
@@ -388,7 +389,8 @@ def test_no_two_functions_deadlock(server: Server, point: str) -> None:
 
 
 def test_a_circle_is_noticed(server: Server) -> None:
-    """tick() with a worker's row before the provider row: register_worker() locks them in the other order."""
+    """Proves that the check works: if tick() locks a worker's row before the provider row, it deadlocks with
+    register_worker()."""
     row = server.looker.execute("select pg_get_functiondef('autotag.expire_worker'::regproc)").fetchone()
     assert row is not None
     source, lock = str(row[0]), "perform from autotag.provider_limits for update;"

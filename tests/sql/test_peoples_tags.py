@@ -1,4 +1,5 @@
-"""People's tags belong to them: whatever people and runs do in turn, in every type of column, against an oracle of plain lists."""
+"""People's tags belong to them: random edits and runs, in every type of column, are compared with an oracle of plain
+lists."""
 
 from __future__ import annotations
 
@@ -110,7 +111,7 @@ class Oracle:
     removed: set[str] = field(default_factory=set)
 
     def run(self, found: list[Any], answer: list[str]) -> tuple[list[Any], list[Any]]:
-        """The people's tags and the whole column after a run that found this column and gave these tags."""
+        """The expected people's tags and the whole column after a run that found this column and gave these tags."""
         theirs = [tag not in self.ours or found.count(tag) > 1 or not isinstance(tag, str) for tag in found]
         self.removed = (self.removed | self.seen) - keys(found)
         kept = [tag for tag, own in zip(found, theirs, strict=True) if own or tag in answer]
@@ -123,7 +124,7 @@ class Oracle:
 
 
 def is_within(part: list[Any], whole: list[Any]) -> bool:
-    """Whether a list is what remains of another one when elements are left out."""
+    """Whether a list is another list without some of its elements."""
     rest = iter(whole)
     return all(any(one == other and type(one) is type(other) for other in rest) for one in part)
 

@@ -140,7 +140,8 @@ WORKS = (False, True, "json_schema")
 
 @pytest.mark.parametrize("refusal", REFUSED, ids=lambda e: e["code"])
 def test_a_profile_that_is_always_refused_slows_nobody_down(scene: Scene, refusal: Error) -> None:
-    """The others have all their images tagged by the first claim of each round, and each of its own is asked once."""
+    """The first claim of each round tags all images of the other workspaces, and requests each image of this one
+    once."""
     scene.start((HOSTILE,))
     for _ in range(3):
         held = scene.claim()
@@ -256,7 +257,8 @@ def test_a_success_between_two_refusals_contradicts_them(scene: Scene) -> None:
 
 @pytest.mark.parametrize("parameter", ["response_format", None])
 def test_unreadable_answers_of_one_profile_concern_it_alone(scene: Scene, parameter: str | None) -> None:
-    """Text instead of JSON, while nothing is proven, says that the provider ignores the format; or that the profile asks for text."""
+    """While no question is proven, text instead of JSON can mean that the provider ignores the format, or that the
+    profile asks for text."""
     scene.start((HOSTILE,), proven=False)
     scene.session.execute(
         "update autotag.workspaces set virtual_time = case when workspace_id = %s then 0 else 1 end", (HOSTILE,)

@@ -1,4 +1,4 @@
-"""Rows of a large upload that raise: each costs its own image, and the others little."""
+"""Rows of a large upload that raise errors: only their own images fail, and the others take little longer."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ WAYS_EACH = 12  # of those below, for each function
 
 
 def _ways() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Ways in which PostgREST can be asked, over and over."""
+    """An endless repetition of unusual forms of a request to PostgREST."""
     more = ("p_workspace_id", "role", "p_user_id", "__proto__", "request_type; drop")
     selects = ("*", "*,workspaces(*)", "auth.users(*)", "tags", "cost::text", "(select 1)", "count()")
     prefers = (
@@ -83,7 +83,7 @@ def _ways() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def functions(scene: Scene, schema: str = "public") -> list[tuple[str, dict[str, str]]]:
-    """The functions of a schema with the types of what they take, by name."""
+    """The functions of a schema: name, and the types of the arguments by their names."""
     rows = scene.victim.sql(
         """select p.proname as name, array(
              select format_type(t, null) from unnest(p.proargtypes) with ordinality a (t, i) order by i) as types,
@@ -119,13 +119,14 @@ def columns(scene: Scene) -> dict[str, list[str]]:
 
 
 def workspace_key(table: str, names: list[str]) -> str:
-    """The column to filter a table by. Without one of that name the answer would only be that it is missing."""
+    """The column to filter a table by: the one with the workspace, or else any, because a missing column would get an
+    error."""
     key = "id" if table == "workspaces" else "workspace_id"
     return key if key in names else names[0]
 
 
 def theirs(scene: Scene, name: str, kind: str) -> Any:
-    """A value for an argument that means something of the victim's."""
+    """A value for an argument that stands for something of the victim."""
     if kind == "uuid[]":
         return [scene.ids["live asset"], scene.ids["asset"]]
     if kind == "uuid":
@@ -276,7 +277,7 @@ def _writes(scene: Scene, caller: str, name: str, key: str) -> list[Attempt]:
 
 
 def _hidden_rows(scene: Scene, caller: str) -> list[Attempt]:
-    """Tables and functions of schemas that the API does not have."""
+    """Attempts at tables and functions of schemas that the API does not expose."""
     token = scene.token(caller)
     found: list[Attempt] = []
 
@@ -301,7 +302,7 @@ def _hidden_rows(scene: Scene, caller: str) -> list[Attempt]:
 
 
 def storage(scene: Scene, caller: str) -> list[Attempt]:
-    """The victim's files by every route of Storage."""
+    """Attempts at the victim's files by every route of Storage."""
     token, found = scene.token(caller), []
     path, folder, own = scene.ids["path"], scene.ids["workspace"], _own(scene, caller)
     refused = r"4\d\d .*"
@@ -355,7 +356,7 @@ def storage(scene: Scene, caller: str) -> list[Attempt]:
 
 
 def tokens(scene: Scene, caller: str) -> list[Attempt]:
-    """Forged tokens that say that their bearer is more than the caller is."""
+    """Attempts with forged tokens, which claim more rights than the caller has."""
     user, victim, found = scene.user(caller), scene.victim.member.user, []
     soon = int(time.time()) + 600
     real = scene.token(caller) or scene.stack.anon_key
@@ -562,7 +563,7 @@ def behind(scene: Scene, caller: str, foreign: list[str]) -> list[Attempt]:
 
 
 def _owned(scene: Scene, caller: str, argument: str, value: Any) -> Any:
-    """The caller's own in the place of the victim's."""
+    """The value for an argument that stands for something of the caller instead of the victim."""
     assets = list(scene.of(caller).assets())
     if isinstance(value, list):
         return assets
@@ -570,7 +571,7 @@ def _owned(scene: Scene, caller: str, argument: str, value: Any) -> Any:
 
 
 def _own(scene: Scene, caller: str) -> str:
-    """The attacker's workspace; one that is not there where they have none."""
+    """The attacker's workspace. An attacker without one gets an id that does not exist."""
     return scene.of(caller).member.workspace if caller in ("neighbour", "member") else str(uuid.UUID(int=1))
 
 

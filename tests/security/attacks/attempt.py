@@ -102,7 +102,7 @@ def outcome(response: httpx.Response) -> str:
 
 
 def sql(caller: str, statement: str, *arguments: object) -> Do:
-    """A statement under an API role's name, as if PostgREST had been talked into it."""
+    """Executes a statement with an API role, as if PostgREST had been made to do so."""
 
     async def do(scene: Scene) -> Answer:
         connection = scene.connection(caller)

@@ -1,4 +1,4 @@
-"""Somebody who reaches a worker's ports, without its webhook's secret; and one who has stolen that."""
+"""Attempts of a client of a worker's ports, without the webhook's secret and with the stolen secret."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def forged(topic: str, event: str = "job-complete", payload: Any = None) -> list
 
 
 def private_topics(scene: Scene, caller: str) -> list[Attempt]:
-    """Topics of somebody else: joining them, and speaking there."""
+    """Attempts to join other people's private topics, and to send messages there."""
     token, workspace = scene.token(caller), scene.ids["workspace"]
     victim, found = f"tagging:{workspace}", []
     names = [
