@@ -1,4 +1,4 @@
-"""pg_cron for real: the jobs are there once, they run, and housekeeping keeps every table bounded."""
+"""The real pg_cron: the jobs exist once and run, and housekeeping keeps every table bounded."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ async def test_pg_cron_runs_the_tick(postgres: LocalPostgres, machine_postgres: 
 
 
 def test_housekeeping_keeps_every_table_bounded(library: Library) -> None:
-    """A year of work, and one night of housekeeping: only what is kept on purpose is left in any table."""
+    """After a year of work, one night of housekeeping leaves only rows that are kept on purpose."""
     library.sql("""
         insert into autotag.jobs (workspace_id, strategy, image_count, completed, created_at, finished_at)
         select gen_random_uuid(), 'realtime', 1, 1, now() - i * interval '1 day', now() - i * interval '1 day'
@@ -129,7 +129,7 @@ def sizes(library: Library) -> dict[str, int]:
 
 
 async def test_without_pg_cron_the_workers_own_tick_does_the_same(library: Library) -> None:
-    """This database has no pg_cron: a worker takes back what a dead one held, and does the day's housekeeping."""
+    """Without pg_cron, a worker releases what a dead worker held, and does the daily housekeeping."""
     stack = library.stack
     stack.configure(lease="1 s")
     library.sql("insert into autotag.workers values"
@@ -143,7 +143,8 @@ async def test_without_pg_cron_the_workers_own_tick_does_the_same(library: Libra
 
 
 def test_housekeeping_and_an_upload_do_not_wait_for_each_other(library: Library) -> None:
-    """Housekeeping forgets a workspace that has no work, while an upload to it begins: the next claim gets the upload's images."""
+    """Housekeeping deletes a workspace without work while an upload to it begins. The next claim gets the upload's
+    images."""
     worker = "00000000-0000-4000-8000-00000000000a"
     library.sql("select autotag.register_worker(%s, 'h', autotag.schema_version(), true)", worker)
     library.sql("insert into autotag.workspaces (workspace_id) values (%s)", library.member.workspace)

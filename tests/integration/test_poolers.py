@@ -28,14 +28,14 @@ ONCE = {"chunk_delay": "0.05 s", "retry_delay": "0.1 s", "realtime_requests_per_
 
 
 def through(url: str, port: int) -> str:
-    """The same database by way of another port."""
+    """The URL of the same database by another port."""
     parts = urlsplit(url)
     return parts._replace(netloc=f"{parts.username}:{parts.password}@127.0.0.1:{port}").geturl()
 
 
 @contextlib.contextmanager
 def pgbouncer(stack: Stack, mode: str) -> Iterator[str]:
-    """A real PgBouncer in front of the stack's database; the worker's URL through it."""
+    """Starts a real PgBouncer in front of the stack's database. Yields the worker's URL through it."""
     binary = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
     if binary is None:
         skip("PgBouncer is not installed")
@@ -74,7 +74,8 @@ def warnings(logs: list[Any]) -> list[str]:
 
 @pytest.mark.long
 async def test_behind_a_transaction_pooler_the_worker_polls_and_warns_once(library: Library) -> None:
-    """LISTEN is impossible there, and so are prepared statements: more than five calls of each go through."""
+    """A transaction pooler supports neither LISTEN nor prepared statements. More than five calls of each statement
+    succeed."""
     assets = [await library.upload(8, seed=seed) for seed in (1, 2)]
     more = await library.upload(60, seed=3)
     with pgbouncer(library.stack, "transaction") as url, capture_logs() as logs:
@@ -149,7 +150,7 @@ async def test_a_restart_of_the_server_loses_nothing(own_server: tuple[LocalPost
 
 
 class Wire:
-    """A TCP connection's middle, which can stop carrying anything without anybody hanging up."""
+    """Forwards TCP connections, and can stop carrying data without closing them."""
 
     def __init__(self, target: int) -> None:
         self._target = target

@@ -1,4 +1,4 @@
-"""Providers: mistakes in the configuration cost a call or two and no image, and what a server lacks is found out."""
+"""Providers: a wrong configuration costs a call or two and no image, and missing features of a server are noticed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def wide(library: Library) -> Library:
 
 
 def put(**fields: Any) -> Change:
-    """A change of the provider's plan."""
+    """Changes the simulator's plan."""
 
     def change(plan: Plan) -> None:
         for name, value in fields.items():
@@ -71,7 +71,7 @@ def clock(library: Library) -> float:
 
 
 def held_by_workers(library: Library) -> int:
-    """How many single calls workers hold."""
+    """The number of single calls that workers hold."""
     return int(
         library.sql("select count(*) as n from autotag.tasks where worker_id is not null and finished_at is null")[0][
             "n"
@@ -84,7 +84,8 @@ def failed(library: Library) -> int:
 
 
 async def check_repaired(library: Library, told: list[dict[str, Any]], repaired: float) -> None:
-    """Tagging goes on within forty seconds on autotag's clock. Then everything gets its tags, and no image counts a failure."""
+    """Checks that tagging resumes within forty seconds on autotag's clock, that everything is tagged, and that no image
+    has a failure."""
     answered = len(paid(library.stack))
     await until(lambda: len(paid(library.stack)) > answered, "an answer")
     took = clock(library) - repaired
@@ -103,7 +104,8 @@ async def check_repaired(library: Library, told: list[dict[str, Any]], repaired:
 
 @contextlib.asynccontextmanager
 async def mistaken(library: Library, uploads: list[int], **changes: Any) -> AsyncIterator[list[dict[str, Any]]]:
-    """A worker at images that wait; the body of the context begins ten seconds (of autotag's clock) later."""
+    """Runs a wrongly configured worker while images wait. The context's body begins ten seconds (of autotag's clock)
+    later."""
     stack = library.stack
     compress(stack, SPEED)
     drawings = pictures(sum(uploads))
@@ -153,7 +155,7 @@ async def test_a_model_that_nobody_knows_is_named_and_costs_no_image(fresh: Libr
 
 @pytest.mark.parametrize("address", ["no_v1", "closed_port"])
 async def test_a_worker_with_a_wrong_address_costs_no_image_and_is_in_nobodys_way(fresh: Library, address: str) -> None:
-    """The one with the right address is started beside it, as a rolling deployment does."""
+    """A worker with the right address starts beside it, as in a rolling deployment."""
     stack = fresh.stack
     wrong = stack.openai_url.removesuffix("/v1") if address == "no_v1" else f"http://127.0.0.1:{free_port()}/v1"
     async with mistaken(fresh, [50, 60], openai_base_url=wrong) as told:
@@ -233,7 +235,8 @@ async def test_what_a_server_does_not_know_is_left_out_after_one_refusal_for_eve
 async def test_a_form_that_is_refused_in_the_middle_of_a_run_makes_way_for_the_next_one_only(
     wide: Library, lost: str
 ) -> None:
-    """Forty calls and a batch of fifty lines are under way in the old form: all are refused, and it is one step."""
+    """Forty calls and a batch of fifty lines are in flight in the old form. All are refused, and the form changes by
+    one step only."""
     stack = wide.stack
     make, form, _ = FORMS[lost]
     stack.simulator.plan.hold_answers = True
@@ -348,7 +351,8 @@ def test_to_have_a_batch_proves_nothing(fresh: Library) -> None:
 
 
 async def test_one_image_that_draws_an_error_of_the_account_ends_and_stops_nobody_for_ever(wide: Library) -> None:
-    """A gateway with a small limit for bodies refuses this picture alone: 413, by a page that names nothing."""
+    """A gateway with a small limit for bodies refuses only this picture: 413, with an HTML page that gives no
+    reason."""
     stack = wide.stack
     stack.configure(account_probe_interval="0.2 s", max_failures=3)
     drawings = pictures(8)
@@ -367,7 +371,7 @@ async def test_one_image_that_draws_an_error_of_the_account_ends_and_stops_nobod
 async def test_files_are_kept_as_long_as_the_provider_wants_after_one_refusal(
     wide: Library, least: int, kept: int | None
 ) -> None:
-    """Several batches meet the refusal at the same time: it is one refusal for all of them."""
+    """Several batches meet the refusal at the same time. It counts as one."""
     stack = wide.stack
     stack.simulator.plan.min_expires = least
     stack.configure(batch_max_images=60, batch_split_images=20, express_images=1)
