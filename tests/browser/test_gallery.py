@@ -66,7 +66,7 @@ async def gallery(library: Library, tmp_path: Path) -> AsyncIterator[Gallery]:
 
 
 def make_members_editors(library: Library) -> None:
-    """As ``autotag init --editors members`` does."""
+    """Does the same as ``autotag init --editors members``."""
     library.sql("create or replace function autotag.is_editor(p_workspace_id autotag.workspace_id) returns boolean"
                 " language sql stable security definer as 'select autotag.is_member(p_workspace_id)'")  # fmt: skip
 

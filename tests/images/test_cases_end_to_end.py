@@ -50,7 +50,7 @@ def check(name: str, image: Image.Image, expected: dict[str, Any]) -> None:
 
 
 def dark_lines(values: list[int]) -> int:
-    """How often the brightness falls below the middle of its range."""
+    """The number of times that the brightness falls below the middle of its range."""
     middle = (min(values) + max(values)) / 2
     return sum(a >= middle > b for a, b in pairwise(values))
 

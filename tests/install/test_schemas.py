@@ -140,7 +140,7 @@ def listed(assets: list[str]) -> sql.Composable:
 
 
 def call(owner: psycopg.Connection[Any], claims: dict[str, Any] | None, statement: sql.Composable) -> Any:
-    """What a statement returns to a caller with this token; the sqlstate if it refuses."""
+    """Executes a statement with this caller's token. Returns its result, or the sqlstate of a refusal."""
     try:
         with owner.transaction():
             if claims is not None:

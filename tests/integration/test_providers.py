@@ -92,7 +92,7 @@ async def check_repaired(library: Library, told: list[dict[str, Any]], repaired:
     assert took <= 40, f"{took:.0f} s after the mistake was repaired"
     await library.finished(*told)
     assert failed(library) == 0
-    assert library.failures() == 0, "an image counts a failure for what was no fault of its own"
+    assert library.failures() == 0, "a failure was counted for an image that was not its cause"
     library.check_tags()
     check_asked_once(library.stack)
     check_money(library.stack)

@@ -328,7 +328,7 @@ def test_while_nobody_could_beat_nobody_is_taken_for_dead(engine: Engine, outage
         engine.set_time(15 + outage + later)
         crew.beat(WORKER)
         crew.beat(crew.others[0])
-        assert crew.holds(), "it has beaten within its lease"
+        assert crew.holds(), "it has sent a heartbeat within its lease"
         assert crew.engine.sql("select count(*) from autotag.workers where id = %s", crew.others[1]) == [
             (0 if later > 80 else 1,)
         ]

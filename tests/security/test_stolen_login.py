@@ -42,7 +42,7 @@ DECISIONS = {
     "claim_batches": "gets batches that wait, and the look at the provider when it is due",
     "describe_tasks": "describes the images that it holds",
     "describe_brief": "says what the images that it holds are asked",
-    "report_unreadable": "counts a failure of images that it holds",
+    "report_unreadable": "adds a failure to images that it holds",
     "diagnose": "counts, names of logins, and one image that is not its own",
     "diagnose_write": "has one row written and taken back, as its report on a claimed image would write it",
     "files_deleted": "leaves files of batches that are over to expire at the provider",

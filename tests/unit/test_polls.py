@@ -141,7 +141,7 @@ async def test_a_provider_that_refuses_the_account_fails_the_poll_and_no_batch()
 
 
 async def test_a_provider_that_asks_to_wait_keeps_what_it_had_said() -> None:
-    """What was read before is reported, and the next poll begins with other batches."""
+    """States that were read before are reported, and the next poll begins with other batches."""
     first = set()
     for _ in range(20):
         provider, db = FakeProvider(IDS[:5]), FakeDatabase()
