@@ -421,7 +421,7 @@ async def test_forms_that_the_model_does_not_take_are_left_out(tagged: Library) 
 
 
 async def test_an_effort_that_was_tried_out_changes_nothing_of_the_models_row(tagged: Library) -> None:
-    """gpt-6-luna does not support the effort `minimal`. Uploads are still tagged with the model's own effort."""
+    """The model does not support the effort `minimal`. Its row stays as it is, so uploads still use its own effort."""
     code, _, error = await compare(tagged, "--json", "--effort", "minimal")
     assert code == 1
     assert "autotag: Ended after" in error

@@ -228,7 +228,7 @@ async def test_files_of_a_public_bucket_are_everybodys_to_see(strict: Library) -
 
 
 async def test_without_the_check_they_would_have_them(strict: Library) -> None:
-    """Without the check of files, the tests above would fail."""
+    """Proves that the tests above can fail: without the check of files, both images are tagged."""
     strict.sql(
         "create or replace function autotag.users_see_files() returns boolean language sql immutable as 'select false'"
     )
