@@ -78,8 +78,8 @@ def uninstall(
     elif drops:
         say("autotag is uninstalled. autotag init or autotag migrate installs it again.")
         files = ", ".join(f"{name}.sql" for name in plan.migrations)
-        which = f"these files from supabase/migrations: {files}" if files else "its files from supabase/migrations"
-        say(f"Now delete {which}. Otherwise, supabase db push installs autotag again.")
+        old = f"these files from supabase/migrations: {files}" if files else "autotag's files from supabase/migrations"
+        say(f"Now delete {old}. Otherwise, supabase db push installs autotag again.")
         say("The roles belong to the whole server and stay; to drop them:")
         say(f"  {DROP_ROLES}")
     if blocked and not dry_run:
