@@ -76,9 +76,9 @@ def differences() -> list[str]:
 
 
 def changed_since_tag() -> list[str]:
-    """Files of releases that differ from those in their tag, or are gone.
+    """Released files that are missing or differ from the same file in their release's tag.
 
-    So neither an edited hash nor a removed record can hide an edited migration.
+    So it finds an edited migration even if the migration's record was edited, too, or removed.
 
     Without git, or in a clone without tags, it compares nothing; CI fetches the tags.
 

@@ -31,13 +31,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long ones come first. So they are behind each other in one process, while the others keep the processor busy; and
-    none of them begins when everything else has ended."""
+    """Sorts the long tests first. So they run one after another in one process while the others keep the processor
+    busy, and none of them starts when everything else has ended."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def skip(reason: str) -> None:
-    """Skips loudly; in CI nothing may be skipped."""
+    """Skips a test with a warning. In CI, nothing may be skipped."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"CI must not skip: {reason}")
     pytest.skip(reason)
@@ -51,13 +51,14 @@ def machine_postgres() -> bool:
 
 
 def place_of_data() -> Path | None:
-    """Memory, if there is plenty: a database is copied there in 16 ms of processor time, on a disk in 40, and waits for nothing."""
+    """A folder in memory, if there is plenty. Copying a database there takes 16 ms of processor time, on a disk 40, and
+    waits for nothing."""
     return MEMORY if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 2e9 else None
 
 
 @pytest.fixture(scope="session")
 def postgres(machine_postgres: bool) -> Iterator[LocalPostgres]:
-    """The server; its database ``postgres`` has autotag's schema, and pg_cron where there is one."""
+    """The server. Its database ``postgres`` has autotag's schema, and pg_cron if that is installed."""
     # Background workers need no login of their own, which a connection to localhost would.
     cron = {
         "shared_preload_libraries": "pg_cron,pg_stat_statements",
@@ -81,8 +82,8 @@ def postgres(machine_postgres: bool) -> Iterator[LocalPostgres]:
 
 
 def leave_a_dead_worker(server: LocalPostgres) -> None:
-    """For test_cron: pg_cron takes back what it held, while other tests run. It has been silent for more than a day, so it
-    does not matter how late the first tick is (autotag.can_expire)."""
+    """Leaves a dead worker for test_cron: pg_cron releases what it held, while other tests run. It has been silent for
+    more than a day, so it does not matter how late the first tick is (autotag.can_expire)."""
     with psycopg.connect(server.url(), autocommit=True) as connection:
         connection.execute(
             "insert into autotag.workers values"
@@ -106,7 +107,7 @@ def copied_database(postgres: LocalPostgres, template: str) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def no_connection_is_left() -> Iterator[None]:
-    """Closes what a test has kept open."""
+    """Closes the connections that a test has kept open."""
     yield
     close_connections()
 
@@ -120,7 +121,7 @@ def database(postgres: LocalPostgres) -> Iterator[str]:
 
 @pytest.fixture
 def bare(postgres: LocalPostgres) -> Iterator[str]:
-    """The name of a fresh database as a Supabase project has it, without autotag and without any table."""
+    """The name of a fresh database like that of a new Supabase project, without autotag and without any table."""
     with copied_database(postgres, BARE_TEMPLATE) as name:
         with psycopg.connect(postgres.url("supabase_admin", name), autocommit=True) as connection:
             # a copy has not the settings that belong to the name of its template (lab/baseline.sql)
@@ -140,7 +141,7 @@ async def stack(postgres: LocalPostgres, database: str) -> AsyncIterator[Stack]:
 
 
 def quicken(stack: Stack) -> None:
-    """A provider that is proven and fast, and delays to match."""
+    """Makes the provider proven and fast, and shortens the delays."""
     stack.simulator.plan.latency = (0.01, 0.05)
     stack.simulator.plan.batch_latency = (0.2, 0.4)
     stack.configure(batch_poll_interval="0.2 s", chunk_delay="0.1 s", retry_delay="0.1 s", broadcast_interval="0")
@@ -155,7 +156,8 @@ def library(stack: Stack) -> Library:
 
 @pytest.fixture
 def sealer(library: Library) -> Library:
-    """Automatic mode, in which each upload is complete at once; and a worker, whose calls the test makes."""
+    """A library in automatic mode, in which each upload is complete at once, with a worker whose calls the test
+    makes."""
     library.stack.configure(upload_quiet="1 ms", upload_longest="1 ms")
     library.sql("select autotag.set_automatic(true)")
     library.sql("select autotag.register_worker(%s, 'test', autotag.schema_version(), true)", WORKER)

@@ -1,4 +1,4 @@
-"""Projects whose keys are not uuids: their tables, with autotag for them, and their members."""
+"""Projects whose keys are not uuids: their tables with autotag, and their members."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ SIGNED_IN = "(select auth.uid())"
 
 
 def host_tables(keys: Keys) -> str:
-    """The tables of the stand-alone stack with other keys. Users are who `sub` says."""
+    """Creates the tables of the stand-alone stack with other keys. The user is `sub` of the token."""
     text = next(MIGRATIONS.glob("*_host_baseline.sql")).read_text()
     user = keys.base[2]
     for table, kind in (("workspaces", keys.workspace), ("assets", keys.asset)):
@@ -90,7 +90,7 @@ def host_tables(keys: Keys) -> str:
 
 
 def install_keys(server: LocalPostgres, database: str, keys: Keys) -> None:
-    """A project with these keys and autotag, in an empty database."""
+    """Makes a project with these keys and autotag of an empty database."""
     install_baseline(server, database)
     url = server.url(database=database)
     with psycopg.connect(url, autocommit=True) as connection:
@@ -112,7 +112,7 @@ def install_keys(server: LocalPostgres, database: str, keys: Keys) -> None:
 
 
 def new_user(keys: Keys) -> str:
-    """An id of a user who does not exist yet."""
+    """The id of a user who does not exist yet."""
     match keys.base[2]:
         case "bigint":
             return str(random.randrange(2**52))

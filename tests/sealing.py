@@ -46,7 +46,7 @@ def stages(library: Library, assets: list[str]) -> list[str | None]:
 
 
 def due_now(library: Library) -> None:
-    """What was postponed is tried again."""
+    """Makes postponed uploads due."""
     library.sql("update autotag.uploads set seal_at = '-infinity'")
 
 

@@ -1,4 +1,4 @@
-"""What the tests share: a library of pictures, workers, and checks of what the database and the provider counted."""
+"""Shared by the tests: a library of pictures, workers, and checks of what the database and the provider counted."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _kept: defaultdict[str, list[psycopg.Connection[Any]]] = defaultdict(list)
 
 
 class Library:
-    """One workspace of a stack, as its member and as its owner see it."""
+    """One workspace of a stack, with the calls of its member and of its owner."""
 
     def __init__(self, stack: Stack, member: Member | None = None) -> None:
         self.stack = stack
@@ -44,14 +44,14 @@ class Library:
         self.drawings: dict[str, Drawing] = {}
 
     async def upload(self, drawings: int | Sequence[Drawing], seed: int = 1) -> list[str]:
-        """Stores pictures and inserts their rows; the asset ids in order."""
+        """Stores pictures and inserts their rows. Returns the ids in order."""
         stored = await self.upload_files(drawings, seed)
         ids = self.insert([path for path, _ in stored])
         self.drawings |= {asset: drawing for asset, (_, drawing) in zip(ids, stored, strict=True)}
         return ids
 
     async def upload_files(self, drawings: int | Sequence[Drawing], seed: int = 1) -> list[tuple[str, Drawing]]:
-        """Stores pictures; the path and the drawing of each. Storage's own way of it is for other tests (`store_file`)."""
+        """Stores pictures without Storage's API (which `store_file` uses). Returns the path and the drawing of each."""
         chosen = list(draw(drawings, seed)) if isinstance(drawings, int) else list(drawings)
         stored = [(f"{self.member.workspace}/{seed}-{drawing.name}", drawing) for drawing in chosen]
         assert self.stack.files, "not the local edge"
@@ -61,7 +61,7 @@ class Library:
         return stored
 
     def watch_failures(self) -> None:
-        """From now on `failures` knows of the tasks that are gone, too."""
+        """From now on, `failures` also counts tasks that are deleted."""
         self.sql("""
             create table public.tries (failures integer not null);
             create function public.note_tries() returns trigger language plpgsql as $$
@@ -72,12 +72,12 @@ class Library:
             create trigger note_tries after delete on autotag.tasks for each row execute function public.note_tries()""")
 
     def failures(self) -> int:
-        """Failures counted at all images since `watch_failures`."""
+        """The number of failures of all images since `watch_failures`."""
         rows = self.sql("select failures as n from autotag.tasks union all select failures from public.tries")
         return sum(row["n"] for row in rows)
 
     def insert(self, paths: Sequence[str]) -> list[str]:
-        """Rows of assets, whether or not there is a file; a bare name is one in the workspace's folder."""
+        """Inserts rows of assets, whether or not there is a file. A bare name is a name in the workspace's folder."""
         paths = [path if "/" in path else f"{self.member.workspace}/{path}" for path in paths]
         rows = self.sql(
             "insert into public.assets (workspace_id, storage_path)"
@@ -88,7 +88,7 @@ class Library:
         return [by_path[path] for path in paths]
 
     def allow_bucket(self, bucket: str) -> None:
-        """Lets rows name files in another bucket, too (the rule for files)."""
+        """Lets rows name files in another bucket, too (changes the file rule)."""
         [told] = self.sql("select pg_get_functiondef('autotag.describe_assets'::regproc) as code")
         assert "in ('assets')" in told["code"]
         self.sql(told["code"].replace("in ('assets')", f"in ('assets', '{bucket}')"))
@@ -104,18 +104,19 @@ class Library:
         return rpc(self.stack, self.member.user, function, *arguments)
 
     def enqueue(self, assets: Sequence[str]) -> dict[str, Any]:
-        """Uploads as the member; what enqueue_tagging answers."""
+        """Uploads as the member. Returns the reply of enqueue_tagging."""
         answer: dict[str, Any] = self.rpc("public.enqueue_tagging", list(assets))
         return answer
 
     def enqueue_as_server(self, assets: Sequence[str]) -> dict[str, Any]:
-        """As the project's server, which sees every file and is not asked about any."""
+        """Enqueues as the project's server, whose right to see files is not checked."""
         [row] = self.sql("select to_jsonb(public.enqueue_tagging(%s)) as job", array(assets))
         answer: dict[str, Any] = row["job"]
         return answer
 
     def claim(self, worker: str, slots: int = 100) -> dict[str, Any]:
-        """Claims as a registered worker does: the row of autotag.claim, with `images` as describe_tasks says of them."""
+        """Claims as a registered worker does. Returns the row of autotag.claim, with the descriptions of describe_tasks
+        as `images`."""
         [row] = self.sql(
             "select c.* from autotag.claim(%s, %s, (select claim + 1 from autotag.workers where id = %s)) c",
             worker, slots, worker,
@@ -132,7 +133,7 @@ class Library:
         return row
 
     def settle(self, worker: str, reports: Sequence[Mapping[str, Any]]) -> int:
-        """Reports outcomes as a worker does, by workspace; how many were accepted."""
+        """Reports outcomes as a worker does, by workspace. Returns how many were accepted."""
         rows = self.sql(
             "select id, workspace_id::text from autotag.tasks where id = any (%s)", [r["task"] for r in reports]
         )
@@ -145,7 +146,7 @@ class Library:
         return accepted
 
     def job(self, job_id: str) -> dict[str, Any]:
-        """What tagging_job says of an upload to the member."""
+        """The reply of tagging_job about an upload to the member."""
         answer: dict[str, Any] = self.rpc("public.tagging_job", job_id)
         return answer
 
@@ -155,13 +156,13 @@ class Library:
         return {row["id"]: row for row in rows}
 
     async def finished(self, *jobs: dict[str, Any]) -> list[dict[str, Any]]:
-        """Waits until jobs have ended; what tagging_job says of them."""
+        """Waits until jobs have ended. Returns the replies of tagging_job."""
         ids = [job["job_id"] for job in jobs]
         await until(lambda: all(self.job(job)["finished_at"] for job in ids), "the jobs to finish")
         return [self.job(job) for job in ids]
 
     def check_tags(self, assets: Sequence[str] | None = None) -> None:
-        """Every picture's own tags are in its own row."""
+        """Checks that every picture's own tags are in its own row."""
         rows = self.assets()
         for asset in assets if assets is not None else self.drawings:
             row = rows[asset]
@@ -199,7 +200,7 @@ def base_type(kind: str) -> str:
 
 
 def array(values: Sequence[Any]) -> str:
-    """A list as text, which is an array of whatever type its place has."""
+    """A list as text, which Postgres reads as an array of the type of its place."""
 
     def element(value: Any) -> str:
         if isinstance(value, list):
@@ -211,7 +212,7 @@ def array(values: Sequence[Any]) -> str:
 
 @contextlib.contextmanager
 def connected(url: str) -> Iterator[psycopg.Connection[Any]]:
-    """A connection that commits by itself, as new: a test keeps those that it has used (`close_connections`)."""
+    """A connection in autocommit mode, like new: used ones are kept for the test (`close_connections`)."""
     free = _kept[url]
     connection = free.pop() if free else None
     if (
@@ -231,7 +232,7 @@ def connected(url: str) -> Iterator[psycopg.Connection[Any]]:
 
 
 def close_connections() -> None:
-    """Closes what `connected` has kept; what comes next sees changed settings of the database."""
+    """Closes the connections that `connected` has kept, so that the next ones have changed settings of the database."""
     while _kept:
         for connection in _kept.popitem()[1]:
             connection.close()
@@ -244,7 +245,7 @@ def compress(stack: Stack, speed: float) -> None:
 
 
 async def soon(condition: Callable[[], bool]) -> None:
-    """Waits for something that this event loop brings about by itself."""
+    """Waits for a condition that this event loop fulfils by itself."""
     async with asyncio.timeout(SOON):
         while True:
             if condition():
@@ -253,7 +254,7 @@ async def soon(condition: Callable[[], bool]) -> None:
 
 
 async def until(condition: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
-    """Waits for something that other processes bring about."""
+    """Waits for a condition that other processes fulfil."""
     began = time.monotonic()
     while not await asyncio.to_thread(condition):
         waited = time.monotonic() - began
@@ -262,7 +263,7 @@ async def until(condition: Callable[[], bool], what: str, patience: float = PATI
 
 
 def worker_settings(stack: Stack, **changes: Any) -> Settings:
-    """What `Stack.worker_environment` would give a process, for a worker inside the test."""
+    """The settings for a worker inside the test, as `Stack.worker_environment` has them for a process."""
     environment = {name.lower(): value for name, value in stack.worker_environment().items()}
     return Settings(**{**environment, **changes})
 
@@ -326,7 +327,7 @@ def audit(stack: Stack) -> None:
 
 
 def answered_pictures(stack: Stack) -> list[str]:
-    """The pictures that the provider answered and billed, by its own book."""
+    """The pictures that the provider has answered and billed, by its own records."""
     return [
         entry["picture"] for entry in stack.simulator.request_log if entry.get("picture") and entry["status"] == 200
     ]
@@ -334,12 +335,12 @@ def answered_pictures(stack: Stack) -> list[str]:
 
 @lru_cache(maxsize=4)
 def pictures(count: int) -> tuple[Drawing, ...]:
-    """So many different pictures, drawn once for all tests of a process."""
+    """This many different pictures, drawn once for all tests of a process."""
     return tuple(draw(count))
 
 
 def widen(stack: Stack) -> None:
-    """Limits that nothing of a test's size meets, at the provider and here."""
+    """Raises the limits here and of the provider, so that no test of this size meets one."""
     stack.configure(
         chunk_delay="0.01 s", realtime_requests_per_minute=1_000_000, realtime_tokens_per_minute=2_000_000_000
     )
@@ -352,7 +353,7 @@ def widen(stack: Stack) -> None:
 
 
 def asked(stack: Stack) -> list[dict[str, Any]]:
-    """Every single call that reached the provider, by its book."""
+    """All single calls that reached the provider, by its records."""
     return [
         entry
         for entry in stack.simulator.request_log
@@ -361,17 +362,18 @@ def asked(stack: Stack) -> list[dict[str, Any]]:
 
 
 def refused(stack: Stack) -> list[dict[str, Any]]:
-    """Single calls that the provider has refused."""
+    """The single calls that the provider has refused."""
     return [entry for entry in asked(stack) if (entry["status"] or 200) != 200]
 
 
 def paid(stack: Stack) -> list[dict[str, Any]]:
-    """Answers that the provider billed: single calls and lines of batches."""
+    """The answers that the provider has billed: single calls and lines of batches."""
     return [entry for entry in stack.simulator.request_log if entry.get("usage")]
 
 
 def check_money(stack: Stack) -> None:
-    """What tagging_usage says per model and service tier is what the provider's book says, to the last digit."""
+    """Checks that tagging_usage agrees with the provider's records to the last digit, for each model and service
+    tier."""
     billed: dict[tuple[str, str], list[Decimal | int | None]] = defaultdict(lambda: [0, Decimal(0), 0, 0])
     for entry in paid(stack):
         row = billed[entry["model"], "batch" if entry["method"] == "BATCH" else entry["tier"]]
@@ -389,6 +391,6 @@ def check_money(stack: Stack) -> None:
 
 
 def check_asked_once(stack: Stack) -> None:
-    """No picture was paid for twice."""
+    """Checks that no picture was paid for twice."""
     twice = {picture: n for picture, n in Counter(entry["picture"] for entry in paid(stack)).items() if n > 1}
     assert twice == {}, "pictures were paid for twice"

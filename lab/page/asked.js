@@ -99,7 +99,7 @@ $('profile').onsubmit = async (event) => {
   await saved(async () => {
     await call('set_tagging_profile', { profile: changes })
     $('profile').dirty = false
-  }, 'Saved. It holds for uploads from now on; tag an image again to ask anew.')
+  }, 'Saved. It applies to uploads from now on; tag an image again to ask anew.')
 }
 
 $('word-form').onsubmit = async (event) => {

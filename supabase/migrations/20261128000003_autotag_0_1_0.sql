@@ -71,7 +71,7 @@ end $$;
 --   * It can claim queued images and report anything about them. When the login is revoked, its images are requeued as its
 --     leases run out.
 --   * It can pause tagging (an hour at most each time), slow it down and make it dearer. A worker's report about the provider
---     (waits, limits, request form, Batch API) or the account holds for every workspace, because only workers see the provider.
+--     (waits, limits, request form, Batch API) or the account applies to every workspace, because only workers see the provider.
 --     Missing features are tried again after model_check_interval, usage is believed up to believable_usage(), and
 --     forget_provider() forgets all such reports.
 --   * It can read what it claims, and what status(), metrics() and diagnose() return: counts, ids, and one path.
@@ -86,7 +86,8 @@ create table autotag.error_kinds (
   pauses boolean not null,               -- tagging pauses until one image (the probe) succeeds
   ends boolean not null,                 -- the image fails, unless the error says that another answer may help
   meaning text not null,
-  -- codes that may be the image's own fault after all (too large; a smaller image would pass), so they count as failures
+  -- codes whose cause may be this image (for example, it is too large, and a smaller one would be accepted), so they count as its
+  -- failures
   suspects text[] not null default '{}'
 );
 alter table autotag.error_kinds enable row level security;
@@ -194,7 +195,8 @@ create table autotag.settings (
   batch_give_up_after interval not null default '23 h' check (batch_give_up_after > '0'),
   -- shortest time between two job-progress broadcasts of one upload
   broadcast_interval interval not null default '1 s' check (broadcast_interval >= '0'),
-  -- an upload that ends without a batch-complete broadcasts one without a batch id on batch-updates, for clients that listen only there
+  -- whether an upload without batches also ends with a batch-complete (without a batch id) on batch-updates, for clients that listen only
+  -- there
   broadcast_single_calls boolean not null default true,
 
   -- retention
@@ -579,7 +581,7 @@ create table autotag.workers (
   started_at timestamptz not null,
   last_heartbeat_at timestamptz not null,
   lease_until timestamptz not null,
-  resumed_at timestamptz not null default '-infinity',   -- when it was the first to beat after nobody could (can_expire)
+  resumed_at timestamptz not null default '-infinity',   -- when it sent the first heartbeat after a time without any (can_expire)
   unsent integer not null default 0,         -- calls released to it that it has not sent yet …
   unsent_extra bigint not null default 0,    -- … and the tokens that they reserve beyond the usual
   claim integer not null default 0,          -- number of its last claim, and of its last claim of batches; the worker counts them
@@ -845,11 +847,12 @@ create type autotag.ended as (job_id uuid, completed integer, failed integer, as
 
 -- A version of a profile. A change inserts a new version (save_profile), so a row that was read never has to be read again.
 -- check_profile() refuses versions that no request could ask, also in your own inserts. All workspaces share one sequence of versions.
--- So the version in tagging_result shows whether an image was asked what holds now (list_assets), even if another workspace had it before.
+-- So list_assets() can tell by the version in tagging_result whether an image was tagged with its workspace's present profile, even if
+-- the image has moved from another workspace.
 create sequence autotag.profile_versions as integer;
 create table autotag.profiles (
   id bigint generated always as identity primary key,
-  workspace_id autotag.workspace_id,     -- null: all workspaces without an own profile
+  workspace_id autotag.workspace_id,     -- null: all workspaces that have none of their own
   version integer not null default nextval('autotag.profile_versions') check (version > 0),
   instructions text not null default '' check (length(instructions) <= 2000),   -- in the owner's words
   -- the language of tags and caption, in plain words; null: tags as settings.tag_language says, and the caption as the model likes
@@ -875,8 +878,8 @@ create table autotag.briefs (
   tag_count integer,                     -- of its profile
   extra_prompt integer not null,         -- first guess of the tokens that it adds to a prompt …
   extra_output integer not null,         -- … and to an answer, beside its number of tags
-  -- What one image reserves and uses on average (as in provider_limits), and the version of the question that this holds for. Only
-  -- the transaction that holds the provider row updates a brief.
+  -- What one image reserves and uses on average (as in provider_limits), and the version of the question for which this was estimated.
+  -- Only the transaction that holds the provider row updates a brief.
   question_version bigint not null default -1,
   tokens_per_image integer not null,
   output_tokens integer not null,
@@ -1218,7 +1221,7 @@ begin
   perform autotag.check_member(p_workspace_id);
   if not autotag.is_service() and autotag.is_editor(p_workspace_id) is not true then
     perform autotag.refuse(403, 'not_an_editor', 'You may not change what this workspace''s images are asked.',
-      'Ask who runs this project: autotag.is_editor() decides it.', jsonb_build_object('workspace_id', p_workspace_id));
+      'Ask the people who run this project: autotag.is_editor() decides it.', jsonb_build_object('workspace_id', p_workspace_id));
   end if;
 end $$;
 
@@ -1252,7 +1255,7 @@ exception when invalid_text_representation then
   return null;
 end $$;
 
--- Whether this worker is registered by the login that calls. A worker whose lease has ended is registered by none.
+-- Whether the calling login has registered this worker. False once the worker's row is deleted (expire_worker, release_worker).
 create or replace function autotag.is_own_worker(p_worker uuid) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1603,9 +1606,9 @@ begin
   return p_provider;
 end $$;
 
--- Updates the provider's row when the question has changed (settings or models were updated). The new one has to be proven,
--- unless only tag count or language changed, and its tokens are estimated again. Every claim calls this. The caller holds the
--- provider row.
+-- Updates the provider's row when the question has changed (settings or models were updated). A new question has to be proven, unless
+-- only max_tags, tag_language or image_side changed. Its tokens are estimated again in any case. Every claim calls this. The caller holds
+-- the provider row.
 create or replace function autotag.sync_question(p_provider autotag.provider_limits) returns autotag.provider_limits
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2224,7 +2227,7 @@ end $$;
 create or replace trigger autotag_clean before insert or update of tag, key, aliases, description, parent, parent_key on autotag.vocabulary
   for each row execute function autotag.clean_vocabulary();
 
--- Records the names of new entries. Refuses a name of two tags, and an entry that is above itself.
+-- Records the names of new entries. Refuses a name that another tag has already, and an invalid chain of parents (check_parents).
 create or replace function autotag.keep_names() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2252,7 +2255,7 @@ create or replace trigger autotag_names after insert on autotag.vocabulary
 create or replace trigger autotag_names_changed after update on autotag.vocabulary
   referencing old table as old_rows new table as new_rows for each statement execute function autotag.keep_changed_names();
 
--- Adds the names of these entries, and checks the entries above them. Refuses as keep_names() says.
+-- Adds the names of these entries, and checks their chains of parents. Refuses what keep_names() refuses.
 create or replace function autotag.add_names(p_entries bigint[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -2283,8 +2286,8 @@ begin
   perform autotag.check_parents(p_entries);
 end $$;
 
--- Refuses entries that are above themselves or have more than ten above them. (General entries and those of a workspace can still
--- be above each other; matching ends at the tenth.)
+-- Refuses an entry whose chain of parents contains the entry itself or more than ten entries. (A chain of general entries and entries of
+-- a workspace can still be a circle, so matching follows at most ten parents.)
 create or replace function autotag.check_parents(p_entries bigint[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -2323,9 +2326,10 @@ begin
   return autotag.match_tags(p_workspace_id, p_results, v_profile.vocabulary_mode, v_profile.add_parents);
 end $$;
 
--- Replaces the tags of results by those of the vocabulary. p_mode: `prefer` keeps tags that it does not know, every other mode drops
--- them. p_parents: adds the tags above, with the confidence of the tag below. Tags that become the same keep the highest confidence.
--- The most confident come first, then in the model's order; at most 50. Two keys are added to each result:
+-- Replaces the tags of each result by the vocabulary's tags. p_mode: `prefer` keeps tags that are not in the vocabulary; every other mode
+-- drops them. p_parents: adds the parents of each tag, with the tag's confidence. If several tags become the same tag, it keeps the
+-- highest confidence. A result has at most 50 tags: the most confident first, and tags of equal confidence in the model's order. Two keys
+-- are added to each result:
 --   names   {tag: [key, …]}: the keys under which a person may know a tag of the vocabulary: its own, those of its aliases, and that of
 --           the model's word. merge_tags() compares them with the tags of a row.
 --   above   {tag: [tag, …]}: for a tag that was added as a parent, the tags below it. A parent that the model gave itself has no entry
@@ -2597,8 +2601,8 @@ as $$
   from autotag.vocabulary v where v.workspace_id is not distinct from p_workspace_id
 $$;
 
--- tagging_vocabulary: the vocabulary that holds for a workspace, for its members: {mode, add_parents, may_edit, tags: [{tag, aliases, description,
--- parent, general}]}. general: an entry for all workspaces, which members cannot change.
+-- tagging_vocabulary: the vocabulary in force for a workspace, for its members: {mode, add_parents, may_edit, tags: [{tag, aliases,
+-- description, parent, general}]}. general: an entry for all workspaces, which members cannot change.
 create or replace function autotag.describe_vocabulary(p_workspace_id autotag.workspace_id) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2896,7 +2900,7 @@ begin
       order by pr.version desc limit 100) p);
 end $$;
 
--- tagging_profile: what holds for a workspace, for its members.
+-- tagging_profile: the profile in force for a workspace, for its members.
 create or replace function autotag.read_profile(p_workspace_id autotag.workspace_id) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2905,8 +2909,8 @@ begin
   return autotag.describe_profile(autotag.profile_of(p_workspace_id));
 end $$;
 
--- set_tagging_profile: saves changes of a workspace's profile (save_profile) for its editors, and returns what holds from now on. Images
--- that were tagged before stay as they are, until `autotag enqueue --outdated`.
+-- set_tagging_profile: saves changes of a workspace's profile (save_profile) for its editors, and returns the profile that is in force
+-- from now on. Images that were tagged before stay as they are, until `autotag enqueue --outdated`.
 create or replace function autotag.edit_profile(p_workspace_id autotag.workspace_id, p_changes jsonb) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -2915,7 +2919,7 @@ begin
   return autotag.describe_profile(autotag.save_profile(p_workspace_id, p_changes));
 end $$;
 
--- Whether a workspace (null: one without an own vocabulary) has tags to use: its own, or general ones.
+-- Whether a workspace (null: one without a vocabulary of its own) has tags to use: its own, or general ones.
 create or replace function autotag.has_vocabulary(p_workspace_id autotag.workspace_id) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3001,7 +3005,8 @@ begin
   return autotag.estimate_brief(v_brief, v_provider);
 end $$;
 
--- A brief with what one image reserves and uses on average, for the question in p_provider.
+-- Returns the brief with new estimates for the question in p_provider: the tokens that one image reserves, and those that it uses on
+-- average.
 create or replace function autotag.estimate_brief(p_brief autotag.briefs, p_provider autotag.provider_limits) returns autotag.briefs
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3498,8 +3503,8 @@ begin
     'skipped', v_asked - v_count, 'batches', v_plan.batches, 'eta', v_job.eta);
 end $$;
 
--- The reply to an upload whose images are all being tagged already: their job, or null if they belong to several. It names only a job
--- of this workspace. An image that moved here while it is being tagged belongs to a job of its former workspace.
+-- The reply to an upload whose images are all being tagged already: their job, or null if they belong to several. It names only jobs of
+-- this workspace. (If an image moves to this workspace while it is being tagged, its job belongs to the former workspace.)
 create or replace function autotag.describe_live(p_workspace_id autotag.workspace_id, p_live autotag.asset_id[], p_asked integer) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4130,9 +4135,9 @@ begin
 end $$;
 
 -- Makes a job of these images of an upload, and returns how many jobs were made: 0 or 1. It leaves out images that are gone, that the row
--- filter leaves out, that have no file or URL, and that are being tagged (start_job). It also leaves out images that have a result or an
--- error already, because enqueue_tagging was called for them, too, or the row was copied with its tags. An image that has moved to
--- another workspace arrives there.
+-- filter leaves out, that have no file or URL, and that are being tagged (start_job). It also leaves out images whose rows are
+-- `completed` or `failed` already: enqueue_tagging was called for them, or the row was copied with its tags. If an image has moved to
+-- another workspace, it becomes an arrival of that workspace.
 create or replace function autotag.start_upload(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_asset_ids autotag.asset_id[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4235,9 +4240,9 @@ begin
   perform autotag.join_upload(v_upload_id, p_workspace_id, p_uploader);
 end $$;
 
--- Finds the images because of which an upload raised, and makes a job of the others. An image that the database refuses (a trigger or
--- constraint of the host, an expression in the adapter) fails, and its row shows that if the host allows it. If the reason is not the
--- image (a held row, a full disk), the images are postponed with exponential backoff (1 s to 10 min).
+-- After an upload has raised an error: finds the images that cause it, and makes a job of the others. An image that the database refuses
+-- (a trigger or constraint of the host, an expression in the adapter) fails; its row shows the failure if the row can be written. If the
+-- cause is not an image (a locked row, a full disk), the images are postponed with exponential backoff (1 s to 10 min).
 -- p_arrivals[i] belongs to p_assets[i]; p_failures: attempts so far. ended: the arrivals that are done.
 create or replace function autotag.seal_apart(
   p_workspace_id autotag.workspace_id, p_uploader autotag.user_id, p_arrivals bigint[], p_assets autotag.asset_id[], p_failures integer, p_state text, p_error text,
@@ -4297,7 +4302,7 @@ begin
   budget := p_budget - case p_state when '55P03' then 20 when '57014' then p_budget else 0 end;
   if v_half = 0 or budget < 1 then
     odd := (select jsonb_agg(jsonb_build_object('asset', a, 'error', p_error,
-      -- several that were not tried apart: nobody knows which of them is the reason
+      -- several that were not tried apart: it is unknown which of them is the cause
       'state', case when v_half = 0 then p_state else '55000' end)) from unnest(p_assets) a);
     return;
   end if;
@@ -4364,7 +4369,8 @@ create or replace trigger autotag_resume_uploads after insert or update or delet
 -- Tags images that existed before autotag (`autotag enqueue`).
 
 -- Previews tagging existing images: {images, seconds, cost (dollars; null: unknown), model}. p_untagged: only those without
--- tags; p_outdated: only those that another version of the profile tagged than holds now; p_after, p_limit: as in backfill().
+-- tags; p_outdated: only those that were tagged with another version of the profile than the present one; p_after, p_limit: as in
+-- backfill().
 create or replace function autotag.preview_backfill(
   p_workspace_id autotag.workspace_id, p_untagged boolean, p_after autotag.asset_id, p_limit integer, p_outdated boolean default false
 ) returns jsonb
@@ -4439,9 +4445,9 @@ begin
   return autotag.question_cost(v_provider, p_max, p_tier);
 end $$;
 
--- The dollars that images reserve in quotas: one as a single call and one in a batch, and each token of a cap above the usual one.
--- Zero without a price: no dollars can be reserved then, and autotag doctor reports it. A price of zero (a model on one's own
--- server) is a known price: such images fit into every quota of dollars.
+-- What images reserve in quotas, in dollars: an image as a single call, an image in a batch, and each token by which a cap exceeds the
+-- usual cap. Without a price these are zero: no dollars can be reserved then, and autotag doctor reports it. A price of zero (a model on
+-- one's own server) is a known price: such images fit into every quota of dollars.
 create or replace function autotag.price_reservations(p_workspace_id autotag.workspace_id default null) returns autotag.reservation_prices
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4555,8 +4561,8 @@ begin
   return true;
 end $$;
 
--- Takes all of these locks without waiting, or none of them. A lock that was taken before another one was busy would hold up its own
--- workspace.
+-- Takes all locks of lock_quotas() without waiting. If one of them is not free, takes none, because a lock that it kept would delay other
+-- uploads.
 create or replace function autotag.try_lock_quotas(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -4594,13 +4600,13 @@ begin
       'renews_at', v_quota.renews_at, 'retry_after', extract(epoch from v_quota.renews_at - autotag.now())));
 end $$;
 
--- Refuses retries for which a quota has no room. An answer with usage was billed, and another try will be billed again. The try is
--- allowed if every quota of its workspace and user has room for it beside what is billed and reserved, at the price of a single call
--- with the new cap. Returns the answers. Errors of refused retries become `quota_exceeded`, which ends their images. So the billed
--- amount exceeds a quota by at most one answer for each image that is being tagged.
--- The usage of these answers counts, although the caller adds it later (add_usage; p_batch and p_asked_at: as there). Uploads of the
--- same user or into the same workspace wait until this transaction has committed (lock_quotas). If one of them is running already, this
--- function does not wait for it, and decides without the lock.
+-- Refuses retries for which a quota has no room. An answer with usage was billed, and another try will be billed again. A retry is
+-- allowed if every quota of its workspace and user has room for the price of a single call with the new cap, beside everything billed and
+-- reserved. Returns the answers. Errors of refused retries become `quota_exceeded`, which ends their images. So the billed amount exceeds
+-- a quota by at most one answer for each image that is being tagged.
+-- The usage of p_answers counts as billed, although the caller adds it later (add_usage; p_batch and p_asked_at: as there). Uploads of
+-- the same user or into the same workspace wait until this transaction has committed (lock_quotas). If one of them is running already,
+-- this function does not wait for it, and decides without the lock.
 create or replace function autotag.judge_retries(p_answers autotag.answer[], p_batch boolean, p_asked_at timestamptz default null)
 returns autotag.answer[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -5103,7 +5109,7 @@ end $$;
 -- Updates the mirror from response headers: {requests_limit, requests_left, tokens_limit, tokens_left (per minute), day_limit,
 -- day_left (requests per day), unclear_limit, unclear_left (place_unclear), age, retry_after (at most 3600)}, each optional.
 -- `age`: seconds since the call was sent; the remaining values held then, and the bucket has refilled since. A lower remaining
--- value than the mirror's is adopted (another program may use the same key), so is a changed limit, and retry_after holds for all
+-- value than the mirror's is adopted (another program may use the same key), so is a changed limit, and retry_after applies to all
 -- workers. Returns a sentence for the log if the limits changed, else null. The caller holds the provider row.
 create or replace function autotag.update_provider_limits(p_observed jsonb) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -5311,7 +5317,7 @@ $$;
 -- register again. lost: the worker holds images of a claim that it does not list in p_claims, or batches of one that it does not list
 -- in p_batch_claims, because the reply was lost; it calls release_lost() next. tick_due: the worker calls tick_if_due() next, in a
 -- transaction of its own, because a tick takes many locks. settings: the present worker_settings(). The worker follows them, so each
--- beat sets a lease_until that matches the lease that the worker knows.
+-- heartbeat sets a lease_until that matches the lease that the worker knows.
 create or replace function autotag.heartbeat(
   p_worker uuid, p_claims integer[], p_batch_claims integer[], out alive boolean, out lost boolean, out tick_due boolean,
   out settings jsonb
@@ -5336,7 +5342,8 @@ begin
   settings := autotag.worker_settings();
 end $$;
 
--- Whether workers exist, and none has beaten for half a lease. Workers beat three times in a lease, so the database was unreachable.
+-- Whether there are workers and none has sent a heartbeat for half a lease. Workers send three heartbeats in a lease, so the database was
+-- unreachable.
 create or replace function autotag.is_silent(p_now timestamptz) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5345,8 +5352,8 @@ begin
 end $$;
 
 -- Whether the lease of a worker has ended and expire_worker() may release its work. Workers that could not reach the database may still
--- hold answers that were paid for. So no worker expires while none beats, nor for one lease after the first beat that follows. (While
--- none beats, no other worker could take the work.) After a day the work is released in any case.
+-- hold answers that were paid for. So no worker expires while none sends heartbeats, nor for one lease after the first heartbeat that
+-- follows. (While none sends heartbeats, no other worker could take the work.) After a day the work is released in any case.
 create or replace function autotag.can_expire(p_now timestamptz) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5357,9 +5364,9 @@ begin
     from autotag.settings s, autotag.workers wk group by s.lease);
 end $$;
 
--- Whether a worker belongs to the caller and has a lease. A worker without a lease must get no work, because nothing would release it
--- again. Locks the worker's row, so that expire_worker(), which alone ends leases, cannot end this lease before the transaction ends.
--- It waits for the worker's own heartbeat, but not for expire_worker(), which takes long if a worker held much.
+-- Whether a worker has a row and belongs to the caller. A worker without a row must get no work, because nothing would release it again.
+-- Locks the row, so that expire_worker() cannot delete it before the transaction ends. (lease_until may have passed: can_expire()
+-- decides.) It waits for the worker's own heartbeat, but not for expire_worker(), which takes long if a worker held much.
 create or replace function autotag.lock_worker(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5371,9 +5378,9 @@ begin
   return found;
 end $$;
 
--- Whether the worker uses another address or key than the present one while a live worker uses the present one; if so it gets
--- no work. Only one fingerprint is in use at a time: that of the worker that registered last, until it fails and a worker with
--- another one is alive. Otherwise a wrong address, which fails fast, would get most images and count a failure for each.
+-- Whether the worker must get no work, because its address or key is not the one in use, and a live worker has the one in use. Only one
+-- fingerprint is in use at a time: that of the worker that registered last, until it fails and a worker with another one is alive.
+-- Otherwise a worker with a wrong address, which fails fast, would get most images, and each of them would have a failure.
 create or replace function autotag.asks_another_provider(p_worker uuid, p_provider autotag.provider_limits) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5382,8 +5389,8 @@ begin
     and exists (select from autotag.workers wk where wk.fingerprint = p_provider.fingerprint and wk.lease_until > autotag.now());
 end $$;
 
--- Handles an error of kind account that these workers met. If they use the present fingerprint, the next probe goes to live workers
--- with another one, if there are any. The caller holds the provider row.
+-- Handles an account error of these workers. If one of them uses the fingerprint in use, and a live worker has another one, that other
+-- fingerprint comes into use, so the next probe goes to its workers. The caller holds the provider row.
 create or replace function autotag.offer_switch(p_workers uuid[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5430,8 +5437,9 @@ as $$
 $$;
 
 -- Releases the work of a worker, except that of the claims p_claims and p_batch_claims. p_cause: `stopped`; `lost` (the worker never
--- received it: each image counts a failure); or `crashed` (the lease has ended: see blame_crash()). Returns how many tasks and batches
--- it released, and whether there are more: it skips rows that another transaction holds (the worker's last report, a cancellation).
+-- received it: a failure of each image is counted); or `crashed` (the lease has ended: see blame_crash()). Returns how many tasks and
+-- batches it released, and whether there are more: it skips rows that another transaction holds (the worker's last report, a
+-- cancellation).
 -- Locks: batches, tasks (both skip locked); job (skip locked), its batch's tasks; the worker.
 create or replace function autotag.release_held(
   p_worker uuid, p_claims integer[], p_batch_claims integer[], p_cause text, out released integer, out more boolean
@@ -5472,9 +5480,10 @@ begin
 end $$;
 
 -- Counts a crash for each of the images that a dead worker held, because any of them may be the cause. Returns their tries for
--- requeue(). Only the image with the most crashes counts a failure, if there is one such image: an image that kills its worker is in
--- every crash, and others only by chance. To tell them apart, images with two crashes are released one at a time (hold_suspects), and
--- images with more crashes later than others. After 3 * max_failures crashes an image fails in any case. The caller holds the tasks.
+-- requeue(). A failure is counted only for the image with the most crashes, and only if no other image has as many. (An image that kills
+-- its worker is in every crash; other images are in a crash only by chance.) To tell them apart, images with two crashes are released one
+-- at a time (hold_suspects), and images with more crashes later than others. After 3 * max_failures crashes an image fails in any case.
+-- The caller holds the tasks.
 create or replace function autotag.blame_crash(p_tasks bigint[]) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -5540,7 +5549,7 @@ begin
 end $$;
 
 -- Releases the work of a worker except that of these claims. A worker calls it after heartbeat() said that replies of claims were lost.
--- Each image counts a failure, so that an image whose report the worker cannot deliver is not requested for ever.
+-- A failure of each image is counted, so that an image whose report the worker cannot deliver is not requested for ever.
 create or replace function autotag.release_lost(p_worker uuid, p_claims integer[], p_batch_claims integer[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5611,8 +5620,8 @@ exception when insufficient_privilege then
   raise warning 'This login cannot give a function to the role authenticated, so a file that replaces another while it is tagged counts as hidden.';
 end $$;
 
--- Location of each image, as describe_assets() returns it, if its file is the one that the uploader was allowed to see, or another one
--- that they may see. p_users[i]: the uploader; null: the service role.
+-- The location of each image, as describe_assets() returns it. An image has a location only if its uploader was allowed to see this file
+-- at enqueue, or is allowed to see it now. p_users[i]: the uploader; null: the service role.
 -- refused: as in describe_assets(), or `hidden_file` (the uploader may not see it). A row that no longer exists or has
 -- moved to another workspace is missing from the result. If the host's rows cannot be read together, each is read by itself, and
 -- one that raises is refused: as `unreadable_row`, or as `unreadable_now` where the error may pass (the adapter is being changed, a
@@ -5937,9 +5946,9 @@ begin
   end if;
 end $$;
 
--- The time until which newer uploads may pass an upload whose p_images single calls have waited since p_since: upload_patience after
--- that, or longer in proportion for more images than chunk_max_images. Without a Batch API an upload can be 50,000 single calls. If it
--- went first after two minutes, other users would wait for hours for one image.
+-- When an upload becomes overdue, that is when newer uploads may no longer pass it. p_images of its single calls have waited since
+-- p_since. It is overdue upload_patience later; with more than chunk_max_images images, longer in proportion. Without a Batch API an
+-- upload can be 50,000 single calls. If it went first after two minutes, other users would wait hours for one image.
 create or replace function autotag.patience_ends_at(p_images integer, p_since timestamptz) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -5948,10 +5957,10 @@ begin
     select p_since + s.upload_patience * greatest(1, p_images::double precision / greatest(s.chunk_max_images, 1)) from autotag.settings s);
 end $$;
 
--- The ready queue of a workspace that is served next: the one that has been overdue for the longest time, else the one with the fewest
--- released images. So small uploads pass large ones, and every upload ends, because only uploads that were overdue earlier go before an
--- overdue one. Null: none is ready. A queue that was committed after join_queues() is left to the next claim, because its workspace
--- does not count it yet. A queue whose upload is being cancelled in an open transaction is not ready for a second.
+-- The next queue of a workspace: of its ready queues the one that has been overdue longest, or if none is overdue, the one with the
+-- fewest released images. So small uploads pass large ones. Still, every upload ends, because only uploads that became overdue earlier
+-- pass an overdue upload. Null: no queue is ready. A queue that was committed after join_queues() is left to the next claim, because its
+-- workspace does not count it yet. A queue whose upload is being cancelled in an open transaction is not ready for a second.
 -- Locks: its job (advisory, shared).
 create or replace function autotag.next_queue(p_workspace_id autotag.workspace_id, p_now timestamptz) returns autotag.queues
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
@@ -7131,11 +7140,11 @@ begin
   return true;
 end $$;
 
--- Plans a batch again, with its file, because OpenAI refused it: its queue of tokens is full. Other programs or batches may fill the
--- queue. But a batch that was refused max_bad_answers times while no other batch of ours was in the queue (or after batch_patience, in
--- any case) is halved; the halves are halved after one more refusal. A batch with at most chunk_max_images images goes on as single
--- calls, but not before batch_patience, because they cost twice as much. The caller holds job and batch. Locks: tasks, window (skip
--- locked).
+-- Plans a batch again and keeps its file. OpenAI refused the batch, because OpenAI's queue of tokens is full; other programs or batches
+-- may fill it. A refusal counts if none of our other batches is in the queue, or if the batch is older than batch_patience. After
+-- max_bad_answers such refusals the batch is halved, and each half is halved after one more. A batch with at most chunk_max_images images
+-- is sent as single calls instead, but only once it is older than batch_patience, because single calls cost twice as much. The caller
+-- holds job and batch. Locks: tasks, window (skip locked).
 create or replace function autotag.refuse_tokens(
   p_batch autotag.batches, p_error text, p_settings autotag.settings, p_now timestamptz
 ) returns void
@@ -7162,9 +7171,9 @@ begin
   end if;
 end $$;
 
--- Moves the images of a planned batch into p_parts new ones, and cancels it; its file is deleted at OpenAI. The first new batch takes
--- over its admission to the workspace's window, and the images of the others are given back. The caller holds job and batch. Locks:
--- tasks, window (skip locked).
+-- Moves the images of a planned batch into p_parts new batches, and cancels the old batch, whose file is deleted at OpenAI. The first new
+-- batch takes over the old batch's admission to the workspace's window. The window gets back the images of the other new batches. The
+-- caller holds job and batch. Locks: tasks, window (skip locked).
 create or replace function autotag.split_batch(p_batch autotag.batches, p_parts integer, p_reason text) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -7283,11 +7292,11 @@ begin
   perform pg_notify('autotag', 'realtime');
 end $$;
 
--- Puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait and that is expected to be faster.
--- p_wait: how long the single calls would wait; null: nobody knows, and a batch has to start within realtime_max_wait. p_reason: a
--- sentence for the user. The upload of the workspace with the fewest waiting batches goes first. False: there is no such upload, or
--- other transactions hold all of them. One upload per call. Called by claim(), which holds the provider row. Locks: job, tasks by id (both
--- skip locked).
+-- Puts the waiting single calls of one upload into batches, if the upload is older than realtime_max_wait and batches are expected to
+-- finish sooner. p_wait: how long the single calls would wait; null: unknown, and then a batch has to start within realtime_max_wait.
+-- p_reason: a sentence for the user. The upload of the workspace with the fewest waiting batches goes first. False: there is no such
+-- upload, or other transactions hold all of them. One upload per call. Called by claim(), which holds the provider row. Locks: job, tasks
+-- by id (both skip locked).
 create or replace function autotag.single_calls_to_batch(p_now timestamptz, p_wait interval, p_reason text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -7360,7 +7369,7 @@ begin
   end if;
   if v_date is not null and v_model is not null then
     -- This comes before the lock of the provider row, so that no transaction that holds it waits for a model's row. The model
-    -- gets its own row, a copy of its family's, because the shutdown date of one snapshot does not hold for the others.
+    -- gets its own row, a copy of its family's, because the shutdown date of one snapshot does not apply to the others.
     m.name := v_model;
     m.shutdown_date := v_date;
     m.cap_parameter := coalesce(m.cap_parameter, 'max_completion_tokens');
@@ -7897,9 +7906,9 @@ begin
     'model', coalesce(autotag.printable(case when jsonb_typeof(p_result -> 'model') = 'string' then p_result ->> 'model' end, 100), ''));
 end $$;
 
--- For each result, whether clean_result() would return it unchanged; false also for some that it would. Nearly every result passes,
--- so this decides how long a report takes: 4 µs an image instead of 30. It checks the JSON as text, and all results in one query,
--- because a function call for each would take as long again.
+-- For each result: true only if clean_result() would return it unchanged. (Some that it would return unchanged are false, too, which
+-- costs only time.) Nearly every result passes, so this decides how long a report takes: 4 µs an image instead of 30. It checks the JSON
+-- as text, and all results in one query, because a function call for each would take as long again.
 create or replace function autotag.canonical_results(p_results jsonb[]) returns boolean[]
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -8122,8 +8131,8 @@ end $$;
 --   added     people's tags, as autotag last saw them
 --   removed   the keys of tags that were in one of the two lists and later not in the column: people have removed them
 --
--- Nothing else is remembered, so a tag that was removed and typed again between two runs counts as never touched. A tag that is in the
--- column more than once, or that is spelled in another way than autotag gave it, is a person's.
+-- autotag stores nothing else. So it does not notice if a tag is removed and typed again between two runs. A tag that is in the column
+-- more than once, or that is spelled in another way than autotag gave it, is a person's.
 --
 -- Bounds: a list of 1,000 tags or 65,536 bytes takes 6 ms, 10 with capitals and 18 with punctuation. Longer ones are left as they are, and the row says so.
 
@@ -8161,8 +8170,8 @@ begin
   return (select count(distinct k) = count(*) from unnest(autotag.tag_keys(array(select jsonb_array_elements_text(p_tags)))) k);
 end $$;
 
--- The keys of the vocabulary's tags that people's words mean, by a name or by nearly the same word (know_tags). p_names: the names in an
--- answer (match_tags); p_keys: the words' keys. Only words that begin like a name are looked up.
+-- The keys of the vocabulary's tags that have one of people's words as a name, or a name that is nearly the same (know_tags). p_names:
+-- the names in an answer (match_tags); p_keys: the words' keys. Only words that begin like a name are looked up.
 create or replace function autotag.near_tags(p_workspace_id autotag.workspace_id, p_names jsonb, p_keys text[]) returns text[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -8181,7 +8190,7 @@ begin
   return array(select v.key from unnest(autotag.know_tags(p_workspace_id, v_keys)) k join autotag.vocabulary v on v.id = k.id);
 end $$;
 
--- A list of the memory; empty if the memory is not as merge_tags() leaves it.
+-- One list (p_list) of tagging_result. Empty if tagging_result does not have the form that merge_tags() writes.
 create or replace function autotag.recall_tags(p_memory jsonb, p_list text) returns text[]
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -8641,7 +8650,7 @@ begin
       end if;
     elsif v_provider.proven_at is null and v_answer.error ->> 'code' = 'bad_answer' then
       v_blamed := autotag.blame_brief(v_answer, v_provider, coalesce(p_asked_at, v_answer.reserved_at));
-      -- A model whose answers cannot be read would fail every image, so it pauses tagging, and this image counts a failure.
+      -- A model whose answers cannot be read would fail every image, so it pauses tagging, and a failure of this image is counted.
       v_answer.error := coalesce(v_blamed,
         v_answer.error || '{"kind": "account", "counts": true, "message": "The model''s answers cannot be read."}');
     end if;
@@ -8650,11 +8659,12 @@ begin
   form_changed := cardinality(v_settled) > 0;
 end $$;
 
--- The error of an image if its brief is the cause (what its workspace's profile asks), and not the provider; null: it is not. The brief
--- is no longer the cause once another workspace is refused in the same way without a success between. It is not the cause either if
--- the error could harm no other workspace. While the question works, such an image fails for good, and the refusal of another
--- workspace counts only after a minute, in which a success would contradict it. Otherwise the image is tried again, after those of
--- other workspaces. record_outcomes() remembers the error under the name in its `refusal`.
+-- Decides whether the brief of an image (what its workspace's profile asks) is the cause of an error. Returns the changed error if it is,
+-- otherwise null. Once another workspace gets the same refusal and no call succeeds in between, the provider is the cause. The error
+-- counts as the provider's, too, if it could harm no other workspace. While the question is proven, an image with such an error fails,
+-- and the refusal of a second workspace counts only if its call was made at least a minute later, because a success in that minute would
+-- contradict it. Otherwise the image is tried again, after the images of other workspaces. record_outcomes() remembers the error under
+-- the name in its `refusal`.
 create or replace function autotag.blame_brief(p_answer autotag.answer, p_provider autotag.provider_limits, p_asked_at timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -8698,8 +8708,8 @@ begin
       or p_error ->> 'code' = any ((select k.suspects from autotag.error_kinds k where k.kind = 'account')::text[])));
 end $$;
 
--- Remembers the first refusal of each name (blame_brief), and forgets those that a success was asked after. The caller holds the
--- provider row.
+-- Stores the first refusal of each parameter or code (blame_brief). Deletes refusals of calls that were made before a call that
+-- succeeded. The caller holds the provider row.
 create or replace function autotag.record_refusals(p_answers autotag.answer[], p_provider autotag.provider_limits, p_asked_at timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -8918,7 +8928,7 @@ begin
   return v_report;
 end $$;
 
--- Corrections of the windows of these answers' workspaces by the usage of their calls, as correct_windows() takes them.
+-- How the usage of these answers changes the windows of their workspaces, in the form that correct_windows() expects.
 create or replace function autotag.window_corrections(p_answers autotag.answer[]) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -8965,10 +8975,10 @@ begin
   return v_held;
 end $$;
 
--- Writes outcomes to the host's rows. The host's triggers, constraints and transactions can refuse or hold up any row. So the bulk is
--- written first; if it raises, smaller parts (next_part), down to the single row. An outcome is kept for later (unstored) if its row is
--- held, or for a while if the error may pass. Any other row that raises fails with the code not_stored. So one row costs its own image
--- only, nobody waits, and every image ends.
+-- Writes outcomes to the host's rows. The host's triggers, constraints and transactions can refuse or hold up any row. So all rows are
+-- written together first. If that raises an error, smaller parts are written (next_part), down to single rows. An outcome is kept for
+-- later (unstored) while another transaction has locked its row, and for a limited time if the error may pass. After any other error, the
+-- image fails with the code not_stored. So a bad row affects only its own image, nothing waits for it, and every image ends.
 
 -- Stores the outcomes of images of one workspace: tags or failures, the counts, progress and broadcasts. Outcomes of tasks that
 -- have ended meanwhile are dropped. p_own: the transaction is autotag's own, so constraints that the host has deferred are checked
@@ -9382,8 +9392,9 @@ begin
   perform pg_notify('autotag', 'store');
 end $$;
 
--- The workspaces with outcomes that are due, and the seconds until the next outcomes are (null: there are none). Every outcome that is
--- kept wakes all workers to call it, so it jumps through the index from workspace to workspace. (The plan is kept, as in read_reports().)
+-- workspaces: those with due outcomes. wait: seconds until the next outcome is due; null: there is none. All workers call this whenever
+-- an outcome is kept, so it has to be fast: it jumps through the index from workspace to workspace. (The plan is kept, as in
+-- read_reports().)
 create or replace function autotag.list_unstored(p_worker uuid, out workspaces autotag.workspace_id[], out wait double precision)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set enable_bitmapscan = off set jit = off
@@ -9971,7 +9982,7 @@ begin
     order by (f.job).created_at desc, (f.job).id;
 end $$;
 
--- What an upload is doing. A cancelled one is `cancelling` until the provider has let go of its last image.
+-- The status of an upload. A cancelled upload is `cancelling` until its last image has ended, and then `cancelled`.
 create or replace function autotag.job_status(p_job autotag.jobs) returns text
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
@@ -10746,7 +10757,8 @@ begin
     'autotag doctor --try-write   (says why; then: autotag enqueue --workspace …)')) end;
 end $$;
 
--- Whether a workspace's profile allows only the tags of its vocabulary, but that is empty: then no tag is stored. No finding if not.
+-- Warns about profiles that allow only tags of the vocabulary while the vocabulary is empty, because then no tag is stored. No such
+-- profile: no finding.
 create or replace function autotag.diagnose_vocabulary() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -11245,7 +11257,7 @@ returns setof public.tagging_usage_result
 language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select * from autotag.list_usage(workspace_id, since, until) $$;
 
--- The vocabulary that holds for a workspace.
+-- The vocabulary in force for a workspace.
 create or replace function public.tagging_vocabulary(workspace_id autotag.keys.workspace_id%type) returns public.tagging_vocabulary_result
 language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select jsonb_populate_record(null::public.tagging_vocabulary_result, autotag.describe_vocabulary(workspace_id)) $$;
@@ -11262,8 +11274,8 @@ create or replace function public.edit_tagging_vocabulary(
 language sql security invoker set search_path = pg_catalog, pg_temp
 as $$ select jsonb_populate_record(null::public.tagging_vocabulary_change, autotag.edit_vocabulary(workspace_id, entries, removed, false)) $$;
 
--- The profile that holds for a workspace: {version, own, instructions, language, tag_count, min_confidence, vocabulary_mode,
--- add_parents, fields, created_at}. For its members.
+-- The profile in force for a workspace: {version, own, instructions, language, tag_count, min_confidence, vocabulary_mode, add_parents,
+-- fields, created_at}. For its members.
 create or replace function public.tagging_profile(workspace_id autotag.keys.workspace_id%type) returns public.tagging_profile_result
 language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select jsonb_populate_record(null::public.tagging_profile_result, autotag.read_profile(workspace_id)) $$;

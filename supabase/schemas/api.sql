@@ -107,7 +107,7 @@ returns setof public.tagging_usage_result
 language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select * from autotag.list_usage(workspace_id, since, until) $$;
 
--- The vocabulary that holds for a workspace.
+-- The vocabulary in force for a workspace.
 create or replace function public.tagging_vocabulary(workspace_id autotag.keys.workspace_id%type) returns public.tagging_vocabulary_result
 language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select jsonb_populate_record(null::public.tagging_vocabulary_result, autotag.describe_vocabulary(workspace_id)) $$;
@@ -124,8 +124,8 @@ create or replace function public.edit_tagging_vocabulary(
 language sql security invoker set search_path = pg_catalog, pg_temp
 as $$ select jsonb_populate_record(null::public.tagging_vocabulary_change, autotag.edit_vocabulary(workspace_id, entries, removed, false)) $$;
 
--- The profile that holds for a workspace: {version, own, instructions, language, tag_count, min_confidence, vocabulary_mode,
--- add_parents, fields, created_at}. For its members.
+-- The profile in force for a workspace: {version, own, instructions, language, tag_count, min_confidence, vocabulary_mode, add_parents,
+-- fields, created_at}. For its members.
 create or replace function public.tagging_profile(workspace_id autotag.keys.workspace_id%type) returns public.tagging_profile_result
 language sql stable security invoker set search_path = pg_catalog, pg_temp
 as $$ select jsonb_populate_record(null::public.tagging_profile_result, autotag.read_profile(workspace_id)) $$;

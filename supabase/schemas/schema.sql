@@ -67,7 +67,7 @@ end $$;
 --   * It can claim queued images and report anything about them. When the login is revoked, its images are requeued as its
 --     leases run out.
 --   * It can pause tagging (an hour at most each time), slow it down and make it dearer. A worker's report about the provider
---     (waits, limits, request form, Batch API) or the account holds for every workspace, because only workers see the provider.
+--     (waits, limits, request form, Batch API) or the account applies to every workspace, because only workers see the provider.
 --     Missing features are tried again after model_check_interval, usage is believed up to believable_usage(), and
 --     forget_provider() forgets all such reports.
 --   * It can read what it claims, and what status(), metrics() and diagnose() return: counts, ids, and one path.

@@ -1,4 +1,5 @@
-"""One headless Chromium for all tests of this process: starting one, and Node for it, takes two seconds of processor time."""
+"""One headless Chromium for all tests of this process, because starting it and Node takes two seconds of processor
+time."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ _drivers: list[subprocess.Popen[bytes]] = []  # the last one plays; those before
 
 
 def need_chromium() -> str:
-    """Its path; skips where there is none."""
+    """The path of Chromium. Skips the test if there is none."""
     if CHROMIUM is None:
         skip("there is no chromium (Debian: apt-get install chromium-headless-shell)")
     assert CHROMIUM
@@ -29,7 +30,7 @@ def need_chromium() -> str:
 
 
 def driver() -> subprocess.Popen[bytes]:
-    """The process of chromium.mjs. It ends with this one, which closes its input."""
+    """The process of chromium.mjs. It ends with this process, which closes its input."""
     if not _drivers or _drivers[-1].poll() is not None:
         command = ["node", str(HERE / "chromium.mjs"), need_chromium()]
         _drivers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=group()))
@@ -44,7 +45,8 @@ async def outcome(
     script: str, scenario: str, given: Mapping[str, Any],
     answer: Callable[[dict[str, Any]], Awaitable[Any]] = nothing, patience: float = 2 * PATIENCE,
 ) -> dict[str, Any]:  # fmt: skip
-    """What a scenario of a script saw (`seen`), or how it failed (`error`); `answer` does what it asks for meanwhile."""
+    """Runs a scenario of a script. Returns what it saw (`seen`) or how it failed (`error`); `answer` handles its
+    requests."""
     process = driver()
     assert process.stdin
     assert process.stdout
@@ -71,7 +73,8 @@ async def outcome(
 
 
 async def play(script: str, scenario: str, given: Mapping[str, Any], **options: Any) -> dict[str, Any]:
-    """What a scenario of a script saw. An error in it fails the test, and so does one in its pages (`problems`)."""
+    """Runs a scenario of a script and returns what it saw. An error in it or in its pages (`problems`) fails the
+    test."""
     result = await outcome(script, scenario, given, **options)
     assert "error" not in result, f"{result['error']}\n{json.dumps(result['pages'], indent=1)}"
     seen: dict[str, Any] = result["seen"]

@@ -1,4 +1,5 @@
-"""The npm package in headless Chromium: what a user sees with 2,000 images, on a slow line, with lapsed tokens, after signing out.
+"""The npm package in headless Chromium: its display of 2,000 images, on a slow line, with expired tokens, after signing
+out.
 
 All scenarios share one browser, one stack and one worker; each has a workspace of its own. ``AUTOTAG_CLIENT=old`` runs them with the
 snippets that the documents had before the package. ``AUTOTAG_TOKEN_SECONDS=60 AUTOTAG_TOKEN_LAPSES=5`` keeps the pages whose tokens
@@ -57,7 +58,7 @@ ELSEWHERE, KEY = "http://supabase.test", "sb_publishable_test"  # of the example
 
 
 class Helper:
-    """What the driver asks for."""
+    """Handles the requests of the driver."""
 
     def __init__(self, stack: Stack, folder: Path) -> None:
         self.stack = stack
@@ -70,7 +71,8 @@ class Helper:
     async def workspace(
         self, images: int = 0, rows: int = 0, quota: int | None = None, files: int = 0
     ) -> dict[str, Any]:
-        """A member of a new workspace with stored pictures, with older rows that are tagged, and with files to upload."""
+        """Makes a member of a new workspace with stored pictures, with older rows that are tagged, and with files to
+        upload."""
         library = Library(self.stack)
         member = library.member
         self.libraries[member.user] = library
@@ -95,7 +97,8 @@ class Helper:
         return {"token": token, "until": (ends - 1) * 1000}
 
     async def watch(self, member: dict[str, str]) -> None:
-        """From now on, notes the messages in whose transaction a row of the upload is beyond `queued`."""
+        """From now on, records each message that is sent in the transaction in which a row of the upload leaves
+        `queued`."""
         with connected(self.stack.database_url("supabase_admin")) as connection:
             connection.execute(WATCH.replace("{workspace}", member["workspace"]).encode())
 
@@ -111,8 +114,8 @@ class Helper:
     async def provider(
         self, batch_latency: tuple[float, float], hold: bool = False, cancelled: bool = False
     ) -> dict[str, Any]:
-        """How long batches last from now on, and whether those that are cancelled stay `cancelling` (`hold`) or may end; `cancelled`:
-        once the newest is asked to end."""
+        """Sets how long batches last, and whether cancelled ones stay `cancelling` (`hold`) or may end. `cancelled`:
+        waits first until the newest one is being cancelled."""
         plan, batches = self.stack.simulator.plan, self.stack.simulator.batches
         plan.batch_latency = tuple(batch_latency)
         if cancelled:
@@ -124,7 +127,7 @@ class Helper:
         return told
 
     async def enqueue(self, member: dict[str, str], paths: list[str], wait: bool = False) -> None:
-        """Another window of the member uploads; `wait`: until all uploads of the workspace are over."""
+        """Uploads as another window of the member; `wait`: until all uploads of the workspace have ended."""
         library = self.libraries[member["user"]]
         library.enqueue(library.insert(paths))
         if wait:
@@ -135,7 +138,7 @@ class Helper:
 async def play(
     stack: Stack, pages: str, scenarios: list[str], folder: Path, following: str | None
 ) -> dict[str, dict[str, Any]]:
-    """What each scenario saw."""
+    """Plays each scenario, and returns what it saw."""
     helper, outcomes = Helper(stack, folder), {}
     lifetime = int(os.environ.get("AUTOTAG_TOKEN_SECONDS", "3"))
     lapses = int(os.environ.get("AUTOTAG_TOKEN_LAPSES", "3"))
@@ -158,7 +161,7 @@ async def run(*command: str | Path, cwd: Path, **environment: str) -> None:
 
 
 def point(folder: Path, stack: Stack) -> None:
-    """Writes what needs no bundler, and the stack's address into all of it."""
+    """Writes the files that need no bundler, and the stack's address into all files."""
     (folder / "index.html").write_text(PAGE)
     for path in (ROOT / "examples" / "plain").iterdir():
         (folder / "plain" / path.name).write_bytes(path.read_bytes())
@@ -171,7 +174,7 @@ def point(folder: Path, stack: Stack) -> None:
 
 @contextlib.asynccontextmanager
 async def pages(stack: Stack, folder: Path) -> AsyncIterator[str]:
-    """The address of the page and, in folders, the examples: bundled, and with the stack's address in them."""
+    """The address of the page and, in folders, of the examples: bundled, and with the stack's address."""
     built_package()
     (folder / "plain").mkdir(parents=True)
     await asyncio.gather(
@@ -187,7 +190,7 @@ async def pages(stack: Stack, folder: Path) -> AsyncIterator[str]:
 
 @contextlib.asynccontextmanager
 async def next_app(stack: Stack) -> AsyncIterator[str | None]:
-    """The address of the example in Next.js, built and started for the stack."""
+    """Builds and starts the example in Next.js for the stack, and yields its address."""
     if not NEXT:
         yield None
         return

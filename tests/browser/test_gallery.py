@@ -1,4 +1,4 @@
-"""The demo's page in headless Chromium: what users see, live, and only theirs."""
+"""The demo's page in headless Chromium: users see their own images live, and nobody else's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ SHOTS = os.environ.get("AUTOTAG_SCREENSHOTS")
 
 @dataclass
 class Gallery:
-    """The page of a library's member, of another workspace's, and of that one who has the first's address."""
+    """The pages of a library's member, of another workspace's member, and of that member with the first one's
+    address."""
 
     library: Library
     mine: str
@@ -44,7 +45,7 @@ class Gallery:
         return paths
 
     async def play(self, scenario: str, files: list[str]) -> dict[str, Any]:
-        """What the scenario saw; an error in the page fails the test."""
+        """Runs the scenario and returns what it saw. An error in the page fails the test."""
         given = {"mine": self.mine, "other": self.other, "stranger": self.stranger, "files": files, "shots": SHOTS,
                  "tag": TYPED}  # fmt: skip
         return await play("gallery.mjs", scenario, given)
@@ -65,7 +66,7 @@ async def gallery(library: Library, tmp_path: Path) -> AsyncIterator[Gallery]:
 
 
 def make_members_editors(library: Library) -> None:
-    """As ``autotag init --editors members`` does."""
+    """Does the same as ``autotag init --editors members``."""
     library.sql("create or replace function autotag.is_editor(p_workspace_id autotag.workspace_id) returns boolean"
                 " language sql stable security definer as 'select autotag.is_member(p_workspace_id)'")  # fmt: skip
 
@@ -135,8 +136,8 @@ async def test_many_images_pass_through_every_stage(gallery: Gallery) -> None:
 
 @pytest.mark.long
 async def test_while_images_are_tagged_in_three_batches_nothing_is_polled(gallery: Gallery) -> None:
-    """Every request of the page answers a message; with messages a second apart there are few of them. There are more images
-    than the page asks for by their ids (MAX_IDS)."""
+    """The page sends requests only after messages, and few of them, because messages are a second apart. There are more
+    images than the page requests by ids (MAX_IDS)."""
     stack = gallery.library.stack
     stack.configure(broadcast_interval="1 s", chunk_max_images=20, batch_max_images=60, batch_split_images=40)
     stack.simulator.plan.batch_latency = (3, 4)

@@ -1,4 +1,4 @@
-"""Photos over a slow connection that breaks: all arrive, none twice, and Storage and the table agree at every moment."""
+"""Photos over a slow connection that breaks: each arrives once, and Storage and the table always agree."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LARGE_SIZE = 300_000  # bytes: 2.4 s at 1 Mbit/s
 
 
 class Line:
-    """The way from the browser to an edge of its own, which can break and start anew."""
+    """The connection from the browser to an edge of its own, which can break and start again."""
 
     def __init__(self, stack: Stack) -> None:
         self._stack = stack
@@ -52,7 +52,7 @@ class Line:
         await self._edge.aclose()
 
     def cut(self) -> int:
-        """Breaks every connection: how many there were."""
+        """Breaks every connection, and returns their number."""
         return sum(1 for _ in iter(lambda: self.proxy.reset(random.Random(1)), False))
 
 
@@ -67,7 +67,7 @@ async def line(library: Library) -> AsyncIterator[Line]:
 
 
 def photos(folder: Path) -> list[Path]:
-    """Small ones, and a few that take seconds: more bytes after the end of a JPEG harm nobody."""
+    """Small photos, and a few that take seconds, because they have more bytes after the end of the JPEG."""
     paths = []
     large = {5, 18, 19}
     for number, drawing in enumerate(draw(PHOTOS, shrink=4)):
@@ -78,7 +78,7 @@ def photos(folder: Path) -> list[Path]:
 
 
 def lose_object(stack: Stack, photo: Path) -> None:
-    """Storage has all bytes of an upload, and has failed to make them an object."""
+    """Storage gets all bytes of an upload, but does not make them an object."""
     assert stack.files
     name = hashlib.sha256(photo.read_bytes()).hexdigest()[:32]
     begun = [info for info in stack.files.glob("*.info") if name in info.read_text()]
@@ -90,7 +90,7 @@ def lose_object(stack: Stack, photo: Path) -> None:
 
 
 def book(library: Library) -> dict[str, int]:
-    """What Storage and the table have, and what only one of them has."""
+    """The numbers of objects in Storage, of rows in the table, and of those that only one of them has."""
     [counts] = library.sql("""
         select count(o.id) as objects, count(a.id) as rows, count(*) filter (where o.id is null or a.id is null) as orphans,
           count(distinct o.metadata ->> 'eTag') as photos, count(a.tagging_stage) as enqueued
@@ -100,7 +100,7 @@ def book(library: Library) -> dict[str, int]:
 
 @dataclass
 class Breaking:
-    """What the scenario asks for."""
+    """Handles the requests of the scenario."""
 
     library: Library
     line: Line

@@ -1,4 +1,4 @@
-"""The auditor is itself tested: books that agree pass, and every kind of seeded violation is found."""
+"""Tests of the auditor: books that agree pass, and every kind of seeded violation is found."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ def test_books_that_agree_pass(books: Books) -> None:
 
 
 def test_a_file_that_nobody_knows_of_is_a_fault(books: Books) -> None:
-    """Its worker died before it recorded the upload, and the batch was cancelled before another worker took it."""
+    """The worker died before it recorded the uploaded file, and the batch was cancelled before another worker took it.
+    The file still has to be deleted."""
     books.batches.append({"id": "row-2", "openai_batch_id": None, "input_file_id": None, "state": "cancelled"})
     books.openai_files.append({"id": "file-9", "filename": "autotag-row-2.jsonl"})
     [found] = compare_books(books)
@@ -87,7 +88,7 @@ def add(table: str, item: Any) -> Callable[[Books], None]:
 
 
 def pay_twice(books: Books) -> None:
-    """A second call for an image, well booked."""
+    """Adds a second call for an image, with correct usage."""
     books.requests.append(call())
     books.usage.update(requests=5, tokens=540)
 
@@ -101,7 +102,7 @@ def expect(asset: str, *ends: str) -> Callable[[Books], None]:
 
 
 def lose(asset: str) -> Callable[[Books], None]:
-    """The row is not there any more."""
+    """Removes the row of an image."""
     return lambda books: books.assets.remove(next(a for a in books.assets if a["id"] == asset))
 
 
@@ -174,7 +175,7 @@ def test_a_seeded_violation_is_found(books: Books, sentence: str) -> None:
 
 
 def test_answers_that_died_with_their_worker_are_no_violation(books: Books) -> None:
-    """Paid and unknown: so many as were in hand at the deaths, and not one more."""
+    """Paid answers may be unknown, but no more of them than were in flight when workers died."""
     books.requests += [call(), call()]
     books.may_be_lost = 2
     assert compare_books(books) == []
@@ -183,7 +184,7 @@ def test_answers_that_died_with_their_worker_are_no_violation(books: Books) -> N
 
 
 def test_a_picture_may_be_asked_again_when_its_worker_was_killed(books: Books) -> None:
-    """While the call was in flight, just before it was read or just after its answer: not earlier, and not later."""
+    """The worker must have been killed during the call, shortly before it or shortly after it."""
     books.requests[3].update(at=100.0, done=100.5)
     books.requests += [call(tags=("red", "c"), at=110.0, done=110.5)]
     books.usage.update(requests=5, tokens=540)

@@ -1,5 +1,5 @@
-"""Workers die at every step, the provider fails in every known way, Postgres restarts, other tenants are hostile: the
-books agree."""
+"""Workers die at every step, the provider fails in every known way, Postgres restarts, and other tenants are hostile.
+Still, the books agree."""
 
 from __future__ import annotations
 

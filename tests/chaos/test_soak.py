@@ -1,4 +1,4 @@
-"""Half a minute of what `./scripts/bench soak` does for an hour."""
+"""Runs for half a minute what `./scripts/bench soak` runs for an hour."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEAST = Least(restarts=5, faults=10, images=100)  # so much that this shows some
 
 @pytest.mark.long
 async def test_restarts_and_faults_leave_nothing_behind() -> None:
-    """Nothing lost; the worker that is never restarted, and the tables, as large at the end as after a while."""
+    """Nothing is lost. The worker that is never restarted and the tables do not grow any more after a while."""
     result = await soak.measure(Console(stderr=True), minutes=MINUTES, seed=1, pause=PAUSE, pace=PACE, least=LEAST)
     figures = {name: figure.value for name, figure in result.figures.items() if not figure.ok}
     # the tables have hardly begun to fill their pages; in an hour, the figure's bar is 1.25

@@ -1,4 +1,4 @@
-"""Five ways to call an RPC, all with the same face: supabase-js, supabase-py, postgrest-py, psycopg, pg8000."""
+"""Five clients that call an RPC in the same way: supabase-js, supabase-py, postgrest-py, psycopg, pg8000."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def types_of(stack: KeyedStack) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back: data, or an error with the four fields that every client knows."""
+    """The answer to a call: data, or an error with the four fields that every client has."""
 
     data: Any = None
     error: dict[str, Any] | None = None

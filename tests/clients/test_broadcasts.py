@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 @contextlib.asynccontextmanager
 async def node(script: str, **environment: str) -> AsyncIterator[list[dict[str, Any]]]:
-    """Runs a script with Node; the lines of JSON that it prints, growing."""
+    """Runs a script with Node. Yields the growing list of the JSON lines that it prints."""
     process = await asyncio.create_subprocess_exec(
         "node", "--no-warnings", str(HERE / script), env={"PATH": os.environ["PATH"], **environment},
         stdout=asyncio.subprocess.PIPE,
@@ -84,7 +84,7 @@ async def test_the_existing_clients_snippet_hears_each_batch_once(library: Libra
 
 
 async def test_the_existing_clients_snippet_hears_of_an_upload_without_batches(library: Library) -> None:
-    """Once, when its last image is done; with the id that Realtime adds, and nothing else."""
+    """One message arrives, after the last image. It has the id that Realtime adds, and no batch."""
     assets = await library.upload(7)
     async with node("listen.mjs", **keys(library.stack)) as lines:
         await until(lambda: joined(lines, "batch-updates"), "supabase-js to join")

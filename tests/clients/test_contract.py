@@ -1,4 +1,4 @@
-"""Every RPC, its errors and big arrays, through every client and for every type of keys: all of them get the same answers.
+"""Every RPC, its errors and large arrays, with every client and every type of keys: all get the same answers.
 
 With AUTOTAG_TEST_PROJECT=1 the services are those of `supabase start` (or of the variables of `supabase status -o env`)
 and not the local edge's.
@@ -37,7 +37,7 @@ WRONG = {"uuid": "no uuid", "bigint": "no number", "integer": "2.5"}
 
 @dataclass
 class Client:
-    """One client in the hands of one member."""
+    """One client that acts for one member."""
 
     call: Call
     library: Library
@@ -87,7 +87,7 @@ async def call(request: pytest.FixtureRequest, keyed: KeyedStack) -> AsyncIterat
 
 @pytest.fixture(scope="module")
 def many(keyed: KeyedStack) -> tuple[Member, list[Any]]:
-    """2,000 images of one workspace, for all clients: to insert them takes as long as to enqueue them."""
+    """2,000 images of one workspace for all clients, because inserting them takes as long as enqueuing them."""
     library = Library(keyed)
     return library.member, list(keyed.keys.natural(library.insert([f"{i}.jpg" for i in range(2000)]), 0))
 

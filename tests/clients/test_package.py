@@ -61,7 +61,7 @@ def test_the_gallery_has_the_core_as_it_is(tmp_path: Path) -> None:
 
 
 def test_its_units() -> None:
-    """What is shown, the channel, and lists of rows against a table in memory (units.mjs)."""
+    """Runs units.mjs: `stage`, the channel, and lists of rows, against a table in memory."""
     built_package()
     done = subprocess.run(["node", "--test", HERE / "units.mjs"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:]

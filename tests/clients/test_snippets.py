@@ -1,4 +1,4 @@
-"""Every snippet of the documents compiles under ``strict``, and so do the examples; what is wrong does not (types.ts)."""
+"""Every snippet of the documents and every example compiles with ``strict``, and wrong code does not (types.ts)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTIONS = {
 
 
 def write_snippets(folder: Path) -> dict[str, tuple[Path, int]]:
-    """Writes each snippet into a file of its own; where it stands, by the file's name."""
+    """Writes each snippet into a file of its own. Returns the snippets' places by the files' names."""
     places = {}
     for document in DOCUMENTS:
         text = document.read_text()

@@ -1,4 +1,4 @@
-"""`autotag watch` hears again after every outage, however long, and says what it has missed."""
+"""`autotag watch` reconnects after every outage, however long, and reports what it has missed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MORE_THAN_FIVE = 7  # tries: the client's own reconnecting ends after five
 
 @dataclass
 class Watch:
-    """What a watcher has seen."""
+    """Everything that a watcher has received."""
 
     heard: list[str] = field(default_factory=list)  # "topic n"
     connection: list[str] = field(default_factory=list)
@@ -40,7 +40,7 @@ def member(stack: Stack) -> Member:
 
 @pytest.fixture
 def tries(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The delays before each try, which take no time."""
+    """Replaces the delays before each try by short ones, and collects them."""
     delays: list[float] = []
 
     async def pause(seconds: float) -> None:
@@ -63,7 +63,7 @@ async def watching(stack: Stack, key: str, workspace: str | None) -> AsyncIterat
 
 
 async def hears(stack: Stack, watch: Watch, topic: str, n: int) -> None:
-    """Sends a message until it has arrived: a subscription takes a moment."""
+    """Sends a message until it arrives, because a subscription takes a moment."""
     private = topic != following.PUBLIC_TOPIC
 
     def send() -> None:
@@ -102,7 +102,7 @@ async def test_it_hears_again_after_more_tries_than_the_client_makes(
 
 
 async def test_a_token_that_runs_out_ends_it_with_a_sentence(stack: Stack, member: Member, tries: list[float]) -> None:
-    """No later try helps, so it is not deaf in silence either."""
+    """No later try can succeed, so it ends with an error instead of receiving nothing."""
     token = stack.token(member.user, lifetime=2)
     async with watching(stack, token, member.workspace) as (watch, task):
         with pytest.raises(CannotFollow, match=r"[Tt]oken"):

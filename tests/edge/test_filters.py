@@ -1,4 +1,4 @@
-"""Groups of conditions, containment, and the limit of an answer, as PostgREST has them."""
+"""Groups of conditions, containment, and the limit of rows, which work as in PostgREST."""
 
 from __future__ import annotations
 

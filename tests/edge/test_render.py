@@ -1,4 +1,4 @@
-"""Storage's image transformations: what the worker gets of them, and that they never fail an image."""
+"""Storage's image transformations: the worker uses them, and they never fail an image."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ async def test_heic_becomes_what_the_model_reads(library: Library, transforms: P
 
 
 async def test_a_strip_is_read_as_it_is(library: Library, transforms: Path) -> None:
-    """Scaled to 512 pixels a side, it would be 20 pixels wide."""
+    """A long strip is not transformed, because at 512 pixels a side it would be 20 pixels wide."""
     project = Project(library)
     async with project.images() as images:
         await images.load(project.store("a.png", encoded(quarters(size=(200, 5000)), "PNG")), 512)

@@ -48,7 +48,7 @@ class Client:
         return await self.http.request(method, url, headers={k: v for k, v in sent.items() if v}, content=body)
 
     def book(self) -> tuple[int, int]:
-        """The objects of Storage and the rows of the table."""
+        """The number of objects in Storage, and of rows in the table."""
         [found] = self.library.sql(
             "select (select count(*) from storage.objects) as o, (select count(*) from assets) as a"
         )
@@ -95,7 +95,7 @@ async def test_the_real_client_uploads_resumes_and_gives_up(library: Library) ->
 
 
 async def test_what_it_refuses(library: Library, client: Client) -> None:
-    """Status and words are those of the real server."""
+    """Refusals have the status and the words of the real server."""
     library.sql("insert into storage.buckets (id, name, file_size_limit) values ('small', 'small', 10)")
     library.sql("update storage.buckets set allowed_mime_types = '{image/jpeg}' where id = 'assets'")
     mine, bare = f"{library.member.workspace}/a.png", {"upload_metadata": ""}
@@ -149,7 +149,8 @@ async def test_offsets_ends_and_expiry(library: Library, client: Client) -> None
 
 
 async def test_a_dead_connection_does_not_keep_an_upload(library: Library, client: Client) -> None:
-    """A phone changes networks: the server still waits for the old connection's bytes when the client asks on a new one."""
+    """A phone changes networks: the client continues on a new connection while the server still waits for bytes on the
+    old one."""
     url = (await client.create(8, f"{library.member.workspace}/a.png")).headers["location"]
     silent = asyncio.Event()
 
@@ -171,7 +172,8 @@ async def test_a_dead_connection_does_not_keep_an_upload(library: Library, clien
 
 
 def test_rows_belong_to_uploads_of_users(library: Library) -> None:
-    """A server's uploads have no owner, and it inserts its rows itself; a file that is replaced keeps its row."""
+    """A server's upload has no owner and no row, because servers insert their own rows. A file that is replaced keeps
+    its row."""
     path = f"{library.member.workspace}/a.png"
     add = "insert into storage.objects (bucket_id, name, owner_id) values (%s, %s, %s)"
     library.sql(add, "assets", f"{library.member.workspace}/server.png", None)

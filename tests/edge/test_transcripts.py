@@ -1,4 +1,5 @@
-"""The local edge answers as the real servers did, exchange by exchange (ids, times and header order aside)."""
+"""The local edge answers as the real servers did, exchange by exchange (except for ids, times and the order of
+headers)."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def lines(path: str) -> list[dict[str, Any]]:
 
 
 def without_ids(text: str) -> str:
-    """What does not depend on when and by whom it was said."""
+    """The text with placeholders for tokens, ids, times and hashes, which differ in every run."""
     for pattern, name in ((JWT, "<SIGNED_TOKEN>"), (UUID, "<id>"), (MOMENT, "<time>"), (MD5, "<md5>"), (AGO, "<ago>")):
         text = pattern.sub(name, text)
     return text
@@ -46,13 +47,13 @@ def without_ids(text: str) -> str:
 
 @pytest.fixture
 async def stack(postgres: LocalPostgres, bare: str) -> AsyncIterator[Stack]:
-    """An edge around a database without autotag, as the recordings had it; it does not punish with delays."""
+    """An edge in front of a database without autotag, as in the recordings. It does not delay bad requests."""
     async with edge_stack(postgres, bare) as running:
         yield running
 
 
 def people(stack: Stack, workspace: str) -> dict[str, str]:
-    """The tokens behind the placeholders."""
+    """The tokens of the placeholders."""
     sign = stack.token
     return {
         "ANON": stack.anon_key, "SERVICE": stack.secret_key, "MEMBER": sign(MEMBER, ws=workspace),
@@ -121,7 +122,8 @@ async def test_storage(stack: Stack) -> None:
 
 
 async def test_storage_and_wrong_keys(stack: Stack) -> None:
-    """Without /authenticated, a token that is no good finds no bucket, and one that sees too little no file."""
+    """Without /authenticated in the path, an invalid token finds no bucket, and a token without the right finds no
+    file."""
     storage = stack.storage()
     await storage.create_bucket("assets", "assets", {"public": False})
     await storage.from_("assets").upload(f"{WORKSPACE}/ten/004.jpg", b"\xff\xd8", {"content-type": "image/jpeg"})
@@ -141,7 +143,7 @@ async def test_storage_and_wrong_keys(stack: Stack) -> None:
 
 
 def _body(request: dict[str, Any], about: str) -> dict[str, Any]:
-    """The arguments for httpx; an upload gets a file of the recorded picture's size and kind."""
+    """The body of a request, as httpx takes it. An upload gets a file of the recorded picture's size and kind."""
     headers, body = request["headers"], request.get("body")
     if not isinstance(body, str) or "multipart" not in body:
         return {"headers": headers, "content": body}
@@ -155,7 +157,7 @@ def _body(request: dict[str, Any], about: str) -> dict[str, Any]:
 
 @pytest.fixture
 def topics(stack: Stack) -> Stack:
-    """The policy of the recordings: a member hears the topic of their workspace."""
+    """Creates the policy of the recordings: a member may listen to the topic of their workspace."""
     with psycopg.connect(stack.database_url(), autocommit=True) as connection:
         connection.execute("""create policy members on realtime.messages for select to authenticated
             using ((select realtime.topic()) = 'tagging:' || ((select auth.jwt()) ->> 'ws'))""")
@@ -228,9 +230,10 @@ class Play:
         assert (answer.status_code, answer.text) == (rest["status"], rest["answer"])
 
     async def _nothing_more(self) -> None:
-        """What should not have been sent was not: the answer to a heartbeat is the next thing that comes.
+        """Checks that the server has sent nothing else: the next message is the answer to a heartbeat.
 
-        Messages from the database travel on their own, so one more of them goes ahead, to a second socket.
+        Messages from the database take another path. So a marker is sent through the database first, and has to arrive
+        at a second socket.
         """
         key = self._who["ANON"]
         base = self._stack.supabase_url.replace("http", "ws")
@@ -272,7 +275,7 @@ async def test_realtime_over_http(stack: Stack) -> None:
 
 
 async def test_realtime_names_what_it_does_not_support(topics: Stack) -> None:
-    """postgres_changes and presence: the join is refused with a reason instead of staying silent."""
+    """A join with postgres_changes or presence is refused with a reason."""
     url = topics.supabase_url.replace("http", "ws") + f"/realtime/v1/websocket?apikey={topics.anon_key}&vsn=2.0.0"
     async with connect(url) as socket:
         for config in ({"postgres_changes": [{"event": "*", "schema": "public"}]}, {"presence": {"enabled": True}}):

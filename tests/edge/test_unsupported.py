@@ -1,4 +1,4 @@
-"""What the local edge does not support it refuses with 501 and the feature's name."""
+"""The local edge refuses unsupported features with 501 and the feature's name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Deno itself finds in the edge functions: nothing."""
+"""Deno's own checks find nothing in the edge functions."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Whatever comes from outside (model answers, batch lines, error bodies, headers, image files, webhooks) is either read
-or refused in words, and what is read can be stored."""
+"""Data from outside (model answers, batch lines, error bodies, headers, image files, webhooks) is either read or
+refused with a message, and data that was read can be stored."""
 
 from __future__ import annotations
 

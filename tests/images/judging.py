@@ -1,4 +1,4 @@
-"""Judges a picture that the provider received by what a person expects of it (cases/expected.json)."""
+"""Compares a picture that the provider received with what a person expects of it (cases/expected.json)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import ImageStat
 
 
 def judge(jpeg: bytes, expectation: dict[str, Any]) -> list[str]:
-    """What is wrong with a picture; nothing if it is as expected.
+    """Everything that is wrong with a picture; empty if it is as expected.
 
     Args:
         jpeg: what was sent.
@@ -42,7 +42,7 @@ def _near(colour: tuple[float, ...], wanted: tuple[int, ...]) -> bool:
 
 
 def quarters(image: Pillow.Image) -> list[tuple[float, ...]]:
-    """The colours in the middle of the quarters."""
+    """The colours in the middle of each quarter."""
     w, h = image.size
     boxes = [
         (x + w // 8, y + h // 8, x + w * 3 // 8 or 1, y + h * 3 // 8 or 1) for y in (0, h // 2) for x in (0, w // 2)
@@ -61,7 +61,7 @@ def dark_lines(grey: Pillow.Image) -> int:
 
 
 def is_gradient(grey: Pillow.Image) -> bool:
-    """Whether it grows steadily from dark to light, from one side to the other."""
+    """Whether the picture gets steadily lighter from one side to the other."""
     for size in ((16, 1), (1, 16)):
         small = list(grey.resize(size, Pillow.Resampling.BOX).get_flattened_data())
         if small in (sorted(small), sorted(small, reverse=True)) and abs(small[0] - small[-1]) > 150:

@@ -1,4 +1,4 @@
-"""Animations are treated as still pictures are: cut files, colour profiles; and headers that cannot be true."""
+"""Animations are treated like still pictures: truncated files, colour profiles, and headers that cannot be true."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BMPs whose pixels are numbers of 16 or 32 bits, in which any bits are a colour: the model sees what Chromium shows."""
+"""BMPs with pixels of 16 or 32 bits, in which any bits are a colour: the model sees the same as in Chromium."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def bmp(
     opacity: tuple[int, int] = (255, 255),
     downwards: bool = False,
 ) -> bytes:
-    """The quarters. opacity: of the quarters on the left and right."""
+    """A BMP of the quarters. opacity: of the quarters on the left and right."""
     bits, masks = LAYOUTS[layout]
     pixels = quarters(WIDTH, HEIGHT).load()
     assert pixels
@@ -88,7 +88,7 @@ def test_plain_pixels_have_the_usual_bits() -> None:
 
 
 def test_transparency_that_a_program_left_empty_hides_nothing() -> None:
-    """Chromium shows nothing, other programs show the picture."""
+    """Some programs leave all transparency at zero. Chromium then shows nothing, other programs show the picture."""
     assert not judge(sent(bmp("A8R8G8B8", opacity=(0, 0))), {"quarters": COLOURS})
 
 

@@ -1,4 +1,4 @@
-"""Unusual but ordinary files: the model sees what a person would see, or the user is told what the file is."""
+"""Unusual but valid files: the model sees what a person would see, or the user is told what the file is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each file of `cases`, tagged by a worker: what the provider received, or what its user is told."""
+"""A worker tags each file of `cases`: checks what the provider received, or the user's message."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXPECTED: dict[str, dict[str, Any]] = json.loads((CASES / "expected.json").read_
 
 
 def check(name: str, image: Image.Image, expected: dict[str, Any]) -> None:
-    """Whether an image that was sent is as it must be."""
+    """Checks an image that was sent."""
     grey, (width, height) = image.convert("L"), image.size
     if "quarters" in expected:
         for n, colour in enumerate(expected["quarters"]):
@@ -50,7 +50,7 @@ def check(name: str, image: Image.Image, expected: dict[str, Any]) -> None:
 
 
 def dark_lines(values: list[int]) -> int:
-    """How often the brightness falls below the middle of its range."""
+    """The number of times that the brightness falls below the middle of its range."""
     middle = (min(values) + max(values)) / 2
     return sum(a >= middle > b for a, b in pairwise(values))
 

@@ -1,4 +1,4 @@
-"""What a file may cost is known before it is decoded: a child's memory never grows by more than `Opened.need`."""
+"""The memory need of a file is known before it is decoded: a child never grows by more than `Opened.need`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mutated files: whatever the metadata is, the picture is shown; whatever the pixels are, only a TaggingError is raised.
+"""Mutated files: with any metadata the picture is shown, and with any pixels only a TaggingError is raised.
 
 AUTOTAG_FUZZ: the number of runs of each fuzzer.
 """
@@ -54,7 +54,7 @@ def noise(random: random.Random) -> bytes:
 
 
 def turnless(body: bytes) -> bytes:
-    """Without an orientation, which would rightly turn the picture."""
+    """Replaces the tag of an orientation, which would rightly turn the picture."""
     return body.replace(b"\x12\x01", b"\x13\x01").replace(b"\x01\x12", b"\x01\x13")
 
 

@@ -1,4 +1,5 @@
-"""HEIC pictures that consist of tiles, as cameras save them: decoded tile by tile, they look as when decoded at once."""
+"""HEIC pictures that consist of tiles, as cameras save them: decoded tile by tile, they look the same as in one
+piece."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def test_a_tiled_picture_is_sent_upright(tiled: bytes) -> None:
 
 
 def test_tiles_take_a_part_of_the_memory(tiled: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """24 megapixels, as phones save them, fit into an ordinary image's memory."""
+    """A phone's picture of 24 megapixels fits into the memory of an ordinary image."""
     grid = heif_tiles.Grid(12, 8, 512, 512, 6048, 4032, 6)
     monkeypatch.setattr(heif_tiles, "grid", lambda _: grid)
     by_tiles = heif.open_heif(tiled, 512)

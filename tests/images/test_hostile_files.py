@@ -1,4 +1,4 @@
-"""Hostile files in a real worker: the process lives, within its memory, and other tenants notice nothing."""
+"""Hostile files in a real worker: the process survives within its memory, and other tenants notice nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VIDEO = b"\0\0\0\x20ftypisom" + bytes(60_000_000)
 
 
 def store(library: Library, files: Sequence[bytes]) -> list[str]:
-    """Rows of these files in the library's workspace."""
+    """Stores these files, with rows in the library's workspace."""
     stack, workspace = library.stack, library.member.workspace
     paths = [f"{workspace}/hostile-{n}-{len(data)}" for n, data in enumerate(files)]
     assert stack.files
@@ -52,7 +52,7 @@ def environment(stack: Stack) -> dict[str, str]:
 
 
 def busy_child(worker: int) -> int | None:
-    """A process that decodes for this worker: not the fork server, and with processor time of its own."""
+    """A process that decodes for this worker: one with processor time of its own that is not the fork server."""
     for pid in descendants(worker)[2:]:
         with contextlib.suppress(OSError):
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -113,7 +113,7 @@ async def test_no_child_survives_its_worker_and_a_stop_waits_for_an_image(librar
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs: one that has ended may wait for its parent to notice."""
+    """Whether a process runs. (A zombie does not.)"""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -1,4 +1,4 @@
-"""Icons with bitmaps inside: the model sees what the picture's transparency, or else its mask, lets Chromium show."""
+"""Icons with bitmaps: the model sees what Chromium shows by the picture's transparency or, without one, by its mask."""
 
 from __future__ import annotations
 

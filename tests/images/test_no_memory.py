@@ -1,4 +1,4 @@
-"""A decoder that gets no memory never makes a file damaged, or another picture of it, whatever the kind of file."""
+"""A decoder without enough memory never makes a file count as damaged, and never makes another picture of it."""
 
 from __future__ import annotations
 

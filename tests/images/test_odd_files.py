@@ -1,4 +1,4 @@
-"""Whole kinds of odd files: what a browser shows is tagged; what cannot be tagged is named."""
+"""Kinds of odd files: what a browser shows is tagged, and the message for the others names their kind."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def turned() -> Pillow.Image:
 
 
 def with_odd_profile(kind: str) -> bytes:
-    """Pixels in a profile whose colours differ so much that its conversion shows."""
+    """A picture whose colour profile has such different colours that the conversion shows."""
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     swapped = (
         lab.replace(b"rXYZ", b"tXYZ")
@@ -75,7 +75,7 @@ def with_odd_profile(kind: str) -> bytes:
 
 
 def linear(image: Pillow.Image | None = None) -> Pillow.Image:
-    """With values in proportion to the light, which look too dark where nothing says so."""
+    """A picture with values in proportion to the light, which looks too dark unless the file says so."""
     return (image or quarters()).point([round(255 * (value / 255) ** 2.2) for value in range(256)] * 3)
 
 
@@ -117,7 +117,7 @@ def bmp(share: float) -> bytes:
 
 
 def offset_gif() -> bytes:
-    """A frame that is smaller than its canvas, which is transparent where the frame is not."""
+    """A GIF whose frame is smaller than its canvas, which is transparent around the frame."""
     data = saved("GIF", quarters().quantize(8), transparency=7)
     return data[:6] + struct.pack("<HH", 322, 242) + data[10:]
 
@@ -181,7 +181,7 @@ def flat_shades() -> bytes:
 
 
 def variables(drawing: bytes) -> bytes:
-    """Its colours as variables: of a style, of another variable, and as fallbacks."""
+    """The drawing with variables for its colours: of a style, of another variable, and as fallbacks."""
     colours = re.findall(rb'fill="([^"]+)"', drawing)
     for number, colour in enumerate(colours):
         use = (b"var(--c%d)", b"var( --c%d , black)", b"var(--again%d)", b"var(--none%d, " + colour + b")")[number % 4]
@@ -191,7 +191,7 @@ def variables(drawing: bytes) -> bytes:
 
 
 def with_picture(kind: str, label: str) -> bytes:
-    """A drawing that shows nothing but a picture."""
+    """A drawing that shows only a picture."""
     inside = base64.b64encode(saved(kind, quarters(400, 300))).decode()
     label = label if label.endswith((";", "; ")) else label + ";"
     return (

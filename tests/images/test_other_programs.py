@@ -1,4 +1,5 @@
-"""Files that other programs made, each with an option that decoders stumble over: the model sees what they show.
+"""Files of other programs, each with an option with which decoders have problems: the model sees what these programs
+show.
 
 `made/PROGRAM-ODDITY.KIND`: red, green, blue and yellow quarters, as avifenc, heif-enc, ImageMagick, cjpeg, opj_compress,
 cwebp, Ghostscript, tiffcp, gifsicle, apngasm, Netpbm, tifffile, imagecodecs and sharp write them.

@@ -1,4 +1,4 @@
-"""One tenant's files come from Storage as slowly as they can; the other tenants' images are tagged meanwhile."""
+"""One tenant's files come from Storage as slowly as possible. The other tenants' images are tagged meanwhile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\n"
 
 @contextlib.asynccontextmanager
 async def dripping(slow: bytes) -> AsyncIterator[str]:
-    """Answers requests whose path contains "slow" with these bytes at once, and then hardly anything, for ever."""
+    """Answers requests whose path contains "slow" with these bytes, and then a byte every tenth of a second, for
+    ever."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         path = (await reader.readuntil(b"\r\n\r\n")).split()[1]
@@ -73,7 +74,7 @@ async def test_other_tenants_pass_slow_downloads(begin: int, length: bytes) -> N
     ids=["200", "503", "404"],
 )
 async def test_a_storage_that_drips_holds_no_place_for_ever(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither with a file nor with an error nor with the list of buckets, which other images wait for."""
+    """A file, an error and the list of buckets, for which other images wait, all have a time limit."""
     monkeypatch.setattr(files, "MAX_SECONDS", 0.3)
     monkeypatch.setattr(storage, "MAX_SECONDS", 0.3)
     async with (

@@ -19,7 +19,7 @@ KINDS: tuple[tuple[str, dict[str, object]], ...] = (
 
 
 def test_the_simulator_reads_as_much_as_in_a_reference() -> None:
-    """The reference: Lanczos, without loss."""
+    """The reference is a lossless Lanczos picture."""
     sent = lossless = blurred = facts = 0
     for number, scene in enumerate(scenes(40)):
         kind, options = KINDS[number % len(KINDS)]

@@ -1,4 +1,4 @@
-"""What was done to an image goes with its answer into `tagging_result`; and the setting for the size of what is sent."""
+"""The notes about an image go into `tagging_result` with its answer; and the setting for the size of the sent image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOTES = {"truncated": 0.97, "cropped": [0, 0, 1080, 10800], "frame": 3}
 
 @pytest.fixture
 def sent(library: Library, monkeypatch: pytest.MonkeyPatch) -> list[Image.Image]:
-    """The images that the provider receives."""
+    """Collects the images that the provider receives."""
     simulator, images = library.stack.simulator, list[Image.Image]()
     read = simulator.read_picture
 

@@ -1,4 +1,4 @@
-"""New answers reach an installed adapter as a migration, which leaves alone what the project has changed itself."""
+"""New answers reach an installed adapter by a migration, which leaves functions alone that the project has changed."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def test_the_adapter_records_what_it_was_told_and_wrote(installed: str) -> None:
 
 
 def test_new_answers_change_what_they_are_about_and_nothing_else(installed: str, tmp_path: Path) -> None:
-    """The table of members gets another name: the rest of what init was told holds on, and so does the project's own function."""
+    """The table of members is renamed. The other answers to init stay, and so does the function that the project has
+    changed."""
     assert look(installed, FIRST).change is None, "nothing new"
     run(installed, "alter table public.workspace_members rename to crew")
     with pytest.raises(HostError, match="Set --members-where"):  # autotag cannot know that it is the same table
@@ -130,7 +131,7 @@ def test_new_answers_change_what_they_are_about_and_nothing_else(installed: str,
 
 
 def test_rows_decide_about_files_only_where_files_are_asked_about(installed: str) -> None:
-    """Users write the rows: what they have written since must not widen the rule with some other answer."""
+    """Users write the rows. So rows must not widen the file rule when another answer changes."""
     before = look(installed, Choices(editors="members")).host
     with psycopg.connect(installed) as connection:
         connection.execute("update public.assets set storage_path = 'raw/' || storage_path")
@@ -166,7 +167,8 @@ def test_what_would_undo_the_projects_own_work_is_refused(installed: str, choice
 def test_another_table_of_members_is_asked_about_like_a_first_one(
     installed: str, where: str, column: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No condition and no name of a column goes along from the table before, and no condition is lost without a word."""
+    """Conditions and names of columns of the former table do not apply to the new one, and no condition is dropped
+    silently."""
     told = {
         "members_table": "public.crew",
         "members_user": "person",
@@ -218,7 +220,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("option", CHOICES)
 def test_no_option_is_ignored(installed: str, option: str) -> None:
-    """Another value than that of the installed adapter changes it, or `init` stops and says why."""
+    """An option with another value than in the installed adapter changes the adapter, or `init` stops and gives the
+    reason."""
     choices = Choices(**{option: OTHER[option]})
     if option in REFUSED:
         with pytest.raises(HostError, match=re.escape(REFUSED[option])):
@@ -237,7 +240,8 @@ def test_no_option_is_ignored(installed: str, option: str) -> None:
 
 
 def test_a_host_that_the_environment_names_is_said(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be another project's, so it changes nothing; a further host takes none away."""
+    """The environment's URL may be another project's, so `init` only mentions it. A host from an option is added to the
+    others."""
     monkeypatch.setenv("SUPABASE_URL", "https://img.shop.example")
     for choices in (Choices(), Choices(where="id is not null")):
         found = look(installed, choices)

@@ -1,4 +1,4 @@
-"""What a newer adapter has reaches projects that have an older one (install/migrations.py, ADAPTER_STEPS)."""
+"""Additions of a newer adapter reach projects that have an older one (install/migrations.py, ADAPTER_STEPS)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A person who runs `init` is asked what matters, and can correct an answer."""
+"""`init` asks a person only what matters, and accepts corrections."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def answer(url: str, project: Path, monkeypatch: pytest.MonkeyPatch, *answers: s
 
 
 def test_only_what_a_row_can_be_is_asked(url: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No foreign key and text ids are no reason to ask which rows are members: an option would not be asked that, either."""
+    """A missing foreign key and ids that are texts are no reason to ask which rows are members."""
     done = answer(url, project, monkeypatch, "WorkspaceMember", "deleted_at is null", "0")
     assert done.exit_code == 0, done.output
     assert "Which of its rows are members" not in done.output
@@ -147,7 +147,7 @@ def test_images_are_looked_for_in_other_schemas_and_a_view_is_said_to_be_one(url
 
 
 def test_ctrl_c_while_it_starts_is_no_traceback(tmp_path: Path) -> None:
-    """Imports take most of a second, so people press it there."""
+    """Imports take most of a second, so people press Ctrl-C then, too."""
     hook = tmp_path / "sitecustomize.py"
     hook.write_text("import signal, sys\n"
                     "class Stop:\n"

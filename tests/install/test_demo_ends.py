@@ -23,7 +23,7 @@ END = 60.0  # seconds at most from the signal to the end of the last process, al
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A folder for temporary folders that Postgres may enter whoever it runs as."""
+    """A folder for temporary folders that Postgres may enter, whatever login it runs as."""
     place = Path(tempfile.mkdtemp(prefix="demo-ends-", dir="/tmp"))
     place.chmod(0o711)
     yield place
@@ -31,7 +31,7 @@ def place() -> Iterator[Path]:
 
 
 def processes() -> dict[int, tuple[int, str]]:
-    """The parent and the command of every process that is not just waiting to be buried."""
+    """The parent and the command of every process that is not a zombie."""
     listed = subprocess.run(
         ["ps", "-A", "-o", "pid=,ppid=,stat=,command="], check=True, capture_output=True, text=True
     ).stdout
@@ -40,7 +40,7 @@ def processes() -> dict[int, tuple[int, str]]:
 
 
 def family(root: int) -> dict[int, str]:
-    """Everything that a process has started, and what that has started."""
+    """All processes that a process has started, directly or not."""
     listed = processes()
     members = {root}
     while grown := {pid for pid, (parent, _) in listed.items() if parent in members} - members:
@@ -91,6 +91,6 @@ async def test_nothing_outlives_the_demo(place: Path, tmp_path: Path, number: si
 
 
 def heed() -> None:
-    """Undoes what nohup and a shell's background may have done to whoever runs the tests."""
+    """Restores the signals that nohup or a shell's background may have disabled for the tests."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -44,7 +44,7 @@ async def examined(stack: Stack, **changes: Any) -> dict[str, doctor.Finding]:
 
 
 async def test_all_is_well(library: Library) -> None:
-    """Everything but pg_cron, which lives in another database of this server."""
+    """Every check is fine except pg_cron, which is in another database of this server, and choices of the project."""
     assets = await library.upload(1)
     library.sql("select autotag.tick()")
     async with worker(library.stack):
@@ -144,7 +144,8 @@ async def test_a_wrong_setting_is_found(
 
 
 async def test_a_project_that_has_just_started_is_fine(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Realtime answers the first join of a tenant before it reads its messages, so the first probes are lost."""
+    """Realtime answers the first join of a project before it reads that project's messages. So the first probes are
+    lost, and repeated."""
     monkeypatch.setattr(broadcast, "PROBE_INTERVAL", 0.25)
     stack.manners.cold_start = 0.6
     found = (await examined(stack))["broadcast"]
@@ -164,7 +165,7 @@ async def test_a_project_without_public_topics_is_fine(stack: Stack) -> None:
 
 
 async def test_an_outage_is_told_in_sentences(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gateway answers with a page of HTML."""
+    """The gateway answers with an HTML page. The findings have sentences instead."""
     monkeypatch.setattr(findings, "PROBE_AGAIN_AFTER", 0.0)
     stack.manners.down = True
     found = await examined(stack)
@@ -175,7 +176,7 @@ async def test_an_outage_is_told_in_sentences(stack: Stack, monkeypatch: pytest.
 
 
 async def test_one_failed_request_is_no_finding(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every probe that fails for the moment is made again."""
+    """Every probe that fails temporarily is repeated."""
     monkeypatch.setattr(findings, "PROBE_AGAIN_AFTER", 0.0)
     stack.manners.failures = 1
     assert (await examined(stack))["storage"].level == "ok"
@@ -211,7 +212,7 @@ async def test_the_end_that_the_provider_names_is_told(stack: Stack) -> None:
 
 
 async def test_a_provider_that_lists_no_models_is_fine_when_calls_work(library: Library) -> None:
-    """A 404 says nothing of the key."""
+    """A 404 for the list of models does not mean that the key is wrong."""
     stack = library.stack
     stack.simulator.plan.models_endpoint = False
     library.sql("update autotag.provider_limits set proven_at = null")
@@ -228,7 +229,7 @@ async def test_a_provider_that_lists_no_models_is_fine_when_calls_work(library: 
 
 
 async def test_a_model_that_is_not_listed_is_fine_when_calls_to_it_work(library: Library) -> None:
-    """Azure's deployments have names that its list does not."""
+    """Azure's deployments have names that are not in its list of models."""
     stack = library.stack
     async with worker(stack):
         await library.finished(library.enqueue(await library.upload(1)))
@@ -304,7 +305,7 @@ async def test_a_page_instead_of_storage_is_not_printed(stack: Stack, status: in
 
 
 async def test_a_broadcast_that_gets_lost_is_found(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """realtime.send never fails: only listening tells."""
+    """realtime.send never fails, so doctor has to listen."""
     monkeypatch.setattr(broadcast, "TIMEOUT", 2.0)
     monkeypatch.setattr(findings, "PROBE_AGAIN_AFTER", 0.0)
     as_owner(stack, "drop trigger notify_edge on realtime.messages")
@@ -318,7 +319,8 @@ async def test_a_clock_that_is_wrong_is_found(stack: Stack, monkeypatch: pytest.
 
 
 async def test_a_worker_that_may_do_everything_is_told(library: Library) -> None:
-    """A login of the owner's is no worker's login, whatever its name (hosted projects have cli_login_postgres)."""
+    """A worker should not use a login with the owner's rights, whatever its name (hosted projects have
+    cli_login_postgres)."""
     stack = library.stack
     as_owner(stack, "create role cli_login_owner login in role postgres")
     try:
@@ -423,7 +425,7 @@ async def test_rows_that_refused_their_tags_are_reported(library: Library) -> No
 
 
 async def test_the_page_shows_what_is_checked(stack: Stack) -> None:
-    """docs/install.md: the same checks in the same order, and the same words where they say what is fine."""
+    """docs/install.md has the same checks in the same order, and the same words for those that are fine."""
     page = (ROOT / "docs" / "install.md").read_text()
     sample = page.split("check                       finding\n")[1].split("```")[0].splitlines()
     shown = [row for line in sample if (row := re.fullmatch(r"(\S.*?)\s+(ok|skipped|warning|error)\s+(\S.*)", line))]

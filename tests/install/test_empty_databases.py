@@ -27,7 +27,7 @@ def run(url: str, *arguments: str) -> Result:
 
 
 def read_schema_finding(url: str) -> Finding:
-    """What doctor says of autotag's schema."""
+    """The doctor's finding about autotag's schema."""
     [found] = [one for one in asyncio.run(examine(DoctorSettings(database_url=url))) if one.check == "schema"]  # type: ignore[arg-type]
     return found
 

@@ -1,4 +1,4 @@
-"""`autotag init` reads off a project which files a workspace's rows may name, and the adapter then holds to it."""
+"""`autotag init` finds out which files a workspace's rows may name, and the adapter enforces that."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ FOLDERNAME = """
 
 @dataclass(frozen=True)
 class Case:
-    """A project; the rule that is found; rows of the first workspace that may be tagged, and that may not."""
+    """A project, the rule that init finds, and rows of the first workspace that may be tagged or not."""
 
     schema: str
     rows: list[dict[str, str]]
@@ -205,7 +205,7 @@ def test_a_rule_that_does_not_fit_all_rows_is_not_taken(postgres: LocalPostgres,
 
 
 def test_a_table_with_a_rule_on_update_is_not_taken(postgres: LocalPostgres, bare: str) -> None:
-    """No tags could be stored there: each image would be paid for and fail."""
+    """A rule on update can prevent storing tags. Each image would be paid for and fail."""
     url = prepare(postgres, bare, PLAIN)
     with psycopg.connect(url) as connection:
         connection.execute("create rule sometimes as on update to assets where old.id is null do instead nothing")
@@ -239,7 +239,8 @@ def test_a_rule_that_there_is_not_is_one_sentence(postgres: LocalPostgres, bare:
 @pytest.mark.parametrize("rule", ["owner", "uploader-folder"])
 @pytest.mark.parametrize("column", ["", ", uploaded_by uuid"])
 def test_members_by_a_claim_know_no_owners(postgres: LocalPostgres, bare: str, rule: str, column: str) -> None:
-    """A token says where its own user belongs: nobody can tell whether the uploader whom a row names is a member."""
+    """With members by a claim, only a user's own token shows their workspaces. So it is unknown whether the uploader
+    that a row names is a member."""
     url = prepare(postgres, bare, CLAIMS.replace("storage_path text", f"storage_path text{column}"))
     with pytest.raises(HostError, match="needs a table of members"):
         find(url, rule)
@@ -250,7 +251,8 @@ def test_members_by_a_claim_know_no_owners(postgres: LocalPostgres, bare: str, r
 
 
 def test_no_answer_about_members_takes_a_condition_from_a_rule() -> None:
-    """Each way to say who the members are, beside each rule that was found with another: refused, or with its condition."""
+    """Combines each way to define members with each file rule that needs them: it is refused, or the rule keeps its
+    condition."""
     columns = {"workspace": "workspace_id", "user": "user_id"}
     kinds = {
         "table": Members("public.crew", **columns), "owner": Members(owner=True),
@@ -286,7 +288,8 @@ def test_more_buckets_than_a_rule_lists_are_no_free_choice(postgres: LocalPostgr
 
 
 def test_colleagues_are_said_where_a_rule_is_about_persons(postgres: LocalPostgres, bare: str) -> None:
-    """Somebody in two workspaces: with this rule a colleague of one can name their files of the other, and the doctor says so."""
+    """A person is in two workspaces. With this rule, colleagues in one can name their files of the other, and the
+    doctor warns about it."""
     url = prepare(
         postgres,
         bare,
@@ -357,7 +360,7 @@ INJECTION = "x$$ set check_function_bodies = off; create role owned_by_tenant lo
 
 @pytest.mark.parametrize("how", ["a row's bucket", "a bucket", "a path", "a folder"])
 def test_what_rows_and_buckets_are_called_is_no_sql(postgres: LocalPostgres, bare: str, how: str) -> None:
-    """init writes into the adapter what rows name, and rows are written by tenants."""
+    """init writes names of buckets and folders into the adapter, and users choose these. None of them becomes SQL."""
     url = prepare(postgres, bare, BUCKETS)
     row = {"bucket": "library", "storage_path": "{w1}/a.jpg"}
     if how in ("a row's bucket", "a bucket"):

@@ -60,7 +60,7 @@ HOSTS = {
 
 @pytest.fixture(scope="module")
 def new_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project that the Supabase CLI has just made, to copy: the CLI takes half a second."""
+    """A new project of the Supabase CLI, to copy, because the CLI takes half a second to make one."""
     path = tmp_path_factory.mktemp("project")
     supabase("init", "--workdir", str(path))
     return path
@@ -185,7 +185,7 @@ async def store(stack: Stack, bucket: str, path: str, drawing: Drawing) -> None:
 
 
 async def tag(stack: Stack, user: str | dict[str, Any], ids: list[str]) -> None:
-    """The whole job, as a signed-in user of this host."""
+    """Tags these images as a signed-in user of this host, from the call to the end of the job."""
     async with worker(stack, image_hosts=frozenset({"pictures.example.com"})):
         job = rpc(stack, user, "public.enqueue_tagging", ids)
         await until(lambda: rpc(stack, user, "public.tagging_job", job["job_id"])["finished_at"], "the job to finish")
@@ -223,7 +223,7 @@ def test_init_twice_writes_nothing_and_keeps_an_edited_adapter(
 
 
 def test_migrate_and_the_cli_know_of_each_other(postgres: LocalPostgres, bare: str, project: Path) -> None:
-    """Applied without the CLI first: `init` keeps the versions, so that `db push` finds nothing to do; and back."""
+    """After `migrate`, `init` writes the files with the applied versions, so `db push` finds nothing to do."""
     url = url_of(postgres, bare, HOSTS["urls and organisations"])
     assert run("migrate", "--database-url", url, "--yes")["applied"] == [m.name for m in migrations()]
     assert run("migrate", "--database-url", url, "--yes")["applied"] == []
@@ -247,7 +247,7 @@ def test_what_cannot_be_seen_is_asked_for(postgres: LocalPostgres, bare: str, pr
 
 
 def test_on_a_terminal_it_asks(postgres: LocalPostgres, bare: str, project: Path) -> None:
-    """A person is asked for just what cannot be seen, and the answer goes into the adapter."""
+    """`init` asks a person only what it cannot find out, and writes the answer into the adapter."""
     url = url_of(postgres, bare, "create table public.assets (id uuid primary key, workspace_id uuid, image_url text)")
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
@@ -331,7 +331,7 @@ def test_no_project_and_no_database_are_said(tmp_path: Path) -> None:
 
 
 def test_hostile_names_stay_names(postgres: LocalPostgres, bare: str, tmp_path: Path) -> None:
-    """Names and strings of the host are quoted: nothing of them becomes SQL."""
+    """Names and strings of the host are quoted, so none of them becomes SQL."""
     nasty = 'x"; drop table public.assets; --'
     with psycopg.connect(postgres.url(database=bare), autocommit=True) as connection:
         connection.execute(
@@ -376,7 +376,7 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$ select 2 $$;
 def test_a_newer_adapter_is_a_step_beside_the_projects_own(
     postgres: LocalPostgres, bare: str, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The project's adapter, edited, stays as it is; what the new version needs comes as a migration of its own."""
+    """The adapter that the project has edited stays. The new version's additions are a migration of their own."""
     url = url_of(postgres, bare, HOSTS["urls and organisations"])
     run("init", str(project), "--database-url", url, "--yes")
     folder = project / "supabase" / "migrations"

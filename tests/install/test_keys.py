@@ -1,4 +1,4 @@
-"""Which tables init accepts: keys of four base types, an id that is unique by itself, columns that can be written."""
+"""Tables that init accepts: keys of four base types, an id that is unique by itself, and writable columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Supabase's own tools say of the migrations: nothing."""
+"""Supabase's own tools have no findings about the migrations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONGEST_LOCK = 1.0  # seconds that a reader or writer of a big table may have to
 
 @pytest.fixture
 def url(postgres: LocalPostgres, bare: str, machine_postgres: bool) -> str:
-    """A project without autotag, with what the CLI's checks ask of a server."""
+    """A project without autotag, on a server that the CLI's checks accept."""
     if not machine_postgres:
         skip("the CLI's lint needs plpgsql_check")
     with psycopg.connect(postgres.url("supabase_admin", bare), autocommit=True) as connection:
@@ -56,7 +56,8 @@ def test_the_cli_applies_everything_once_and_finds_nothing_to_mend(url: str) -> 
 
 
 def test_advisors_would_find_a_defect(url: str) -> None:
-    """The check above can fail: a search_path left open and a table without row level security are found."""
+    """Proves that the check above can fail: a search_path that is not fixed and a table without row level security are
+    found."""
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("create function public.hole() returns int language sql as 'select 1'")
         connection.execute("create table public.open_to_all (id int primary key)")
@@ -117,7 +118,7 @@ def test_a_table_of_a_million_rows_is_neither_rewritten_nor_held(postgres: Local
 
 
 def test_the_adapter_gives_up_a_lock_that_is_not_to_be_had(postgres: LocalPostgres, bare: str) -> None:
-    """A long transaction of the host's is waited for a second at a time, so that nobody queues behind autotag."""
+    """The adapter waits at most a second for a long transaction of the host, so that no session queues behind it."""
     url = postgres.url(database=bare)
     with psycopg.connect(url) as long, psycopg.connect(url, autocommit=True) as connection:
         connection.execute("create table public.workspace_members (workspace_id uuid, user_id uuid);"

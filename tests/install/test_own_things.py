@@ -1,5 +1,5 @@
-"""What a project has of its own where autotag needs a name, and what of it takes whole rows: init says it before anything is
-written, and the app goes on working afterwards."""
+"""Projects that already have an object with a name that autotag needs, or code that takes whole rows of the table: init
+reports both before it writes anything, and the app works afterwards."""
 
 from __future__ import annotations
 
@@ -118,7 +118,8 @@ def test_nothing_is_written_then(project: Project, tmp_path: Path) -> None:
 
 
 def test_files_are_not_applied_to_a_database_with_such_a_column(project: Project, tmp_path: Path) -> None:
-    """They were written for another one, such as the local stack."""
+    """The files were written for another database, such as the local stack, and this one has a column with a name that
+    autotag needs."""
     found = surveyed(project(""))
     (tmp_path / "supabase").mkdir()
     (tmp_path / "supabase" / "config.toml").touch()
@@ -336,7 +337,8 @@ def test_of_several_sessions_one_applies_and_the_others_have_nothing_to_do(proje
 
 
 def test_a_lock_on_realtimes_messages_stops_nobody_else(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """migrate gives up after a second, so that inserts do not queue behind it, and says whose lock it was."""
+    """migrate gives up after a second, so that inserts do not queue behind it, and names the session that holds the
+    lock."""
     url = project("") + "?options=-cstatement_timeout%3D20s"  # rather than to wait for ever
     monkeypatch.setattr(install._apply.retry, "stop", stop_after_attempt(1))
     command = ["migrate", "--yes", "--members-table=workspace_members", "--file-rule=any", f"--database-url={url}"]

@@ -1,4 +1,4 @@
-"""autotag meets projects as people have them: what `init` says of their schemas, who may then tag, and which rows get which tags.
+"""Projects as people have them: init's findings about their schemas, who may then tag, and the tags of the rows.
 
 `schemas/cases.toml` is the table. Each case has a database, and everything happens in SQL: a worker would add nothing to it.
 """
@@ -99,7 +99,7 @@ def test_a_schema(case: dict[str, Any], url: str) -> None:
 def test_a_project_that_gives_everything_to_everybody_gives_nothing_of_autotag(
     postgres: LocalPostgres, bare: str
 ) -> None:
-    """Default privileges that hold in all schemas."""
+    """The project has default privileges for anon in all schemas."""
     with psycopg.connect(postgres.url("supabase_admin", bare), autocommit=True) as owner:
         for what in ("usage on schemas", "all on sequences", "all on tables", "all on functions"):
             for role in ("postgres", "supabase_admin"):
@@ -114,7 +114,7 @@ def test_a_project_that_gives_everything_to_everybody_gives_nothing_of_autotag(
 
 
 def check_examples(url: str, examples: list[dict[str, Any]] | None, own: list[str]) -> None:
-    """init shows real rows, and leaves nothing behind."""
+    """Checks that init shows real rows, and leaves nothing behind."""
     assert examples
     assert len(examples) <= 3
     assert own[0] in [example["id"] for example in examples]
@@ -140,7 +140,7 @@ def listed(assets: list[str]) -> sql.Composable:
 
 
 def call(owner: psycopg.Connection[Any], claims: dict[str, Any] | None, statement: sql.Composable) -> Any:
-    """What a statement returns to a caller with this token; the sqlstate if it refuses."""
+    """Executes a statement with this caller's token. Returns its result, or the sqlstate of a refusal."""
     try:
         with owner.transaction():
             if claims is not None:
@@ -156,7 +156,7 @@ def call(owner: psycopg.Connection[Any], claims: dict[str, Any] | None, statemen
 def check_callers(
     owner: psycopg.Connection[Any], host: Host, case: dict[str, Any], own: list[str], skipped: list[str]
 ) -> None:
-    """A stranger and another login get nothing, a member gets the right tags on the right rows."""
+    """Checks that a stranger and another login get nothing, and that a member gets the right tags in the right rows."""
     before = untagged(owner, host, own[0])
     assert (set(own) - before, before & set(skipped)) == (set(), set()), "null and empty lists are no tags"
     enqueue = sql.SQL("select to_jsonb(public.enqueue_tagging({}))").format(listed([*own, *skipped]))
@@ -221,7 +221,7 @@ BIN = {
 
 @pytest.mark.parametrize("case", [fill(BIN)], ids=["the bin"])
 def test_rows_in_the_bin_and_unknown_logins_in_automatic_mode(url: str, case: dict[str, Any]) -> None:
-    """The project's own insert goes through with any token, and a row that goes to the bin later is not sent."""
+    """The project's own insert succeeds with any token, and a row that is moved to the bin later is not sent."""
     apply_migrations(url, host=survey(url, Choices(**case["options"]), refuse_to_ask, may_ask=False).host)
     with psycopg.connect(url, autocommit=True) as owner:
         owner.execute("select autotag.set_automatic(true)")
@@ -263,7 +263,7 @@ NUMBERS = """
 
 
 def test_a_caller_whose_claim_is_of_another_type_is_nobody(postgres: LocalPostgres, bare: str) -> None:
-    """Whatever stands in the token: the caller is null and a member of nothing, and nothing raises."""
+    """If the token's claim has another type, the caller is null and not a member, and no error is raised."""
     url = postgres.url(database=bare)
     with psycopg.connect(url, autocommit=True) as owner:
         owner.execute(fill(NUMBERS).encode())
@@ -294,7 +294,7 @@ def shared(postgres: LocalPostgres) -> Iterator[tuple[psycopg.Connection[Any], s
 
 @pytest.mark.parametrize("guess", [fill(one) for one in GUESSES], ids=[one["name"] for one in GUESSES])
 def test_what_is_certain(shared: tuple[psycopg.Connection[Any], str], guess: dict[str, Any]) -> None:
-    """Nothing is guessed that decides who may see, do or lose something."""
+    """init does not guess anything that decides who may see, do or lose something."""
     owner, url = shared
     for (name,) in owner.execute(
         "select polname from pg_policy where polrelid = 'storage.objects'::regclass"
@@ -322,7 +322,7 @@ def test_what_is_certain(shared: tuple[psycopg.Connection[Any], str], guess: dic
 
 
 def test_the_check_of_files_is_off_only_where_no_policy_can_apply(shared: tuple[psycopg.Connection[Any], str]) -> None:
-    """The caller must see a file in Storage, unless it is certain that users see none of its bucket."""
+    """The caller must be able to see a file in Storage, unless users certainly see no file of its bucket."""
     owner, url = shared
     told = {}
     for policy in TABLE["policy"]:
@@ -357,7 +357,8 @@ def test_a_claim_counts_as_the_policies_read_it(shared: tuple[psycopg.Connection
 
 
 def test_an_object_is_not_the_lack_of_tags(shared: tuple[psycopg.Connection[Any], str]) -> None:
-    """Nothing can be merged into it, so `autotag enqueue` would pay for its image at each call."""
+    """Nothing can be merged into a JSON object. If it counted as untagged, `autotag enqueue` would pay for its image at
+    each call."""
     owner, _ = shared
     code = re.search(r"not p_untagged or (.*)\)\n", render(TEMPLATE.read_text(), Host(tags_type="jsonb")))
     assert code
@@ -376,7 +377,7 @@ def test_an_object_is_not_the_lack_of_tags(shared: tuple[psycopg.Connection[Any]
 def test_the_form_of_a_claim_is_the_policies(
     shared: tuple[psycopg.Connection[Any], str], condition: str, form: str
 ) -> None:
-    """Also of a claim that a person names, and of one that the adapter remembers."""
+    """This also applies to a claim from an option, and to one that the adapter remembers."""
     owner, url = shared
     owner.execute("drop schema if exists hidden cascade; drop schema public cascade; create schema public")
     owner.execute(fill((FOLDER / "guess.sql").read_text()).encode())
@@ -403,7 +404,7 @@ def test_the_form_of_a_claim_is_the_policies(
 def test_a_claim_inside_another_expression_has_the_form_of_its_use(
     shared: tuple[psycopg.Connection[Any], str], condition: str, form: str
 ) -> None:
-    """Clerk's own pattern: a token with an array there names no workspace, as for the policy."""
+    """Clerk's pattern: a token with an array in that claim names no workspace, as in the policy."""
     owner, url = shared
     owner.execute("drop schema if exists hidden cascade; drop schema public cascade; create schema public")
     owner.execute(fill((FOLDER / "guess.sql").read_text()).encode())

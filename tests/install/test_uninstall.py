@@ -1,4 +1,4 @@
-"""autotag can be taken out again: nothing of the host's goes that nobody named, and a new installation works."""
+"""autotag can be uninstalled: nothing of the host goes that nobody named, and a new installation works."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_copies_of_the_table_stay_as_they_are(postgres: LocalPostgres, url: str)
 
 
 async def test_stages_that_stay_tell_no_lies(url: str) -> None:
-    """The image that was being tagged can be found and tagged by a new installation."""
+    """An image that was being tagged is shown as failed, and a new installation can find and tag it."""
     install(url)
     drop_autotag(url, keep_stages=True)
     with psycopg.connect(url) as connection:
@@ -172,7 +172,8 @@ def test_what_the_host_uses_is_shown_and_stops_it(url: str) -> None:
 
 
 def test_a_removal_by_hand_is_noticed_and_finished(url: str, tmp_path: Path) -> None:
-    """What supabase db push has applied stays in its history, so it would never apply it again. The enums stay, too."""
+    """After `drop schema`, the history of `supabase db push` still has the migrations, so it would never apply them
+    again. The enums stay, too."""
     before = objects(url)
     install(url)
     with psycopg.connect(url, autocommit=True) as connection:
@@ -190,7 +191,7 @@ def test_a_removal_by_hand_is_noticed_and_finished(url: str, tmp_path: Path) -> 
 
 
 def test_an_enum_of_the_hosts_with_such_a_name_stays(url: str) -> None:
-    """Without the schema a name alone does not say whose an enum is."""
+    """Without the schema, an enum's name does not show whose it is."""
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("create type public.tagging_stage as enum ('queued', 'done')")
     assert make_plan(url).empty
@@ -199,7 +200,8 @@ def test_an_enum_of_the_hosts_with_such_a_name_stays(url: str) -> None:
 
 
 async def test_the_cli_pushes_again_after_it(url: str, tmp_path: Path) -> None:
-    """init and the real Supabase CLI, before and after, with the files deleted as the command says."""
+    """init and the real Supabase CLI install autotag twice. Between these, it is uninstalled and the files are deleted,
+    as the command says."""
     (tmp_path / "supabase").mkdir()
     (tmp_path / "supabase" / "config.toml").write_text('project_id = "test"\n')
     environment = {"DATABASE_URL": url}
@@ -255,7 +257,7 @@ async def test_what_is_lost_is_named_with_the_commands_that_keep_it(url: str, tm
 
 
 async def test_versions_of_profiles_go_on_after_a_new_installation(url: str, tmp_path: Path) -> None:
-    """An image that the old version 2 tagged is no image of the new version 1 or 2."""
+    """An image that version 2 of the old installation tagged does not count as tagged with a version of the new one."""
     install(url)
     new = "insert into autotag.profiles (language, created_at) values ('German', now()) returning version"
     with psycopg.connect(url, autocommit=True) as connection:

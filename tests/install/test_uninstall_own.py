@@ -1,4 +1,4 @@
-"""uninstall takes nothing of the host's for autotag's, whatever its name: not before, during or after an installation."""
+"""uninstall takes nothing of the host for autotag's, whatever its name: not before, during or after an installation."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ OTHER_KEYS = """
 
 @pytest.mark.parametrize("other", [False, True])
 def test_the_lists_are_what_an_installation_makes(url: str, other: bool) -> None:
-    """Nothing that autotag makes counts as the project's, and no name is in the lists that it does not make."""
+    """Nothing that autotag makes counts as the project's, and autotag makes everything that is in the lists."""
     if other:
         run(url, OTHER_KEYS)
     before = snapshot(url)
@@ -194,7 +194,7 @@ def test_one_own_column_stays_and_autotags_go(url: str) -> None:
 def test_half_an_installation_comes_out_and_the_taken_name_stays(
     url: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By `supabase db push`, which does not look for taken names first."""
+    """`supabase db push` installs half of autotag, because it does not look for taken names first."""
     monkeypatch.setattr("autotag.install.migrations.check_names", lambda *_: None)
     run(url, TAKEN[kind])
     before = snapshot(url)

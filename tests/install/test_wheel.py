@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it does its work where nothing else of this repository is."""
+"""The wheel: its contents, and its work without the rest of this repository."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_nothing_but_the_product_can_be_imported(installed: Path, tmp_path: Path
 
 
 def test_every_module_of_the_wheel_can_be_imported(installed: Path, tmp_path: Path) -> None:
-    """So its dependencies are declared, also those of modules that few commands use."""
+    """So the dependencies of all modules are declared, including modules that few commands use."""
     code = (
         "import importlib, pkgutil, autotag\n"
         "for m in pkgutil.walk_packages(autotag.__path__, 'autotag.'):\n"

@@ -1,4 +1,4 @@
-"""The files that `init` has written belong to the project: what it says is in them, and what is in them is applied."""
+"""The files that `init` has written belong to the project, and are applied as they are."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_files_that_git_or_an_editor_has_changed(own_url: str, folder: Path, dam
 def test_a_file_with_transactions_of_its_own_changes_nothing_when_it_is_tried(
     own_url: str, folder: Path, place: str
 ) -> None:
-    """`supabase db push` takes such a file. To show examples, `init` runs it and takes that back."""
+    """`supabase db push` accepts such a file. `init` runs it to show examples, and must be able to roll it back."""
     init(own_url, *READERS)
     path = adapter_of(folder)
     text = path.read_text()
@@ -164,7 +164,7 @@ def test_a_file_with_transactions_of_its_own_changes_nothing_when_it_is_tried(
 
 
 async def test_files_are_utf_8_whatever_the_locale_is(own_url: str, folder: Path) -> None:
-    """A final sigma and a typographic apostrophe are in the engine's functions."""
+    """The engine's functions contain a final sigma and a typographic apostrophe."""
     for command in (("init", "--yes", "--table", "media_items", *READERS), ("migrate",)):
         environment = {"DATABASE_URL": own_url, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
         code, _, err = await run_command(*command, environment=environment)
@@ -174,7 +174,8 @@ async def test_files_are_utf_8_whatever_the_locale_is(own_url: str, folder: Path
 
 
 def test_migrate_applies_the_projects_files_as_they_stand(own_url: str, folder: Path) -> None:
-    """Edits included; and `supabase db push` recognises each of them, also that of a change."""
+    """Edited files are applied with their edits, and `supabase db push` recognises each of them, including that of a
+    change."""
     url = own_url
     init(url, *READERS)
     path = adapter_of(folder)
@@ -211,7 +212,7 @@ def test_migrate_applies_the_projects_files_as_they_stand(own_url: str, folder: 
 
 
 def test_what_the_cli_would_refuse_is_said_before(own_url: str, folder: Path) -> None:
-    """A folder that lacks a migration, and one that has it under another version."""
+    """A folder that lacks a migration, or has it under another version, is refused."""
     url = own_url
     init(url, *READERS)
     [engine] = folder.glob("*_autotag_0_1_0.sql")
@@ -247,7 +248,8 @@ RIGHTS = """
 
 
 def test_the_caller_can_change_while_no_user_is_stored(own_url: str, folder: Path) -> None:
-    """The type of users' ids changes with it, there and back; functions, their owners and rights, and the columns stay the same."""
+    """The type of users' ids changes with the caller, there and back. Functions, their owners and rights, and the
+    columns stay the same."""
     url = own_url
     init(url, *READERS)
     assert invoke("migrate", url).exit_code == 0

@@ -1,4 +1,4 @@
-"""Automatic mode with a real client: 300 rows inserted one by one are one upload, and nobody calls anything."""
+"""Automatic mode with a real client: 300 rows that are inserted one by one become one upload without any call."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_only_the_workers_own_login_seals(sealer: Library) -> None:
 
 
 def test_an_upload_whose_quotas_are_locked_holds_up_no_other(sealer: Library) -> None:
-    """A client has called enqueue_tagging in a transaction that is still open."""
+    """The quotas are locked because a client has called enqueue_tagging in a transaction that is still open."""
     other = Library(sealer.stack, sealer.stack.add_member())
     early = sealer.insert(["a.jpg"])
     with transaction(sealer) as host:
@@ -99,7 +99,7 @@ def test_a_held_row_holds_up_no_other_image(sealer: Library) -> None:
 
 
 def test_a_crowd_of_one_users_uploads_holds_up_no_other_user(sealer: Library) -> None:
-    """A crowd of uploads of one user that came first."""
+    """60 earlier uploads of one user do not delay the upload of another user."""
     victim = Library(sealer.stack, sealer.stack.add_member())
     crowd(sealer, 60)
     as_member(victim, "insert into public.assets (workspace_id, storage_path) values (%s, %s)",
@@ -144,7 +144,7 @@ def insert_as_many(library: Library, users: int) -> None:
 
 
 def test_many_uploads_hold_up_nobodys_single_calls(sealer: Library) -> None:
-    """A claim does not look at uploads at all."""
+    """A claim reads no uploads, so many of them do not slow it down."""
     victim = Library(sealer.stack, sealer.stack.add_member())
     crowd(sealer, 40)
     victim.sql("select autotag.set_automatic(false)")
@@ -155,7 +155,7 @@ def test_many_uploads_hold_up_nobodys_single_calls(sealer: Library) -> None:
 
 
 def crowd(library: Library, workspaces: int) -> None:
-    """The member inserts a row into each of many workspaces of theirs."""
+    """Inserts a row as the member into each of many workspaces of theirs."""
     user = library.member.user
     library.sql("with made as (insert into public.workspaces (name) select 'one of many' from generate_series(1, %s) returning id)"
                 " insert into public.workspace_members select id, %s from made", workspaces, user)  # fmt: skip
@@ -179,7 +179,8 @@ def as_member(library: Library, statement: str, *arguments: object) -> None:
 
 
 def test_uploads_without_quota_wait_until_it_renews(sealer: Library) -> None:
-    """One look is enough for all workspaces of a user, and new rows do not bring the next look forward."""
+    """Once a user's quota is used up, it is looked up once for all workspaces of the user, and new rows do not cause
+    another look-up before the quota renews."""
     sealer.sql("insert into autotag.quotas (scope, period, max_images, user_id) values ('user', 'day', 0, %s)",
                sealer.member.user)  # fmt: skip
     crowd(sealer, 40)
@@ -210,7 +211,8 @@ REFUSE = """
 
 @pytest.mark.parametrize("state", ["P0001", "PT429", "AT001", "AT002"])
 def test_an_image_that_a_deferred_constraint_refuses_fails_by_itself(sealer: Library, state: str) -> None:
-    """It raises at the commit, where it would undo the upload; also with a SQLSTATE that autotag raises itself."""
+    """The constraint is checked at the commit, where an error would undo the whole upload. The error may have a
+    SQLSTATE that autotag uses itself."""
     sealer.sql(f"""{REFUSE.replace("P0001", state)}
         create constraint trigger refuse after update on public.assets deferrable initially deferred
         for each row execute function public.refuse()""")
@@ -229,7 +231,8 @@ def test_an_image_that_a_deferred_constraint_refuses_fails_by_itself(sealer: Lib
 
 @pytest.mark.parametrize("state", ["P0001", "55P03", "40P01"])
 def test_an_image_whose_stage_a_trigger_refuses_is_tagged_without_it(sealer: Library, state: str) -> None:
-    """As after a call of enqueue_tagging. The other rows show it, whatever the trigger raises."""
+    """If a trigger refuses to show the stage of two rows, their images are tagged in any case, and the other rows show
+    the stage. Calls of enqueue_tagging behave in the same way."""
     sealer.sql(
         f"{REFUSE.replace('P0001', state)}"
         "create trigger refuse before update on public.assets for each row execute function public.refuse()"
@@ -241,14 +244,15 @@ def test_an_image_whose_stage_a_trigger_refuses_is_tagged_without_it(sealer: Lib
 
 
 def change_paths(library: Library, expression: str) -> None:
-    """The project's adapter computes the path with this expression."""
+    """Changes the project's adapter so that it computes the path with this expression."""
     [found] = library.sql("select pg_get_functiondef('autotag.describe_assets'::regproc) as code")
     assert "::text as path" in found["code"]
     library.sql(found["code"].replace("::text as path", f"::text || {expression} as path"))
 
 
 def test_what_is_no_images_fault_waits_longer_each_time(sealer: Library) -> None:
-    """Here a function that the project's adapter calls is missing. No image fails of it, and no other workspace waits."""
+    """A function that the project's adapter calls is missing. No image fails because of that, and no other workspace
+    waits."""
     sealer.sql("""
         create function public.broken(path text) returns text language plpgsql stable as $$
         begin
@@ -276,7 +280,7 @@ def test_what_is_no_images_fault_waits_longer_each_time(sealer: Library) -> None
 
 
 def test_an_image_whose_location_cannot_be_read_fails_by_itself(sealer: Library) -> None:
-    """An expression of the project's adapter raises for a row."""
+    """An expression of the project's adapter raises an error for one row. The other images are enqueued."""
     odd = "case when a.storage_path ~ 'odd' then (1 / (length(a.storage_path) - length(a.storage_path)))::text else '' end"
     change_paths(sealer, odd)
     assets = sealer.insert([f"{'odd' if n == 5 else n}{n}.jpg" for n in range(20)])
@@ -289,7 +293,8 @@ def test_an_image_whose_location_cannot_be_read_fails_by_itself(sealer: Library)
 async def test_a_trigger_that_takes_too_long_costs_its_own_upload(
     sealer: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worker cancels the call. Each time a quarter of the images is tried, so that the upload gets done in parts."""
+    """The worker cancels a call that takes too long. Each time a quarter of the images is tried, so the upload is done
+    in parts."""
     monkeypatch.setattr(calls, "SEAL_TIMEOUT", 1.0)
     sealer.sql("""
         create function public.slow() returns trigger language plpgsql as $$
@@ -331,7 +336,8 @@ def test_an_image_that_moved_is_tagged_where_it_is(sealer: Library) -> None:
 
 
 def test_what_waits_is_not_read(sealer: Library) -> None:
-    """200,000 images wait for their quotas: neither they nor a plan made on an empty table slow down the others."""
+    """200,000 images wait for their quotas. A look for due uploads reads none of them, even with a plan that was made
+    when the table was empty."""
     seal_one(sealer)
     with psycopg.connect(sealer.stack.database_url(), autocommit=True, row_factory=dict_row) as connection:
         connection.execute("select * from autotag.seal_uploads(%s)", (WORKER,))

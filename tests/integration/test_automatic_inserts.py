@@ -1,4 +1,4 @@
-"""Automatic mode and the host's inserts: none waits or fails because of it, whatever they insert, and no image is lost."""
+"""Automatic mode and the host's inserts: no insert waits or fails because of automatic mode, and no image is lost."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ def test_isolated_transactions_do_not_conflict(sealer: Library, level: str) -> N
 
 
 def test_an_insert_notifies_nobody(sealer: Library) -> None:
-    """A notification would make commits wait for each other, and a transaction that sent one cannot be prepared."""
+    """Inserts must not notify: a notification would make commits wait for each other, and its transaction could not be
+    prepared."""
     with psycopg.connect(sealer.stack.database_url(), autocommit=True) as listener:
         listener.execute("listen autotag")
         sealer.insert([f"{n}.jpg" for n in range(5)])
@@ -81,7 +82,8 @@ def test_an_insert_notifies_nobody(sealer: Library) -> None:
 
 
 def test_a_locked_table_costs_the_collection_and_not_the_insert(sealer: Library) -> None:
-    """As an upgrade of autotag locks it."""
+    """An upgrade of autotag locks the table of arrivals. Inserts of rows succeed meanwhile, although they are not
+    collected."""
     with transaction(sealer) as upgrade, host(sealer, autocommit=True) as connection:
         upgrade.execute("lock table autotag.arrivals in access exclusive mode")
         assert len(insert(connection, *[sealer.member.workspace] * 3)) == 3
@@ -143,7 +145,7 @@ def test_a_copy_of_20_000_rows_is_one_upload(sealer: Library) -> None:
     "kind", ["a foreign file", "a location that is too long", "no location", "a copy of a tagged row"]
 )
 def test_what_is_odd_in_a_row_is_found_out_later(sealer: Library, kind: str) -> None:
-    """The insert does not look at locations. A refused one becomes a task, which fails with the reason."""
+    """Inserts do not check locations. A refused location becomes a task, which fails with the reason."""
     workspace = sealer.member.workspace
     sealer.sql("alter table public.assets drop constraint assets_check")
     columns, row = {
@@ -177,7 +179,7 @@ SERVER = {"nobody", "no sub", "no JSON"}  # the project's own server; other toke
 
 @dataclass
 class Session:
-    """A session of the host: what it has inserted in the open transaction, and in savepoints of it."""
+    """A session of the host, and the images that it has inserted in the open transaction and its savepoints."""
 
     connection: Connection
     open: list[dict[str, str | None]] = field(default_factory=lambda: [{}])

@@ -1,4 +1,4 @@
-"""Bad input gets its own clear error, and nothing is stored half."""
+"""Bad input gets a clear error of its own, and nothing is partly stored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support import Library, rpc
 
 
 def stored(library: Library) -> list[int]:
-    """How much autotag has stored."""
+    """The number of rows that autotag has stored."""
     tables = ("jobs", "tasks", "batches", "queues", "workspaces", "usage")
     return [library.sql(f"select count(*) as n from autotag.{table}")[0]["n"] for table in tables]
 

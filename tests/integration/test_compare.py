@@ -1,4 +1,5 @@
-"""`autotag compare`: another model asked about tagged images, within all limits and without a trace in the host's rows."""
+"""`autotag compare` asks another model about tagged images, within all limits and without a trace in the host's
+rows."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ CURRENT, SECOND = "gpt-4.1-mini", "gpt-6-luna"
 
 @dataclass
 class Kept:
-    """A database in which twelve images are tagged, which each test gets a copy of, and their files."""
+    """A database with twelve tagged images, of which each test gets a copy, and their files."""
 
     database: str
     member: Member
@@ -94,7 +95,7 @@ async def tagged(postgres: LocalPostgres, kept: Kept) -> AsyncIterator[Library]:
 async def compare(
     library: Library, *arguments: str, model: str = SECOND, yes: tuple[str, ...] = ("--yes",), **more: str
 ) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command, with consent."""
+    """Runs the command with consent. Returns exit code, stdout and stderr."""
     stack = library.stack
     environment = {"PATH": os.environ["PATH"], "COLUMNS": "140", **stack.operator_environment(), **more}
     return await run_command(
@@ -103,7 +104,7 @@ async def compare(
 
 
 async def figures(library: Library, *arguments: str, **more: str) -> dict[str, Any]:
-    """What --json prints of a comparison that works."""
+    """The output of --json of a comparison that succeeds."""
     code, out, error = await compare(library, "--json", *arguments, **more)
     assert code == 0, error
     told: dict[str, Any] = json.loads(out)
@@ -111,7 +112,7 @@ async def figures(library: Library, *arguments: str, **more: str) -> dict[str, A
 
 
 def traces(library: Library) -> dict[str, Any]:
-    """Everything that a comparison must leave as it is."""
+    """The rows of all tables that a comparison must not change."""
     tables = ("public.assets", "public.workspaces", "autotag.jobs", "autotag.tasks", "autotag.batches", "autotag.queues",
               "autotag.outbox", "realtime.messages")  # fmt: skip
     return {
@@ -120,14 +121,14 @@ def traces(library: Library) -> dict[str, Any]:
 
 
 def calls(library: Library, status: int = 200) -> list[dict[str, Any]]:
-    """What the provider's book has of completions."""
+    """The calls for completions that the simulator has recorded with this status."""
     return [
         e for e in library.stack.simulator.request_log if e["path"].endswith("/completions") and e["status"] == status
     ]
 
 
 def billed(library: Library) -> Decimal:
-    """Dollars of all completions, by the provider's book."""
+    """The dollars of all completions that the simulator has billed."""
     return sum((Decimal(entry["dollars"]) for entry in calls(library)), Decimal(0))
 
 
@@ -161,7 +162,7 @@ async def test_without_consent_json_is_the_price_and_nothing_is_asked(tagged: Li
 
 
 async def test_the_profile_and_the_vocabulary_are_asked_too(tagged: Library) -> None:
-    """The other model gets the question that a new upload would be asked, and its tokens are learned for that question."""
+    """The other model gets the same question and brief as a new upload, and its tokens are learned for these."""
     workspace = tagged.member.workspace
     tagged.sql("select autotag.edit_vocabulary(%s, %s)", workspace, '[{"tag": "Kreis"}, {"tag": "Quadrat"}]')
     changes = {"instructions": "Name the shape.", "vocabulary_mode": "prefer", "language": "German", "tag_count": 3}
@@ -229,7 +230,7 @@ async def test_what_it_learns_serves_the_model_once_it_is_in_use(tagged: Library
 
 
 async def test_a_workspaces_window_makes_it_wait(tagged: Library) -> None:
-    """Five requests a minute, and a minute of a second and a half: never more in any window."""
+    """The window allows five requests a minute, and a minute lasts a second and a half. No window ever has more."""
     compress(tagged.stack, 40)
     tagged.stack.configure(realtime_requests_per_minute=5)
     code, out, error = await compare(tagged, "--json")
@@ -252,7 +253,7 @@ async def test_the_providers_bucket_makes_it_wait_and_there_is_no_429(tagged: Li
 
 
 def admit(library: Library, **question: Any) -> dict[str, Any]:
-    """One call of admit_comparison as the operator's role, with a window that is looked at and not taken."""
+    """Calls admit_comparison once as the operator's role and rolls back, so the window stays as it is."""
     with psycopg.connect(library.stack.database_url(OPERATOR_ROLE)) as connection:
         row = connection.execute(
             "select autotag.admit_comparison(%s, %s::jsonb)", (library.member.workspace, json.dumps(question))
@@ -420,7 +421,7 @@ async def test_forms_that_the_model_does_not_take_are_left_out(tagged: Library) 
 
 
 async def test_an_effort_that_was_tried_out_changes_nothing_of_the_models_row(tagged: Library) -> None:
-    """gpt-6-luna knows no effort `minimal`; it goes on to be asked with its own."""
+    """The model does not support the effort `minimal`. Its row stays as it is, so uploads still use its own effort."""
     code, _, error = await compare(tagged, "--json", "--effort", "minimal")
     assert code == 1
     assert "autotag: Ended after" in error
@@ -453,7 +454,7 @@ async def test_what_cannot_work_is_one_sentence(
 
 
 async def interrupt(process: asyncio.subprocess.Process) -> None:
-    """Ctrl-C, until the command says what becomes of its calls."""
+    """Sends Ctrl-C, and waits for the sentence about the calls in flight."""
     process.send_signal(signal.SIGINT)
     assert process.stderr
     assert await process.stderr.readline() == b"Ctrl-C: finishing the calls in flight. Ctrl-C again stops at once.\n"

@@ -78,7 +78,8 @@ async def test_what_foreign_code_sets_for_a_session_is_undone(connections: Conne
 async def test_every_purpose_gets_a_connection_while_the_others_are_stuck(
     library: Library, connections: Connections
 ) -> None:
-    """Whatever the host's rows hold up: heartbeats, claims and other workspaces' outcomes go on."""
+    """While calls that touch the host's rows are stuck, heartbeats, claims and reports of other workspaces still get
+    connections."""
     stuck = [
         asyncio.create_task(connections.call_once(purpose, nothing, "select pg_sleep(%s)", PATIENCE))
         for purpose in ("describe", *HOST_PURPOSES, "other")
@@ -101,7 +102,7 @@ async def test_every_purpose_gets_a_connection_while_the_others_are_stuck(
 
 
 async def test_outcomes_that_were_committed_just_before_the_timeout_count_once(library: Library) -> None:
-    """The worker cannot know that a call was committed, so it sends the same reports again to be kept."""
+    """The worker does not know that a call was committed, so it sends the same reports again with `keep`."""
     [asset] = library.insert(["a.jpg"])
     library.enqueue([asset])
     db = Database(library.stack.database_url(), uuid.uuid4())
@@ -164,7 +165,8 @@ REMOVE = "create function public.deallocate() returns integer language plpgsql a
 async def test_prepared_statements_of_foreign_code_do_no_harm(
     library: Library, connections: Connections, code: str, moments: set[int]
 ) -> None:
-    """The next calls over the connection would fail, and a settle that fails costs answers."""
+    """The host's code removes prepared statements. Without a repeat, the next calls would fail, and paid answers could
+    be lost."""
     library.sql(REMOVE.format(code).replace("%", "%%"))
     before = await backend(connections, "describe")
     for number in range(30):  # from the sixth call on, psycopg prepares a statement
@@ -189,7 +191,7 @@ async def test_a_call_that_ends_its_session_each_time_is_given_up(library: Libra
 
 
 async def test_a_server_that_is_away_uses_up_no_tries(library: Library) -> None:
-    """The first connection is lost with the call, and then there is none that can be used."""
+    """While the server is away, a call waits for it. Neither the lost connection nor the missing ones end the call."""
     proxy = Proxy(library.stack.database_url())
     connections = Connections(proxy.url())
     try:
@@ -210,7 +212,8 @@ async def test_a_server_that_is_away_uses_up_no_tries(library: Library) -> None:
 
 @pytest.mark.parametrize("state", ["PT409", "PT426", "PT503"])
 async def test_what_foreign_code_raises_is_not_taken_for_autotags_own(connections: Connections, state: str) -> None:
-    """PT409 would stop the work on a batch, and PT426 the worker."""
+    """The host raises PT409 or PT426. From autotag, the first would stop the work on a batch, and the second the
+    worker."""
     with pytest.raises(psycopg.DatabaseError, match="the host says no"):
         await connections.call_once(
             "batch", nothing, f"do $$ begin raise exception 'the host says no' using errcode = '{state}'; end $$"

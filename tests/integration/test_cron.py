@@ -1,4 +1,4 @@
-"""pg_cron for real: the jobs are there once, they run, and housekeeping keeps every table bounded."""
+"""The real pg_cron: the jobs exist once and run, and housekeeping keeps every table bounded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MINUTE = 75.0  # seconds within which a job of every minute has run
 
 
 def rows(postgres: LocalPostgres, statement: str) -> list[dict[str, Any]]:
-    """In the server's own database, where pg_cron is."""
+    """Executes a statement in the server's own database, where pg_cron is."""
     with psycopg.connect(postgres.url(), autocommit=True, row_factory=dict_row) as connection:
         cursor = connection.execute(statement)  # type: ignore[arg-type]
         return cursor.fetchall() if cursor.description else []
@@ -34,8 +34,8 @@ def test_the_jobs_are_scheduled_once(postgres: LocalPostgres, machine_postgres: 
 
 
 async def test_pg_cron_runs_the_tick(postgres: LocalPostgres, machine_postgres: bool) -> None:
-    """Not called by us: pg_cron itself takes back what a dead worker held (`leave_a_dead_worker`), and its command for
-    the day works."""
+    """pg_cron runs the tick without a call of ours: it releases what a dead worker held (`leave_a_dead_worker`). The
+    command of its daily job works, too."""
     if not machine_postgres:
         skip("pg_cron needs Debian's Postgres")
 
@@ -61,7 +61,7 @@ async def test_pg_cron_runs_the_tick(postgres: LocalPostgres, machine_postgres: 
 
 
 def test_housekeeping_keeps_every_table_bounded(library: Library) -> None:
-    """A year of work, and one night of housekeeping: only what is kept on purpose is left in any table."""
+    """After a year of work, one night of housekeeping leaves only rows that are kept on purpose."""
     library.sql("""
         insert into autotag.jobs (workspace_id, strategy, image_count, completed, created_at, finished_at)
         select gen_random_uuid(), 'realtime', 1, 1, now() - i * interval '1 day', now() - i * interval '1 day'
@@ -129,7 +129,7 @@ def sizes(library: Library) -> dict[str, int]:
 
 
 async def test_without_pg_cron_the_workers_own_tick_does_the_same(library: Library) -> None:
-    """This database has no pg_cron: a worker takes back what a dead one held, and does the day's housekeeping."""
+    """Without pg_cron, a worker releases what a dead worker held, and does the daily housekeeping."""
     stack = library.stack
     stack.configure(lease="1 s")
     library.sql("insert into autotag.workers values"
@@ -143,7 +143,8 @@ async def test_without_pg_cron_the_workers_own_tick_does_the_same(library: Libra
 
 
 def test_housekeeping_and_an_upload_do_not_wait_for_each_other(library: Library) -> None:
-    """Housekeeping forgets a workspace that has no work, while an upload to it begins: the next claim gets the upload's images."""
+    """Housekeeping deletes a workspace without work while an upload to it begins. The next claim gets the upload's
+    images."""
     worker = "00000000-0000-4000-8000-00000000000a"
     library.sql("select autotag.register_worker(%s, 'h', autotag.schema_version(), true)", worker)
     library.sql("insert into autotag.workspaces (workspace_id) values (%s)", library.member.workspace)

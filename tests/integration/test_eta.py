@@ -1,4 +1,4 @@
-"""When it will be done: what is shown, and that it can be believed (how far is measured by `scripts/bench eta`)."""
+"""Predicted times: which ones are shown, and that they are plausible. `scripts/bench eta` measures how exact they are."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def remember(library: Library, seconds: float, count: int = 20, images: int = 10
 
 
 def test_without_history_it_is_common_experience(library: Library) -> None:
-    """45 minutes, and at the worst 12 hours."""
+    """Without a history, a batch is predicted to take 45 minutes, and at the 90th percentile 12 hours."""
     assert predict(library) == (2700, 16 * 2700)
 
 
@@ -69,7 +69,7 @@ def test_what_has_lasted_longer_will_not_be_shorter(library: Library) -> None:
 
 
 def test_a_batch_that_moves_is_predicted_by_its_own_pace(library: Library) -> None:
-    """Half done in 1,000 seconds after a wait of 500: another 1,000 to go."""
+    """A batch that has waited 500 seconds, and was half done 1,000 seconds later, needs another 1,000 seconds."""
     remember(library, 600)
     p50, p90 = predict(library, 1500, running=500, share=0.5)
     assert p50 == pytest.approx(2500)
@@ -125,7 +125,7 @@ def test_single_calls_are_predicted_by_their_schedule(library: Library) -> None:
 
 
 def test_histories_are_replayed_with_what_was_known_then(tmp_path: Path) -> None:
-    """The bench itself, on a recorded history; its figures follow from its guesses."""
+    """`bench eta` replays a recorded history. Each prediction uses only what was known at its time."""
     file = tmp_path / "durations.csv"
     with file.open("w", newline="") as out:
         writer = csv.writer(out)
@@ -144,7 +144,7 @@ def test_histories_are_replayed_with_what_was_known_then(tmp_path: Path) -> None
 
 
 def test_a_look_at_many_batches_predicts_once_an_upload(stack: Stack, postgres: LocalPostgres, database: str) -> None:
-    """One prediction for each batch of the uploads concerned, however many of them moved."""
+    """A poll that reports many moved batches predicts each batch of their uploads once, however many of them moved."""
     uploads, batches = 4, 10
     with psycopg.connect(postgres.url("supabase_admin", database), autocommit=True) as connection:
         connection.execute("set track_functions = 'pl'")
@@ -178,7 +178,8 @@ def test_a_look_at_many_batches_predicts_once_an_upload(stack: Stack, postgres: 
 
 @pytest.mark.parametrize("half_life", [0.5, 0.01, 0.0001, 1e-6, 1e-300, 1e300, float("inf"), float("nan")])
 def test_a_half_life_of_any_length_predicts_something(library: Library, half_life: float) -> None:
-    """A fraction of a day makes old weights too small for a number: they count as nothing, and nothing fails."""
+    """With a half-life of a fraction of a day, old weights underflow. They count as zero, and the prediction does not
+    fail."""
     library.sql("update autotag.settings set eta_half_life_days = %s", half_life)
     remember(library, 5000, days_ago=6)
     remember(library, 4000, days_ago=400)
@@ -200,7 +201,7 @@ def test_a_short_half_life_believes_what_ended_just_now(library: Library) -> Non
 
 
 def test_a_batch_that_ended_in_the_future_fails_nothing(library: Library) -> None:
-    """A clock that was set back, or a backup of another day."""
+    """A clock that was set back or a restored backup can leave such a batch."""
     library.sql("update autotag.settings set eta_half_life_days = 0.001")
     remember(library, 600, days_ago=-30)
     assert predict(library)[0] == 600
@@ -225,7 +226,7 @@ def polled(library: Library) -> Iterator[psycopg.Connection[Any]]:
 
 
 def test_a_batch_that_is_submitted_again_begins_to_count_again(polled: psycopg.Connection[Any]) -> None:
-    """Otherwise the new batch shows no progress until it has passed the old one, and counts as stuck."""
+    """Otherwise the new batch would show no progress until it had passed the old one, and would count as stuck."""
     with polled.transaction(force_rollback=True):
         [[batch, worker]] = polled.execute(
             "update autotag.batches set state = 'creating', worker_id = (select id from autotag.workers), claim = 1, attempt = 1,"
@@ -259,7 +260,8 @@ def test_no_poll_and_no_setting_makes_a_prediction_fail(
     half_life: float,
     chunk_delay: str,
 ) -> None:
-    """Predictions are made inside polls, uploads and outcomes of all tenants: none of these may fail because of one."""
+    """Polls, uploads and outcomes of all workspaces contain predictions, so an error of a prediction would fail
+    them."""
     with polled.transaction(force_rollback=True):
         polled.execute(
             "update autotag.settings set call_seconds = %s, batch_seconds = %s, eta_half_life_days = %s, chunk_delay = %s",

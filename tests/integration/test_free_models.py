@@ -1,4 +1,5 @@
-"""A price of zero is a known price: what costs nothing is shown as $0, fits into every quota of dollars, and divides nothing."""
+"""A price of zero is a known price: it is shown as $0, fits into every quota of dollars, and causes no division by
+zero."""
 
 from __future__ import annotations
 
@@ -91,7 +92,8 @@ def test_it_costs_zero_in_every_tier(free: Library, tier: str, model: str) -> No
 
 
 def test_an_answer_that_names_another_model_is_free_too(free: Library) -> None:
-    """llama.cpp and others answer with a name of their own; what was asked bounds the cost."""
+    """llama.cpp and other servers answer with a model name of their own. The price of the requested model then limits
+    the cost."""
     [row] = free.sql("select autotag.price_answers('{\"model\": \"gpt-6-luna\"}', '/models/x.gguf', 'default', 1, 0, 0, 1) as c,"
                      " autotag.price_answers('{\"model\": \"other\"}', '/models/x.gguf', 'default', 1, 0, 0, 1) as unknown")  # fmt: skip
     assert row == {"c": 0, "unknown": None}
@@ -113,7 +115,7 @@ def test_one_price_of_zero_and_the_other_unknown_is_unknown(library: Library) ->
 
 
 def test_a_quota_that_is_used_up_still_refuses_what_has_no_price(library: Library) -> None:
-    """Without a price, nothing says that an image would be free."""
+    """A quota of 0 dollars refuses images of a model without a price, because nothing shows that they are free."""
     library.sql("update autotag.settings set model = 'no-price-known'")
     library.sql("insert into autotag.quotas (scope, period, max_cost) values ('workspace', 'day', 0)")
     with pytest.raises(psycopg.Error) as caught:

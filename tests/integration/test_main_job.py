@@ -1,4 +1,4 @@
-"""The main job, end to end on real Postgres: every strategy tags the right rows, and tells about it."""
+"""The main job, end to end on real Postgres: every strategy tags the right rows and reports it."""
 
 from __future__ import annotations
 

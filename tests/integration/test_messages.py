@@ -1,4 +1,4 @@
-"""Worker and database mean the same by their messages: what the SQL reads of each, and what it answers with."""
+"""Worker and database agree on their messages: the keys that the SQL reads and returns."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_row_has_the_columns_of_its_function(library: Library, message: type) 
 
 
 def check(message: Any, answer: dict[str, Any] | None, *, every: bool = True) -> None:
-    """An answer has the keys of its message: all of them, or at least those that it must have."""
+    """Checks that an answer has the keys of its message: all of them, or at least the required ones."""
     assert answer is not None
     assert set(answer) <= keys(message), f"{message.__name__} lacks what the database says"
     assert (keys(message) if every else required(message)) <= set(answer), (
@@ -188,7 +188,7 @@ def test_operators(library: Library) -> None:
 
 
 def check_status(library: Library) -> None:
-    """Every part of the status has the keys of its message."""
+    """Checks that every part of the status has the keys of its message."""
     register(library)
     library.enqueue(library.insert([f"{number}.jpg" for number in range(60)]))
     library.sql(
@@ -321,7 +321,7 @@ class Plain(list[int]):
 
 
 def value(library: Library, call: str, *arguments: Any) -> Any:
-    """What one call of a function answers."""
+    """The value that one call of a function returns."""
     placed = [list(one) if isinstance(one, Plain) else Jsonb(one) if isinstance(one, dict | list) else one
               for one in arguments]  # fmt: skip
     return library.sql(f"select {call} as told", *placed)[0]["told"]

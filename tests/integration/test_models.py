@@ -1,4 +1,4 @@
-"""Models: what each image costs, how long an answer may be, and what happens when another model is asked."""
+"""Models: the cost of an image, the length of an answer, and the switch to another model."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ async def test_a_price_that_changes_in_the_middle_of_a_day_holds_from_then_on(wi
 
 
 async def test_a_model_without_a_row_works_and_its_cost_is_unknown_until_it_has_a_price(wide: Library) -> None:
-    """A quota in dollars neither stops nor counts what has no price."""
+    """A quota in dollars neither refuses nor counts images without a price."""
     stack = wide.stack
     stack.simulator.plan.models = frozenset({"my-model"})
     stack.configure(model="my-model")
@@ -128,7 +128,7 @@ async def test_a_model_without_a_row_works_and_its_cost_is_unknown_until_it_has_
 async def test_a_model_that_thinks_is_asked_hardly_more_often_than_there_are_images(
     wide: Library, effort: str | None, sizes: tuple[int, ...]
 ) -> None:
-    """The cap leaves room for the thinking: what is cut off is paid for and of no use."""
+    """The cap leaves room for reasoning, because an answer that is cut off is paid for without use."""
     wide.sql("update autotag.models set reasoning_effort = %s where name = 'gpt-6-luna'", effort)
     uploads = await upload_mixed(wide, sizes)
     async with worker(wide.stack):
@@ -142,7 +142,7 @@ async def test_a_model_that_thinks_is_asked_hardly_more_often_than_there_are_ima
 
 
 def caps(library: Library) -> dict[str, list[int]]:
-    """Of each picture, the caps of its answers in the order they were asked for."""
+    """The caps of each picture's calls, in the order of the calls."""
     by_picture = defaultdict(list)
     for entry in paid(library.stack):
         by_picture[entry["picture"]].append(entry["cap"])
@@ -152,7 +152,7 @@ def caps(library: Library) -> dict[str, list[int]]:
 async def test_a_cut_off_answer_is_asked_again_with_more_room_and_its_neighbours_are_not_kept_waiting(
     wide: Library,
 ) -> None:
-    """Pictures that need 600 to 900 tokens of thinking among those that need none, at a cap for those without."""
+    """Some pictures need 600 to 900 tokens of reasoning, and the cap fits pictures that need none."""
     stack = wide.stack
     stack.simulator.plan.reasoning_tokens["none"] = (600, 900)
     assets = await wide.upload(pictures(70))
@@ -173,7 +173,8 @@ async def test_a_cut_off_answer_is_asked_again_with_more_room_and_its_neighbours
 async def test_an_answer_that_no_cap_is_enough_for_fails_with_a_sentence_and_the_operator_is_told(
     wide: Library, size: int
 ) -> None:
-    """One picture makes the model think without end; the others are tagged at once."""
+    """For one picture, the model reasons beyond every cap. That image fails, a log line tells the operator, and the
+    other images are tagged."""
     stack = wide.stack
     stack.configure(max_output_tokens=2000, express_images=1)
     # The first goes alone and is not of the batch; the last is.
@@ -209,7 +210,8 @@ async def test_an_answer_that_no_cap_is_enough_for_fails_with_a_sentence_and_the
 
 
 async def test_the_model_is_switched_under_load_and_back_without_losing_or_repeating_anything(wide: Library) -> None:
-    """What is claimed after an UPDATE is asked of the new model, in both lanes; calls in flight end as they began."""
+    """In both lanes, calls that are claimed after the switch use the new model, and calls in flight end with the old
+    one."""
     stack = wide.stack
     stack.simulator.plan.latency = (1.0, 1.5)
     stack.configure(batch_max_images=60, batch_split_images=20)
@@ -258,7 +260,7 @@ async def test_the_model_is_switched_under_load_and_back_without_losing_or_repea
 
 
 async def test_a_snapshot_has_its_familys_price_also_after_the_provider_has_told_its_end(wide: Library) -> None:
-    """The daily check stores the model's end in the row that stands for it."""
+    """The daily check gives the snapshot a row of its own, with its shutdown date and its family's prices."""
     stack = wide.stack
     model = "gpt-4.1-mini-2025-04-14"
     wide.sql("update autotag.models set shutdown_date = null where name = 'gpt-4.1-mini'")
@@ -341,7 +343,7 @@ def claim(library: Library, images: int = 100) -> list[dict[str, Any]]:
 
 
 def garbage() -> st.SearchStrategy[Any]:
-    """JSON as a stranger may have put it where something else is expected."""
+    """Generates JSON that a stranger could send in the place of any value."""
     texts = st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), max_size=200)
     leaves = st.none() | st.booleans() | texts | st.integers() | st.sampled_from(
         [0, -1, 2**31, 2**63, 10**400, -(10**400), 0.5, 1e300, -1e300, 1e-300, "9" * 500, "NaN", "Infinity", "-1", ""]
@@ -352,7 +354,7 @@ def garbage() -> st.SearchStrategy[Any]:
 
 
 def errors() -> st.SearchStrategy[Any]:
-    """Errors with parts of any kind, and what is none at all."""
+    """Generates errors with any values in any part, and values that are not errors."""
     kinds = st.sampled_from(["transient", "rate_limit", "account", "image", "cosmic"])
     parameters = st.sampled_from(["token_cap", "response_format", "detail", "expires_after"])
     return garbage() | st.fixed_dictionaries({}, optional={
@@ -362,7 +364,7 @@ def errors() -> st.SearchStrategy[Any]:
 
 
 def reports() -> st.SearchStrategy[dict[str, Any]]:
-    """What is said of one image: an error, or a result that is none, and figures of any kind."""
+    """Generates reports about one image: an error or an invalid result, and usage with any values."""
     names = ["input", "cached", "cache_write", "output", "reasoning", "model", "tier"]
     usage = garbage() | st.fixed_dictionaries({}, optional={name: garbage() for name in names})
     return st.fixed_dictionaries({}, optional={"error": errors(), "result": garbage(), "usage": usage})

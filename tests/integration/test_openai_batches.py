@@ -1,4 +1,4 @@
-"""What OpenAI's Batch API is known to do, a test for each, named after it."""
+"""Known behaviour of OpenAI's Batch API: each test covers one case and is named after it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def single_calls(library: Library) -> int:
 
 
 def completions(library: Library) -> list[dict[str, Any]]:
-    """Every batch-complete of a batch that was sent on the public topic."""
+    """All batch-complete messages of batches on the public topic."""
     rows = library.sql(
         "select payload from realtime.messages where event = 'batch-complete' and topic = 'batch-updates'"
         " and payload ->> 'batch_id' is not null"
@@ -62,7 +62,8 @@ def completions(library: Library) -> list[dict[str, Any]]:
 
 
 def check_books(library: Library) -> None:
-    """Every image tagged with its own tags, every batch announced once, every token counted once."""
+    """Checks that every image has its own tags, that every batch was announced once, and that every token was counted
+    once."""
     library.check_tags()
     audit(library.stack)
     announced = Counter(payload["batch_id"] for payload in completions(library))
@@ -87,7 +88,7 @@ def leftover_files(library: Library) -> list[str]:
 
 
 async def test_files_and_batches_carry_our_id_and_expire(few: Library) -> None:
-    """/v1/files (purpose batch) then /v1/batches (window 24h, metadata)."""
+    """Checks the requests for /v1/files (purpose batch) and /v1/batches (window 24h, metadata)."""
     await run(few, 8)
     [batch] = batches(few)
     [row] = few.sql("select id::text from autotag.batches")
@@ -107,7 +108,7 @@ async def test_a_file_holds_at_most_200_mb_so_the_rest_starts_the_next_batch(few
 
 @pytest.mark.parametrize("status", [400, 500])
 async def test_both_files_may_be_missing_or_only_the_error_file_there(few: Library, status: int) -> None:
-    """`completed` although every line failed: there is no output file."""
+    """A batch whose lines all failed is `completed` without an output file."""
     code = "invalid_image" if status == 400 else "server_error"
     few.stack.simulator.faults.add(Fault(where="BATCH", status=status, code=code, times=8))
     job = await run(few, 8)
@@ -136,7 +137,8 @@ async def test_token_limit_exceeded_means_wait_and_the_file_is_used_again(few: L
 
 
 async def test_a_batch_that_openai_never_accepts_gets_smaller(few: Library) -> None:
-    """The account's queue takes a part of the batch: what fits goes by batch, and nothing waits for ever."""
+    """The account's queue of tokens fits only a part of the batch. The batch is split until its parts fit, and nothing
+    waits for ever."""
     few.stack.configure(batch_poll_interval="0.2 s", batch_patience="1 day")
     few.watch_failures()
     assets = await few.upload(16)
@@ -154,7 +156,7 @@ async def test_a_batch_that_openai_never_accepts_gets_smaller(few: Library) -> N
 
 
 async def test_a_batch_that_waited_for_openais_queue_can_be_a_new_workers_first(few: Library) -> None:
-    """A worker that has just started finds nothing but a batch that has its place in the window already."""
+    """The only work for a new worker is a batch that the window has admitted already."""
     few.stack.simulator.faults.add(Fault(where="VALIDATE", code="token_limit_exceeded"))
     few.stack.configure(batch_poll_interval="0.5 s")
     told = few.enqueue(await few.upload(8))
@@ -168,7 +170,8 @@ async def test_a_batch_that_waited_for_openais_queue_can_be_a_new_workers_first(
 
 
 async def test_a_failed_batch_falls_apart_into_single_calls(few: Library) -> None:
-    """A refusal that says nothing, three times: single calls say more, and every image ends."""
+    """OpenAI refuses a batch three times without a usable reason. Its images become single calls, whose errors say
+    more, and every image ends."""
     few.stack.simulator.faults.add(
         Fault(where="POST /v1/batches", status=400, code="invalid_request", message="No.", times=3)
     )
@@ -188,7 +191,8 @@ async def test_output_order_is_not_input_order(few: Library) -> None:
 
 @pytest.mark.parametrize("how", ["status_0", "error_only", "missing", "truncate", "duplicate", "unknown", "garbage"])
 async def test_lines_of_a_completed_batch_may_be_wrong(few: Library, how: Any) -> None:
-    """Status 0, `error` alone, missing lines, half a file, `custom_id`s twice or unknown: what is there counts once."""
+    """Lines with status 0, with `error` alone, with a repeated or unknown `custom_id`, missing lines, half a file: each
+    usable line counts once."""
     few.stack.simulator.faults.add(Fault(where="OUTPUT", mangle=how))
     job = await run(few, 8)
     assert (job["completed"], job["failed"]) == (8, 0)
@@ -234,7 +238,8 @@ async def test_a_download_that_breaks_off_is_harvested_again_and_changes_nothing
 
 
 async def test_harvesting_the_same_file_twice_changes_nothing(few: Library) -> None:
-    """Half of it and then all, or all of it twice: the second time finds nothing to do."""
+    """Reads half of the file and then all, or all of it twice. Answers that were stored before are not accepted
+    again."""
     assets = await few.upload(8)
     few.enqueue(assets)
     tasks = [row["id"] for row in few.sql("select id from autotag.tasks order by id")]
@@ -267,7 +272,8 @@ async def test_harvesting_the_same_file_twice_changes_nothing(few: Library) -> N
 async def test_one_list_call_covers_every_batch_in_flight_and_pages_follow_where_others_came_between(
     few: Library,
 ) -> None:
-    """Four batches of ours under 250 newer ones of somebody else's: three pages, and no batch is asked for alone."""
+    """Four batches of ours are older than 250 batches of another program. A poll reads three pages of the list and
+    retrieves no single batch."""
     few.stack.simulator.plan.batch_latency = (3, 3)
     assets = await few.upload(40)
     async with worker(few.stack):
@@ -291,7 +297,8 @@ async def test_one_list_call_covers_every_batch_in_flight_and_pages_follow_where
 
 
 async def test_a_batch_that_404s_later_ends_and_its_images_go_by_another(few: Library) -> None:
-    """Lost, or made under another project's key: after some missing polls its images are asked anew."""
+    """The provider no longer knows the batch, or another project's key is in use. After some missing polls, its images
+    are sent in a new batch."""
     few.stack.simulator.plan.batch_latency = (60, 60)
     assets = await few.upload(8)
     async with worker(few.stack):
@@ -368,7 +375,8 @@ async def test_an_upload_that_timed_out_but_happened_leaves_no_file(few: Library
 
 
 async def test_an_expired_batch_still_returns_and_bills_what_was_done(few: Library) -> None:
-    """Expiry at 40 %: those lines are kept and counted, the others asked again by batch."""
+    """A batch expires at 40 %. The answered lines are stored and billed, and the other images are sent in a new
+    batch."""
     few.stack.simulator.faults.add(Fault(where="RUN", expire_at=0.4))
     job = await run(few, 20)
     assert job["completed"] == 20
@@ -411,7 +419,7 @@ async def test_a_batch_cancelled_before_openai_has_it_leaves_nothing_there(few: 
 async def test_input_files_that_nobody_recorded_are_deleted_when_their_batch_is_over(
     few: Library, cancelled: bool
 ) -> None:
-    """The provider stored them, and its answers were lost."""
+    """The provider stored the files, but its answers were lost."""
     few.stack.configure(batch_create_grace="0.2 s", max_failures=1)
     few.stack.simulator.faults.add(Fault(where="POST /v1/files", after=True, times=1000))
     assets = await few.upload(8)
@@ -430,7 +438,7 @@ async def test_input_files_that_nobody_recorded_are_deleted_when_their_batch_is_
 
 
 async def test_a_stuck_batch_falls_back_to_single_calls(few: Library) -> None:
-    """No progress for batch_stuck_after: it is cancelled, and what it did not do is asked at once."""
+    """A batch without progress for batch_stuck_after is cancelled, and its other images are sent as single calls."""
     few.stack.configure(batch_stuck_after="0.5 s")
     few.stack.simulator.plan.batch_latency = (16, 16)  # a line every 1.6 seconds
     job = await run(few, 8)
@@ -493,7 +501,7 @@ async def test_an_image_that_cannot_be_a_line_does_not_hold_up_the_others(few: L
 async def test_nothing_of_the_images_is_left_on_the_workers_disk(
     few: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file is built on disk, but under no name: it is gone with the process, however that ends."""
+    """The file is on disk without a name, so it disappears with the process, however that ends."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr("autotag.worker.submit.MAX_IN_MEMORY", 100)
     few.stack.simulator.faults.add(Fault(where="POST /v1/files", delay=0.5))
@@ -534,7 +542,7 @@ def lines_of(library: Library, job_id: str) -> int:
 
 
 def best_plan(images: int, left: int, most: int, split: int, unsplit: int) -> int:
-    """The best number of batches, by looking at every one.
+    """The best number of batches, found by trying every number.
 
     Batches of one upload run side by side, so those that start in this hour finish alike, whatever their number;
     what starts in a later hour ends at least an hour later. So: the fewest late ones; then pieces as small as is

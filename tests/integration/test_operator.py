@@ -25,7 +25,7 @@ from support import PATIENCE, Library, until, worker
 
 
 async def run(stack: Stack, *arguments: str, **more: str) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr of one command."""
+    """Runs one command. Returns exit code, stdout and stderr."""
     environment = {"PATH": os.environ["PATH"], "COLUMNS": "140", **stack.operator_environment(), **more}
     return await run_command(*arguments, environment=environment)
 
@@ -231,7 +231,8 @@ async def test_status_shows_the_model_its_end_and_what_its_provider_lacks(librar
 
 
 async def joined(library: Library, shown: asyncio.StreamReader) -> None:
-    """Waits until `autotag watch` has joined both topics: it shows a message on the second, which is sent until it does."""
+    """Waits until `autotag watch` has joined both topics, by messages on the second topic that are repeated until one
+    is shown."""
     topic = f"tagging:{library.member.workspace}"
     async with asyncio.timeout(PATIENCE):
         while True:
@@ -264,7 +265,7 @@ HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\r\n\u202e\u2066[red][link=https://evil
 
 
 def is_text(shown: str) -> bool:
-    """Without control characters but line ends, and without those that turn the direction."""
+    """Whether a text has no control characters except line ends, and none that change the direction of writing."""
     return not re.search(r"[^\n\x20-\x7e\xa0-\U0010ffff]|[\u200e\u200f\u2028-\u202e\u2066-\u2069]", shown)
 
 

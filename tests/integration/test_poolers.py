@@ -28,14 +28,14 @@ ONCE = {"chunk_delay": "0.05 s", "retry_delay": "0.1 s", "realtime_requests_per_
 
 
 def through(url: str, port: int) -> str:
-    """The same database by way of another port."""
+    """The URL of the same database by another port."""
     parts = urlsplit(url)
     return parts._replace(netloc=f"{parts.username}:{parts.password}@127.0.0.1:{port}").geturl()
 
 
 @contextlib.contextmanager
 def pgbouncer(stack: Stack, mode: str) -> Iterator[str]:
-    """A real PgBouncer in front of the stack's database; the worker's URL through it."""
+    """Starts a real PgBouncer in front of the stack's database. Yields the worker's URL through it."""
     binary = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
     if binary is None:
         skip("PgBouncer is not installed")
@@ -63,7 +63,8 @@ def pgbouncer(stack: Stack, mode: str) -> Iterator[str]:
 
 
 def warnings(logs: list[Any]) -> list[str]:
-    """Not those of a loaded machine, where PgBouncer's cancel of a call that took too long can meet the next call of that connection."""
+    """The log's warnings and errors, without those that a loaded machine causes: PgBouncer's cancel of a slow call can
+    hit the next call on its connection."""
     return [
         entry["event"] for entry in logs
         if entry["log_level"] in ("warning", "error")
@@ -73,7 +74,8 @@ def warnings(logs: list[Any]) -> list[str]:
 
 @pytest.mark.long
 async def test_behind_a_transaction_pooler_the_worker_polls_and_warns_once(library: Library) -> None:
-    """LISTEN is impossible there, and so are prepared statements: more than five calls of each go through."""
+    """A transaction pooler supports neither LISTEN nor prepared statements. More than five calls of each statement
+    succeed."""
     assets = [await library.upload(8, seed=seed) for seed in (1, 2)]
     more = await library.upload(60, seed=3)
     with pgbouncer(library.stack, "transaction") as url, capture_logs() as logs:
@@ -101,7 +103,8 @@ async def test_behind_a_session_pooler_the_worker_listens(library: Library) -> N
 
 
 async def test_a_killed_connection_loses_nothing(library: Library) -> None:
-    """Every connection of the worker is cut, again and again, while it works."""
+    """Cuts every connection of the worker five times while it works. Every image is tagged, and the next upload starts
+    at once."""
     library.stack.configure(**ONCE)
     assets = await library.upload(40)
     async with worker(library.stack):
@@ -147,7 +150,7 @@ async def test_a_restart_of_the_server_loses_nothing(own_server: tuple[LocalPost
 
 
 class Wire:
-    """A TCP connection's middle, which can stop carrying anything without anybody hanging up."""
+    """Forwards TCP connections, and can stop carrying data without closing them."""
 
     def __init__(self, target: int) -> None:
         self._target = target
@@ -176,7 +179,8 @@ class Wire:
 
 
 async def test_a_pause_of_the_network_longer_than_the_lease_loses_nothing(library: Library) -> None:
-    """Nobody could beat, so nobody is taken for dead: what was paid for meanwhile is accepted, and not asked again."""
+    """No worker could send heartbeats, so none expires: answers from that time are accepted, and no image is requested
+    again."""
     stack = library.stack
     stack.configure(**ONCE, lease="1 s")
     stack.simulator.plan.latency = (0.05, 0.2)

@@ -1,4 +1,4 @@
-"""Profiles, end to end: what an owner wants asked reaches the model, and what it says reaches the rows."""
+"""Profiles, end to end: an owner's profile reaches the model, and its answer reaches the rows."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ async def test_an_answer_to_another_question_is_not_used_again(library: Library)
 
 
 async def test_a_long_prompt_stays_within_the_limits(library: Library) -> None:
-    """The prompt takes three times as many tokens as the picture. What is reserved holds from the first call on, so the
-    provider never refuses one."""
+    """The prompt takes three times as many tokens as the picture. The estimate is right from the first call on, so the
+    provider refuses none."""
     stack = library.stack
     library.sql("create or replace function autotag.vocabulary_for_prompt(p_workspace_id autotag.workspace_id) returns jsonb"
                 " language sql stable as $$ select jsonb_agg('word ' || lpad(n::text, 3, '0') order by n) from generate_series(1, 300) n $$")  # fmt: skip

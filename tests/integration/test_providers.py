@@ -1,4 +1,4 @@
-"""Providers: mistakes in the configuration cost a call or two and no image, and what a server lacks is found out."""
+"""Providers: a wrong configuration costs a call or two and no image, and missing features of a server are noticed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def wide(library: Library) -> Library:
 
 
 def put(**fields: Any) -> Change:
-    """A change of the provider's plan."""
+    """Changes the simulator's plan."""
 
     def change(plan: Plan) -> None:
         for name, value in fields.items():
@@ -71,7 +71,7 @@ def clock(library: Library) -> float:
 
 
 def held_by_workers(library: Library) -> int:
-    """How many single calls workers hold."""
+    """The number of single calls that workers hold."""
     return int(
         library.sql("select count(*) as n from autotag.tasks where worker_id is not null and finished_at is null")[0][
             "n"
@@ -84,14 +84,15 @@ def failed(library: Library) -> int:
 
 
 async def check_repaired(library: Library, told: list[dict[str, Any]], repaired: float) -> None:
-    """Tagging goes on within forty seconds on autotag's clock. Then everything gets its tags, and no image counts a failure."""
+    """Checks that tagging resumes within forty seconds on autotag's clock, that everything is tagged, and that no image
+    has a failure."""
     answered = len(paid(library.stack))
     await until(lambda: len(paid(library.stack)) > answered, "an answer")
     took = clock(library) - repaired
     assert took <= 40, f"{took:.0f} s after the mistake was repaired"
     await library.finished(*told)
     assert failed(library) == 0
-    assert library.failures() == 0, "an image counts a failure for what was no fault of its own"
+    assert library.failures() == 0, "a failure was counted for an image that was not its cause"
     library.check_tags()
     check_asked_once(library.stack)
     check_money(library.stack)
@@ -103,7 +104,8 @@ async def check_repaired(library: Library, told: list[dict[str, Any]], repaired:
 
 @contextlib.asynccontextmanager
 async def mistaken(library: Library, uploads: list[int], **changes: Any) -> AsyncIterator[list[dict[str, Any]]]:
-    """A worker at images that wait; the body of the context begins ten seconds (of autotag's clock) later."""
+    """Runs a wrongly configured worker while images wait. The context's body begins ten seconds (of autotag's clock)
+    later."""
     stack = library.stack
     compress(stack, SPEED)
     drawings = pictures(sum(uploads))
@@ -155,7 +157,7 @@ async def test_a_model_that_nobody_knows_is_named_and_costs_no_image(fresh: Libr
 
 @pytest.mark.parametrize("address", ["no_v1", "closed_port"])
 async def test_a_worker_with_a_wrong_address_costs_no_image_and_is_in_nobodys_way(fresh: Library, address: str) -> None:
-    """The one with the right address is started beside it, as a rolling deployment does."""
+    """A worker with the right address starts beside it, as in a rolling deployment."""
     stack = fresh.stack
     wrong = stack.openai_url.removesuffix("/v1") if address == "no_v1" else f"http://127.0.0.1:{free_port()}/v1"
     async with mistaken(fresh, [50, 60], openai_base_url=wrong) as told:
@@ -200,7 +202,7 @@ FORMS = {
 
 
 def check_form(library: Library, form: dict[str, Any]) -> None:
-    """How the model is asked: as it was before but for this."""
+    """Checks the stored form of requests: the default one except for ``form``."""
     [row] = library.sql("select cap_parameter, answer_format, sends_effort, sends_detail, sends_tier"
                         " from autotag.models where name = 'gpt-6-luna'")  # fmt: skip
     before = {"cap_parameter": "max_completion_tokens", "answer_format": "json_schema", "sends_effort": True,
@@ -235,7 +237,8 @@ async def test_what_a_server_does_not_know_is_left_out_after_one_refusal_for_eve
 async def test_a_form_that_is_refused_in_the_middle_of_a_run_makes_way_for_the_next_one_only(
     wide: Library, lost: str
 ) -> None:
-    """Forty calls and a batch of fifty lines are under way in the old form: all are refused, and it is one step."""
+    """Forty calls and a batch of fifty lines are in flight in the old form. All are refused, and the form changes by
+    one step only."""
     stack = wide.stack
     make, form, _ = FORMS[lost]
     stack.simulator.plan.hold_answers = True
@@ -258,7 +261,7 @@ async def test_a_form_that_is_refused_in_the_middle_of_a_run_makes_way_for_the_n
 
 @pytest.mark.long
 async def test_credit_that_runs_out_in_the_middle_of_a_run_fails_no_image(wide: Library) -> None:
-    """What was in flight when it ran out, and was answered, does not start everything again."""
+    """Answers to calls that were in flight when the credit ran out do not resume tagging."""
     stack = wide.stack
     compress(stack, SPEED / 2)  # the machine's own slowness counts as often
     stack.configure(realtime_max_images=40)
@@ -323,7 +326,8 @@ async def test_without_a_batch_api_everything_goes_as_single_calls_and_says_so(w
 
 @pytest.mark.parametrize("batch_api", [True, False])
 async def test_where_only_batches_wait_one_of_their_images_tries_the_question(fresh: Library, batch_api: bool) -> None:
-    """Nothing is begun with a question that nobody has seen answered, and nothing waits for ever for an answer."""
+    """If only batches wait, one of their images is sent as a single call to prove the question, so no batch starts
+    unproven and none waits for ever."""
     stack = fresh.stack
     stack.simulator.plan.batch_api = batch_api
     stack.configure(express_images=0)
@@ -349,7 +353,8 @@ def test_to_have_a_batch_proves_nothing(fresh: Library) -> None:
 
 
 async def test_one_image_that_draws_an_error_of_the_account_ends_and_stops_nobody_for_ever(wide: Library) -> None:
-    """A gateway with a small limit for bodies refuses this picture alone: 413, by a page that names nothing."""
+    """A gateway with a small limit for bodies refuses only this picture: 413, with an HTML page that gives no
+    reason."""
     stack = wide.stack
     stack.configure(account_probe_interval="0.2 s", max_failures=3)
     drawings = pictures(8)
@@ -368,7 +373,7 @@ async def test_one_image_that_draws_an_error_of_the_account_ends_and_stops_nobod
 async def test_files_are_kept_as_long_as_the_provider_wants_after_one_refusal(
     wide: Library, least: int, kept: int | None
 ) -> None:
-    """Several batches meet the refusal at the same time: it is one refusal for all of them."""
+    """Several batches meet the refusal at the same time. It counts as one."""
     stack = wide.stack
     stack.simulator.plan.min_expires = least
     stack.configure(batch_max_images=60, batch_split_images=20, express_images=1)
@@ -410,7 +415,7 @@ async def test_a_server_without_rate_headers_works_and_that_is_a_fact(wide: Libr
 
 
 async def test_a_call_is_not_made_again_before_retry_after_is_over_whatever_its_status(wide: Library) -> None:
-    """In seconds and as a date; pictures that nobody refused do not wait for it."""
+    """`retry-after` may be seconds or a date. Pictures that were not refused do not wait for it."""
     stack = wide.stack
     drawings = pictures(8)
     ends: list[float] = []  # of each picture's wait: seconds from its refusal, or a moment
@@ -459,7 +464,9 @@ async def test_after_a_429_nothing_is_called_before_retry_after_is_over(wide: Li
     ["POST /v1/files", "POST /v1/batches", "GET /v1/batches", "GET /v1/files/", "DELETE /v1/files/", "GET /v1/models/"],
 )
 async def test_the_batch_lane_keeps_to_retry_after_too(wide: Library, request_line: str) -> None:
-    """Upload, creation, look, download, deletion and question about the model; another batch and a webhook come meanwhile."""
+    """One kind of request (upload, creation, list, download, deletion, look-up of the model) gets a 503 with
+    `retry-after`. No such request follows before that time. While the list waits, another batch is submitted and a
+    webhook arrives."""
     stack = wide.stack
     stack.configure(realtime_max_images=0, chunk_max_images=0, batch_create_grace="0.1 s", express_images=0)  # fmt: skip
     stack.simulator.plan.batch_latency = (0.3, 0.5)

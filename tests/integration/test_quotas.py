@@ -1,4 +1,4 @@
-"""Who may use how much: images and money, a day and a month, by workspace and by user."""
+"""Quotas of images and dollars, for a day or a month, by workspace and by user."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_one_users_quota_is_not_the_others(library: Library) -> None:
 
 
 async def test_money_is_counted_as_the_provider_bills_it(library: Library) -> None:
-    """The estimate is reserved, the real cost remains."""
+    """The estimated cost is reserved, and then replaced by the real cost."""
     [each] = library.sql("select autotag.expected_cost(null, true) as c")
     allow(library, max_cost=each["c"] * 4)
     assets = await library.upload(4)
@@ -139,7 +139,7 @@ async def test_in_automatic_mode_the_rest_waits_until_the_quota_renews(library: 
 
 
 def test_what_was_billed_counts_whatever_came_of_it(library: Library) -> None:
-    """An answer of no use costs as much as one that tags: trying again does not go around the quota."""
+    """Unusable answers cost as much as usable ones, so retries count in a quota."""
     allow(library, max_images=3)
     library.sql(
         "insert into autotag.usage (workspace_id, user_id, day, model, service_tier, images, requests, cost)"
@@ -178,7 +178,7 @@ def claimed(library: Library, images: int) -> list[dict[str, Any]]:
 
 
 def answer(library: Library, tasks: list[dict[str, Any]], errors: list[dict[str, Any]], prompt: int) -> None:
-    """Every answer is billed with its whole cap."""
+    """Reports these errors. Each answer was billed with its whole cap."""
     library.settle(WORKER, [
         {"task": task["task"], "attempt": task["attempt"], "error": error,
          "usage": {"input": prompt, "cached": 0, "cache_write": 0, "output": task["cap"], "reasoning": 0,
@@ -191,7 +191,8 @@ def answer(library: Library, tasks: list[dict[str, Any]], errors: list[dict[str,
 @pytest.mark.parametrize("kind", ["images", "cost"])
 @pytest.mark.parametrize("seed", range(4))
 def test_retries_do_not_exceed_a_quota(library: Library, kind: str, scope: str, seed: int) -> None:
-    """Whatever comes back, in whatever order: the bill exceeds the quota by one answer per image in flight at most."""
+    """Reports random errors in random order. The bill exceeds the quota by at most one answer for each image in
+    flight."""
     chance = random.Random(seed)
     library.stack.configure(
         realtime_max_images=50, realtime_requests_per_minute=100000, realtime_tokens_per_minute=100000000
@@ -224,7 +225,8 @@ def test_retries_do_not_exceed_a_quota(library: Library, kind: str, scope: str, 
 
 
 def test_answers_that_cost_what_was_estimated_never_exceed_the_quota(library: Library) -> None:
-    """Twenty images fill the quota. All are cut off, so none is tried again; the next try would cost four times as much."""
+    """Twenty images fill the quota, and all answers are cut off. None is retried, because a retry would cost four times
+    as much."""
     library.stack.configure(
         realtime_max_images=50, realtime_requests_per_minute=100000, realtime_tokens_per_minute=100000000
     )
@@ -272,7 +274,7 @@ async def test_lines_of_a_batch_are_not_tried_again_without_room(library: Librar
 
 
 def elsewhere(library: Library) -> Library:
-    """The same user in another workspace."""
+    """The same user's library in another workspace."""
     other = library.stack.add_member()
     library.sql("insert into public.workspace_members values (%s, %s)", other.workspace, library.member.user)
     return Library(library.stack, dataclasses.replace(library.member, workspace=other.workspace))
@@ -301,7 +303,7 @@ def test_uploads_into_several_workspaces_at_the_same_time_cannot_overshoot(libra
 
 
 def test_an_upload_sees_what_the_user_uploads_elsewhere_in_a_transaction_that_is_open(library: Library) -> None:
-    """It waits for it, and an upload of somebody else does not."""
+    """The second upload waits for the first one's transaction. Another user's upload does not."""
     allow(library, max_images=3, scope="user")
     there, stranger = elsewhere(library), Library(library.stack)
     first, second, third = rows(library, 2), rows(there, 2), rows(stranger, 2)
@@ -317,7 +319,7 @@ def test_an_upload_sees_what_the_user_uploads_elsewhere_in_a_transaction_that_is
 
 
 def test_an_upload_sees_a_retry_elsewhere_that_is_not_committed(library: Library) -> None:
-    """An answer was billed, and its image is tried again: two of the user's two are taken."""
+    """An answer was billed, and its image is retried. Both count, so the user's quota of two is used up."""
     allow(library, max_images=2, scope="user")
     there = elsewhere(library)
     library.enqueue(rows(library, 1))
@@ -337,7 +339,8 @@ def test_an_upload_sees_a_retry_elsewhere_that_is_not_committed(library: Library
 
 
 def test_no_seal_waits_for_or_fails_with_an_upload_of_a_user_with_a_quota(sealer: Library) -> None:
-    """Two automatic uploads of a user, who has an upload in a transaction that is open: it may take what the quota has left."""
+    """A user has an upload in an open transaction, which may use up the quota. The user's automatic uploads wait until
+    it has ended."""
     sealer.sql("select autotag.set_automatic(false)")
     allow(sealer, max_images=3, scope="user")
     first, there = rows(sealer, 2), elsewhere(sealer)

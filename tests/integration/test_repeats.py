@@ -1,4 +1,4 @@
-"""Nothing twice: whatever a client calls again, each image is asked once, and who wants its tags anew gets them."""
+"""Repeated calls: each image is requested once, however often a client calls, unless the client asks for new tags."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support import Library, asked, check_asked_once, until, worker
 
 
 def shift(library: Library, by: str) -> None:
-    """Time passes: everything that has happened was earlier."""
+    """Makes all uploads older, as if time had passed."""
     library.sql(
         "update autotag.jobs set created_at = created_at - %s::interval, finished_at = finished_at - %s::interval",
         by,
@@ -87,7 +87,7 @@ async def test_a_second_upload_of_images_that_were_tagged_a_moment_ago(library: 
 
 
 async def test_images_of_an_upload_that_still_runs(library: Library) -> None:
-    """Some have their tags, and the reply was lost."""
+    """An upload still runs, but these images have their tags. The client, whose reply was lost, calls again."""
     assets = await library.upload(2)
     job = library.enqueue(assets)
     async with worker(library.stack):
@@ -136,7 +136,7 @@ async def test_a_backfill_tags_again_at_once(library: Library) -> None:
 
 
 async def test_another_workspaces_window_is_its_own(library: Library) -> None:
-    """An image that moved after it was tagged is another workspace's upload."""
+    """An image is tagged and moves to another workspace. An upload there tags it again at once."""
     other = Library(library.stack, library.stack.add_member())
     [asset] = await library.upload(1)
     async with worker(library.stack):
@@ -147,7 +147,7 @@ async def test_another_workspaces_window_is_its_own(library: Library) -> None:
 
 
 async def test_an_image_that_got_its_tags_while_the_call_read_its_row(library: Library) -> None:
-    """The row was read before the tags came."""
+    """The call reads the row before the tags are stored."""
     [asset] = await library.upload(1)
     async with worker(library.stack):
         await library.finished(library.enqueue([asset]))
@@ -156,7 +156,7 @@ async def test_an_image_that_got_its_tags_while_the_call_read_its_row(library: L
 
 
 async def test_an_image_that_got_its_tags_while_the_call_waited(library: Library) -> None:
-    """The row was read even before somebody else enqueued it."""
+    """The call reads the row before another call enqueues the image."""
     [asset] = await library.upload(1)
     async with worker(library.stack):
         await library.finished(library.enqueue([asset]))
@@ -170,7 +170,7 @@ async def test_an_image_that_got_its_tags_while_the_call_waited(library: Library
 
 
 async def test_an_image_that_failed_is_no_repeat_whatever_its_row_shows(library: Library) -> None:
-    """The host's row could not be written when it failed."""
+    """An image failed, but its row could not be written. A new call tags it again."""
     failed_job(library)
     library.sql("update public.assets set tagging_stage = 'queued' where true")
     assert library.enqueue(list(library.assets()))["image_count"] == 3
@@ -180,7 +180,7 @@ async def test_an_image_that_failed_is_no_repeat_whatever_its_row_shows(library:
 
 
 def failed_job(library: Library, images: int = 3) -> dict[str, Any]:
-    """An upload whose images all failed."""
+    """Makes an upload whose images have all failed."""
     job = library.enqueue(library.insert([f"{n}.jpg" for n in range(images)]))
     library.rpc("public.cancel_tagging", job["job_id"])
     return job
@@ -239,7 +239,7 @@ async def test_a_retry_leaves_out_what_a_later_upload_has_tagged(library: Librar
 
 
 async def test_a_file_that_was_not_checked_is_not_retried(library: Library) -> None:
-    """An image that fails between the check of its file and the retry is left for the next call."""
+    """If an image fails after the check of files and before the retry, the next call retries it."""
     job = failed_job(library)
     [first, *_] = library.sql("select asset_id::text as id from autotag.tasks order by id")
     [row] = library.sql(

@@ -1,4 +1,4 @@
-"""A key of Storage that is wrong stops the lanes and fails no image; what is really missing fails alone."""
+"""A wrong key of Storage stops the lanes and fails no image. Only a file that is really missing fails its image."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def error_codes(library: Library) -> set[str]:
 
 @pytest.fixture
 def probing(library: Library) -> Library:
-    """Stopped lanes try again five times a second."""
+    """A library whose stopped lanes try again five times a second."""
     library.stack.configure(account_probe_interval="0.2 s")
     return library
 
@@ -102,7 +102,7 @@ async def test_a_wrong_key_fails_no_image_of_a_batch(probing: Library, kind: str
 
 
 async def test_a_key_that_expires_in_use_is_told_apart_at_once(library: Library) -> None:
-    """A moment ago a look showed that it works; that must not make a file missing that is there."""
+    """The key was valid a moment ago. Still, a file must not count as missing because the key has expired."""
     stack = library.stack
     workspace = library.member.workspace
     [(path, drawing)] = await library.upload_files(1)

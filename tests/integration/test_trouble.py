@@ -1,4 +1,4 @@
-"""What goes wrong with the provider, with images and with workers, and what becomes of it."""
+"""Failures of the provider, of images and of workers, and their consequences."""
 
 from __future__ import annotations
 
@@ -186,7 +186,8 @@ async def test_openai_saying_its_queue_is_full_means_wait(library: Library) -> N
 
 
 async def test_a_batch_created_by_a_worker_that_died_is_adopted(library: Library) -> None:
-    """The worker dies after OpenAI has the batch and before the row knows: nothing is created twice."""
+    """The worker dies after OpenAI has created the batch and before the database knows. The next worker creates no
+    second one."""
     stack = library.stack
     assets = await library.upload(60)
     library.enqueue(assets)
@@ -225,7 +226,7 @@ async def test_cancelling_keeps_what_is_done_and_ends_the_job(library: Library) 
 
 
 async def cancel_a_submitted_batch(library: Library, seed: int) -> float:
-    """Uploads by batch and cancels. Returns the seconds from the call to its arrival at the provider, by the provider's book."""
+    """Uploads by batch and cancels. Returns the seconds until the cancellation reaches the simulator."""
     stack = library.stack
     told = library.enqueue(await library.upload(60, seed=seed))
 
@@ -250,7 +251,7 @@ async def cancel_a_submitted_batch(library: Library, seed: int) -> float:
 
 
 async def test_a_cancelled_batch_is_cancelled_at_openai_within_two_seconds_and_harvested(library: Library) -> None:
-    """The next poll is ten minutes away. The best of three uploads counts, for machines that do something else meanwhile."""
+    """The next poll is ten minutes away. The fastest of three cancellations counts, because the machine may be busy."""
     stack = library.stack
     stack.simulator.plan.batch_latency = (20.0, 20.0)
     stack.configure(batch_poll_interval="10 min")
@@ -290,7 +291,7 @@ def test_retrying_a_job_without_failures_is_refused(library: Library) -> None:
 
 
 async def test_killing_the_only_worker_in_the_middle_loses_nothing(library: Library) -> None:
-    """SIGKILL while calls are in flight and a batch is being made; the next worker takes over."""
+    """The worker gets SIGKILL while calls are in flight and a batch is being built. The next worker does the rest."""
     stack = library.stack
     stack.configure(lease="2 s", realtime_requests_per_minute=1000, realtime_tokens_per_minute=1000000)
     stack.simulator.plan.latency = (0.3, 0.6)
@@ -335,7 +336,8 @@ async def test_sigterm_finishes_what_is_in_hand_and_gives_back_the_rest(library:
 async def test_a_worker_whose_heartbeat_loses_the_cancellation_stops_and_stays_away(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `asyncio.wait_for` does before Python 3.12: the heartbeat goes on, and finds that the worker has left."""
+    """`asyncio.wait_for` can lose a cancellation before Python 3.12. Here the heartbeat does: it goes on, and must not
+    register the stopped worker again."""
     beating, lost = asyncio.Event(), asyncio.Event()
 
     async def heartbeat(db: Database, *claims: Sequence[int]) -> Beat:
@@ -381,7 +383,7 @@ async def test_an_idle_worker_is_woken_by_the_upload(library: Library) -> None:
 
 
 async def test_a_claim_that_fails_is_not_asked_again_in_a_hurry(library: Library) -> None:
-    """A database that refuses: about one claim a second, however often somebody notifies."""
+    """While claims fail, the worker claims about once a second, however often it is notified."""
     library.enqueue(library.insert(["a.jpg"]))
     library.sql("""create function autotag.broken() returns trigger language plpgsql as $$
         begin perform pg_notify('autotag', 'realtime'); raise 'broken'; end $$;
@@ -398,7 +400,8 @@ async def test_a_claim_that_fails_is_not_asked_again_in_a_hurry(library: Library
 
 
 async def test_a_running_worker_follows_another_lease(library: Library) -> None:
-    """Settings need no restart: with a shorter lease it beats more often, so its lease does not end between two beats."""
+    """Settings need no restart: with a shorter lease the worker sends heartbeats more often, so its lease does not end
+    between two of them."""
     beats = "select last_heartbeat_at as at, lease_until - last_heartbeat_at as lease from autotag.workers"
     async with worker(library.stack) as wake:
         await until(lambda: library.sql(beats) != [], "the worker")

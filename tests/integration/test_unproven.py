@@ -1,4 +1,4 @@
-"""A question that nobody has asked yet: one image tries it, however the upload is tagged."""
+"""A question that is not proven: one image tries it, whatever the strategy of its upload."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from support import Library, until, worker
 
 
 async def test_a_batch_upload_without_express_images_tries_the_question_itself(library: Library) -> None:
-    """Both lanes are idle when the upload arrives, and only the other lane may send the image that tries."""
+    """Both lanes are idle when an upload by batch arrives. The lane of single calls has to notice it, because only that
+    lane tries the question."""
     library.stack.configure(express_images=0)
     library.sql("update autotag.provider_limits set proven_at = null")
     ids = await library.upload(60)

@@ -1,4 +1,4 @@
-"""Vocabularies, end to end: whatever the model answers and on whichever way, `only` stores the vocabulary's tags alone."""
+"""Vocabularies, end to end: with `only`, nothing but the vocabulary's tags is stored, whatever the model answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def stored_tags(library: Library) -> set[str]:
 
 
 async def test_only_stores_no_other_tag_on_any_way(library: Library) -> None:
-    """2,000 tags and 300 images: single calls and batches, answers that wait for a locked row, while the vocabulary changes."""
+    """2,000 tags and 300 images, by single calls, batches and answers that wait for a locked row, while the vocabulary
+    changes."""
     stack = library.stack
     widen(stack)
     stack.configure(batch_batches_per_hour=1000, express_images=5)
@@ -76,7 +77,7 @@ async def test_an_empty_answer_is_one_where_the_vocabulary_is_closed(library: Li
 
 
 async def test_a_vocabulary_in_the_prompt_is_cached(library: Library) -> None:
-    """300 tags: at least 80 % of the prompts' text is read from the provider's cache."""
+    """With 300 tags, the provider reads at least 80 % of the prompts' text from its cache."""
     widen(library.stack)
     library.stack.simulator.plan.latency = (0.0, 0.0)
     set_vocabulary(library, [{"tag": f"tag number {i}", "description": "what it means"} for i in range(300)], "prefer")
@@ -93,7 +94,8 @@ async def test_a_vocabulary_in_the_prompt_is_cached(library: Library) -> None:
 
 
 def test_the_commands(library: Library, tmp_path: Any, monkeypatch: Any) -> None:
-    """A file goes in, errors name their line, nothing is half imported, and what comes out goes in again."""
+    """A file is imported, errors name their line, nothing is partly imported, and an exported file can be imported
+    again."""
     monkeypatch.setenv("DATABASE_URL", library.stack.database_url())
     workspace = library.member.workspace
 

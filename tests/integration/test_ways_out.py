@@ -1,4 +1,5 @@
-"""Every state ends: batches that are refused for ever or that no limit admits, uploads without images."""
+"""Every state ends: no batch that is always refused or that no limit admits, and no upload without images, waits for
+ever."""
 
 from __future__ import annotations
 
@@ -231,7 +232,7 @@ def test_images_of_a_batch_become_single_calls_in_a_workspace_that_had_none(engi
 
 
 def test_a_batch_that_cannot_be_read_or_never_ends_is_over_after_two_days(engine: Engine) -> None:
-    """Its images are asked again, whatever its polls say until then."""
+    """Then its images are sent again, whatever its polls have reported."""
     engine.upload(40)
     [batch] = engine.submit()
     for hour in range(0, 47, 4):
@@ -248,7 +249,7 @@ def test_a_batch_that_cannot_be_read_or_never_ends_is_over_after_two_days(engine
 
 
 def test_cancellations_are_few_at_a_time_and_of_all_workspaces(engine: Engine) -> None:
-    """Those that the provider is cancelling already are not among them."""
+    """Batches that the provider is cancelling already are left out."""
     engine.sql(
         "insert into autotag.jobs (workspace_id, strategy, image_count, created_at)"
         " select gen_random_uuid(), 'batch', 5000, autotag.now() from generate_series(1, 2)"
@@ -285,7 +286,7 @@ class Crew:
         assert engine.sql("select tasks from autotag.claim(%s, 1, 1)", WORKER) != [([],)]
 
     def beat(self, worker: uuid.UUID) -> None:
-        """A heartbeat, and what follows."""
+        """Sends a heartbeat, and runs the ticks that follow."""
         [(alive, due)] = self.engine.sql("select alive, tick_due from autotag.heartbeat(%s, '{1}', '{0}')", worker)
         assert alive
         if due:
@@ -311,7 +312,8 @@ def test_a_worker_that_stops_beating_loses_its_image_when_its_lease_ends(engine:
 
 @pytest.mark.parametrize("outage", [55, 61, 200, 3600, 40_000])
 def test_while_nobody_could_beat_nobody_is_taken_for_dead(engine: Engine, outage: int) -> None:
-    """After an outage of the database the first to beat does not take the others' images: they get a lease's time."""
+    """After an outage of the database, the first worker that sends a heartbeat does not take the others' images. They
+    get one more lease."""
     crew = Crew(engine)
     engine.set_time(15)
     engine.sql("select autotag.heartbeat(%s, '{1}', '{0}')", crew.others[0])  # so the first worker's lease ends first
@@ -326,7 +328,7 @@ def test_while_nobody_could_beat_nobody_is_taken_for_dead(engine: Engine, outage
         engine.set_time(15 + outage + later)
         crew.beat(WORKER)
         crew.beat(crew.others[0])
-        assert crew.holds(), "it has beaten within its lease"
+        assert crew.holds(), "it has sent a heartbeat within its lease"
         assert crew.engine.sql("select count(*) from autotag.workers where id = %s", crew.others[1]) == [
             (0 if later > 80 else 1,)
         ]

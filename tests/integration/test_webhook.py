@@ -1,4 +1,4 @@
-"""OpenAI's webhook: what is genuine makes the batch finish at once, everything else is refused or ignored."""
+"""OpenAI's webhook: a genuine delivery finishes the batch at once, and every other one is refused or ignored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECRET = make_secret()
 
 @pytest.fixture
 async def received() -> AsyncIterator[tuple[httpx.AsyncClient, list[tuple[str, str, str]]]]:
-    """A client of the application, and what it handed to the database."""
+    """A client of the application, and a list of what the application reported to the database."""
     deliveries: list[tuple[str, str, str]] = []
 
     async def receive(webhook_id: str, kind: str, batch: str) -> str:
@@ -84,7 +84,7 @@ async def test_other_methods_and_paths_are_not_there(
 
 
 async def test_a_delivery_makes_the_batch_finish_at_once(library: Library) -> None:
-    """Polls are an hour apart: without the webhook the batch would not be noticed within this test."""
+    """Polls are an hour apart, so without the webhook the batch would not end within this test."""
     stack, plan = library.stack, library.stack.simulator.plan
     port = free_port()
     stack.configure(batch_poll_interval="1 h")

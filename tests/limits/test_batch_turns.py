@@ -1,4 +1,4 @@
-"""Batches in their turn: a full window costs few claims, and what is retried waits, as single calls do."""
+"""Turns of batches: a full window causes few claims, and a batch that is retried waits like a single call."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_batch_without_room_holds_back_only_larger_and_later_ones(engine: Engi
 
 
 def test_a_minute_does_not_wake_batches_that_have_no_room(engine: Engine) -> None:
-    """The window is full of images only: it has room for more batches, but for none of these."""
+    """The window admits more batches, but only 40 more images, and each of these batches has 60."""
     engine.sql(
         "update autotag.settings set batch_images_per_hour = 100, chunk_max_images = 10, realtime_max_wait = '1 day'"
     )
@@ -105,7 +105,7 @@ def test_a_worker_with_one_slot_uses_it(engine: Engine) -> None:
 
 
 def fail_to_build(engine: Engine, batch: dict[str, Any], **error: Any) -> None:
-    """What a worker reports that could prepare none of a batch's images."""
+    """Reports a batch of which the worker could prepare no image."""
     failed = {
         "kind": "transient",
         "code": "storage_error",
@@ -190,7 +190,8 @@ def test_a_batch_that_opened_with_an_error_is_harvested_as_soon_as_it_has_ended(
 
 
 def test_a_question_that_is_not_proven_reads_no_more_images(engine: Engine) -> None:
-    """Every claim asks whether a single call could try it. Without an index that reads all images, under the provider row."""
+    """Every claim looks for an image that could try the question. Without an index, it would read all images while it
+    holds the provider row."""
     engine.upload(100)
     engine.sql("update autotag.provider_limits set proven_at = null, probe_at = autotag.now() + interval '1 h'")
     scans = "select seq_scan from pg_stat_xact_all_tables where relid = 'autotag.tasks'::regclass"
@@ -241,7 +242,8 @@ def test_images_are_spread_evenly_over_batches_in_their_order(engine: Engine, im
 
 
 def test_many_images_are_placed_in_many_batches_at_once(engine: Engine) -> None:
-    """50,000 images in as many batches: a comparison of each image with each batch took hours, and its numbers no integer."""
+    """50,000 images get a batch each. Comparing each image with each batch took hours, and the numbers overflowed an
+    integer."""
     engine.sql("""update autotag.settings set realtime_max_images = 0, chunk_max_images = 0, batch_max_images = 0,
       batch_max_requests = 1""")
     engine.sql("set statement_timeout = '60 s'")
@@ -260,7 +262,8 @@ def test_many_images_are_placed_in_many_batches_at_once(engine: Engine) -> None:
 
 
 def test_many_small_uploads_do_not_become_batches_that_wait_for_days(engine: Engine) -> None:
-    """1,000 images one by one: single calls need half an hour, 670 batches of one image three days."""
+    """1,000 uploads of one image: single calls take half an hour, but 670 batches of one image would take three
+    days."""
     for _ in range(1000):
         engine.upload(1)
     assert engine.sql("select count(*) from autotag.batches") == [(0,)]
@@ -276,7 +279,7 @@ def test_single_calls_become_batches_only_while_these_are_faster(engine: Engine)
 
 
 def test_waiting_calls_move_to_the_batch_api_only_while_it_is_faster(engine: Engine) -> None:
-    """The day's requests are used up: 240 a day are 10 an hour."""
+    """The day's requests are used up, and a limit of 240 a day is 10 an hour. Some calls move, and the others stay."""
     for _ in range(40):
         engine.upload(1)
     engine.sql(

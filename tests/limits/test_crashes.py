@@ -1,4 +1,4 @@
-"""A worker that dies costs no image that it merely held; an image that kills its worker fails in the end."""
+"""The death of a worker fails no image that it merely held, but an image that kills its workers fails in the end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ANOTHER = uuid.UUID("99999999-0000-4000-8000-00000000000b")
 
 
 class Crashing(Engine):
-    """Workers that come and die."""
+    """The engine with workers that start and die."""
 
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         super().__init__(connection)
@@ -30,7 +30,8 @@ class Crashing(Engine):
         self.sql("update autotag.provider_limits set proven_at = '-infinity'")
 
     def crash(self) -> None:
-        """The worker dies, and its lease ends. Another one goes on beating, so it is no outage of the database."""
+        """Ends the worker's lease, as after its death. Another worker still sends heartbeats, so it is no outage of the
+        database."""
         self.sql("select autotag.register_worker(%s, 'another', autotag.schema_version(), true)", ANOTHER)
         self.sql("update autotag.workers set resumed_at = '-infinity'")
         self.sql("update autotag.workers set lease_until = autotag.now() - interval '1 s' where id = %s", self.worker)
@@ -42,7 +43,7 @@ class Crashing(Engine):
         self.set_time(self.at)
 
     def claim(self) -> list[int]:
-        """The images of one claim, which joins those that the worker holds."""
+        """Claims images, which the worker holds together with its other ones."""
         self.claims += 1
         [(tasks,)] = self.sql("select tasks from autotag.claim(%s, 100, %s)", self.worker, self.claims)
         return list(tasks)
@@ -53,7 +54,7 @@ class Crashing(Engine):
         return list(batches)
 
     def finish(self, tasks: list[int]) -> None:
-        """The worker has tagged these images."""
+        """Reports these images as tagged."""
         self.sql("delete from autotag.tasks where id = any (%s)", tasks)
 
 
@@ -101,7 +102,7 @@ def test_an_image_that_kills_its_worker_fails_and_no_other_does(engine: Crashing
 
 
 def test_workers_that_are_killed_again_and_again_fail_no_image(engine: Crashing) -> None:
-    """Nine workers in a row are killed with all that they hold, as a machine does that has too little memory."""
+    """Nine workers in a row are killed with everything that they hold, as on a machine with too little memory."""
     engine.sql("select setseed(0.5)")
     engine.upload(50)
     for _ in range(9):
@@ -128,7 +129,7 @@ def test_an_image_that_was_held_alone_is_the_one(engine: Crashing) -> None:
 
 
 def test_images_that_were_in_two_crashes_are_held_one_at_a_time(engine: Crashing) -> None:
-    """So images that crash only together are tagged; and another one does not wait for them."""
+    """So images that crash a worker only together are tagged. Other images do not wait for them."""
     engine.upload(5)
     for _ in range(2):
         engine.start()

@@ -1,4 +1,5 @@
-"""The provider's limit of requests per day: read from its headers, never taken for a limit per minute, and planned for."""
+"""The provider's limit of requests per day: it is read from headers, never confused with a limit per minute, and
+planned for."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def limits(library: Library) -> tuple[int, int | None]:
 
 @pytest.fixture
 def seen(library: Library) -> Any:
-    """Reports limits at a time that stands still; returns the requests left of the minute and of the day."""
+    """Reports limits while the clock stands still. Returns the requests that are left of the minute and of the day."""
     library.sql("update autotag.settings set test_clock = true, provider_margin = '0'")
     with psycopg.connect(library.stack.database_url(), autocommit=True) as one:
         one.execute("select set_config('autotag.now', '2030-01-01 00:00:00+00', false)")
@@ -64,7 +65,8 @@ def test_a_higher_tier_has_no_daily_limit(seen: Callable[..., Any], library: Lib
 
 
 def test_a_day_that_begins_is_noticed(seen: Callable[..., Any], library: Library) -> None:
-    """Some providers give everything back at midnight; but calls that the headers do not count yet stay counted."""
+    """Some providers restore the whole day's limit at midnight. The mirror adopts that, minus the calls that the headers
+    do not count yet."""
     library.sql("update autotag.provider_limits set requests_left = 580")  # 20 calls were released just now
     assert seen(day_limit=14400, day_left=14390, age=0)[1] == 14390 - 20
     library.sql("update autotag.provider_limits set day_left = 100, requests_left = 600")
@@ -122,7 +124,8 @@ def test_what_the_day_has_left_shows_in_the_eta_and_the_preview(library: Library
 
 
 def test_a_block_of_an_hour_counts_as_a_wait(library: Library) -> None:
-    """A 429 said so, perhaps because another limit of the day is used up (tokens)."""
+    """A 429 asked to wait an hour, for example because a limit of tokens per day is used up. A new upload goes by
+    batch."""
     library.sql("update autotag.provider_limits set blocked_until = now() + interval '1 h'")
     told = library.enqueue(library.insert(["a.jpg"]))
     assert told["strategy"] == "batch"
@@ -138,7 +141,8 @@ def test_no_express_image_waits_for_tomorrow(library: Library) -> None:
 
 
 def test_when_the_day_is_used_up_what_waits_moves_to_the_batch_api(library: Library) -> None:
-    """The limit became known after the upload. What has waited for realtime_max_wait moves, and the job says why."""
+    """The limit becomes known after the upload. Images that have waited for realtime_max_wait move, and the job gives
+    the reason."""
     library.stack.configure(**WIDE)
     told = library.enqueue(library.insert([f"{i}.jpg" for i in range(20)]))
     assert told["strategy"] == "realtime-chunked"
@@ -179,7 +183,8 @@ def test_status_and_doctor_name_the_daily_limit(library: Library) -> None:
 
 @pytest.mark.parametrize("kind", ["day", "both", "alternating"])
 async def test_a_day_that_ends_makes_no_storm_of_429s(library: Library, kind: RequestHeaders) -> None:
-    """25 requests are left of 10,000, which only the headers say. The rest waits for its 8.64 s each; a minute is 2 seconds."""
+    """25 requests of 10,000 are left, which only the headers show. Each other image waits for the 8.64 s in which one
+    request is refilled; a minute lasts 2 seconds."""
     stack = library.stack
     stack.configure(**WIDE, realtime_max_wait="1 day")
     stack.compress(30)

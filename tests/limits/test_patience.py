@@ -1,4 +1,4 @@
-"""Within a workspace small uploads pass large ones, and no upload is passed for longer than the patience."""
+"""Within a workspace, small uploads pass large ones, but no upload is passed for longer than upload_patience."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MINUTE = 60
 
 @dataclass
 class Upload:
-    """One upload: when it came, and when each of its images was released (seconds)."""
+    """One upload: the second at which it arrived, and the seconds at which its images were released."""
 
     images: int
     came: float
@@ -32,7 +32,7 @@ class Upload:
 
 
 class Workspace:
-    """One workspace with the engine's own claims under a clock that the test sets."""
+    """One workspace with the engine's own claims and a clock that the test sets."""
 
     def __init__(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
         self._sql = connection
@@ -75,7 +75,7 @@ class Workspace:
             self.uploads[uuid.UUID(str(job))].released.append(at)
 
     def run(self, arrivals: dict[int, list[int]], until: int) -> None:
-        """Claims once a second, as a worker that is woken would; uploads come at their seconds."""
+        """Claims once a second, as a woken worker would. Uploads arrive at the given seconds."""
         for second in range(until):
             self.set_time(second)
             for images in arrivals.get(second, []):

@@ -1,4 +1,4 @@
-"""The plans of the hot queries are pinned: claiming touches what it releases, whatever else is queued."""
+"""Plans of the hot queries: claiming reads only what it releases, whatever else is queued."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BIG = ("tasks", "queues", "workspaces", "jobs", "batches")
 
 @pytest.fixture
 def plans(postgres: LocalPostgres, database: str, machine_postgres: bool) -> list[dict[str, Any]]:
-    """Every plan that one claim of 64 ran, with 40,000 tasks of 20,000 workspaces queued."""
+    """All plans of one claim of 64 images while 40,000 tasks of 20,000 workspaces are queued."""
     if not machine_postgres:
         skip("auto_explain is not in the wheel")
     with psycopg.connect(postgres.url("supabase_admin", database), autocommit=True) as connection:
@@ -57,7 +57,7 @@ def nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def read(node: dict[str, Any]) -> int:
-    """Rows that a scan looked at."""
+    """The number of rows that a scan read."""
     return int((node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"])
 
 

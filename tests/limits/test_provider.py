@@ -1,10 +1,9 @@
-"""The provider's limits: learned from its answers, shared with strangers, and honoured by everybody at once."""
+"""The provider's limits are learned from its answers, shared with other programs, and kept by all workers at once."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections import Counter
 from typing import Any
 
@@ -39,7 +38,7 @@ def narrow(library: Library) -> None:
 
 
 async def test_a_burst_against_a_narrow_provider_never_meets_a_429(library: Library) -> None:
-    """Forty images and a bucket of twelve: judged by the provider's book."""
+    """Forty images, and a bucket of twelve: the simulator refuses no call."""
     stack = library.stack
     narrow(library)
     assets = [await library.upload(20, seed=seed) for seed in (1, 2)]
@@ -53,7 +52,8 @@ async def test_a_burst_against_a_narrow_provider_never_meets_a_429(library: Libr
 async def test_a_storage_that_stalls_does_not_make_the_bucket_run_over(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was released and is not sent yet is still in the provider's bucket, which is full and does not refill."""
+    """Released calls that are not sent yet do not empty the provider's bucket, which is full and does not refill. So no
+    more calls are released."""
     stack = library.stack
     narrow(library)
     flows = asyncio.Event()
@@ -81,7 +81,7 @@ async def test_a_storage_that_stalls_does_not_make_the_bucket_run_over(
 
 
 async def test_another_program_with_the_same_key_makes_us_slow_down_and_not_fail(library: Library) -> None:
-    """A hidden co-user takes two thirds of the requests: everything is tagged, and 429s stay rare."""
+    """Another program takes two thirds of the requests. Everything is tagged, and few calls get a 429."""
     stack = library.stack
     stack.configure(**WIDE)
     compress(stack, 20)
@@ -101,7 +101,7 @@ async def test_another_program_with_the_same_key_makes_us_slow_down_and_not_fail
 
 
 async def test_retry_after_holds_for_everybody(library: Library) -> None:
-    """One call is told to wait a second; no call of any workspace is made within it."""
+    """One call is asked to wait a second. No workspace sends a call within that second."""
     stack = library.stack
     stack.configure(**WIDE)
     other = Library(stack)
@@ -139,7 +139,8 @@ async def test_a_changed_limit_is_adopted_and_logged(library: Library) -> None:
 
 
 def test_what_an_answer_says_counts_with_its_age(library: Library) -> None:
-    """The mirror is never lowered by an answer that only says what we know, and at once by one that says less."""
+    """A remaining number counts with the refill since its call was sent. It lowers the mirror only if it is lower even
+    so."""
     library.sql("update autotag.settings set test_clock = true, provider_margin = '0'")
     statement = (
         "select set_config('autotag.now', '2030-01-01 00:00:00+00', false);"
@@ -174,7 +175,7 @@ def test_requests_of_the_day_are_counted_too(library: Library, stack: Stack) -> 
 
 @pytest.mark.parametrize("called", [True, False])
 def test_what_was_not_used_is_given_back(library: Library, called: bool) -> None:
-    """A call that was never made counts for nothing; one that failed counts as a request without tokens."""
+    """A call that was never sent counts as nothing, and one that failed as a request without tokens."""
     library.sql("update autotag.provider_limits set tokens_per_image = 1000")
     library.enqueue(library.insert(["a.jpg"]))
     name = "00000000-0000-4000-8000-000000000001"
@@ -214,7 +215,7 @@ async def test_an_upload_that_would_wait_too_long_goes_by_batch_and_says_so(libr
 
 
 async def test_when_429s_persist_the_rest_moves_to_the_batch_api(library: Library) -> None:
-    """Nothing is tagged twice or lost in the switch, and the job says why."""
+    """No image is tagged twice or lost by the move, and the job gives the reason."""
     stack = library.stack
     stack.configure(**{**WIDE, "chunk_delay": "0.05 s"}, realtime_max_wait="2 s")
     library.sql("update autotag.settings set realtime_max_images = 5")
@@ -235,7 +236,7 @@ async def test_when_429s_persist_the_rest_moves_to_the_batch_api(library: Librar
 
 
 async def test_waiting_ends_when_the_limit_says_so_and_what_waited_goes_on_together(library: Library) -> None:
-    """After a block all images go on at once, not one by one with growing waits: their calls overlap."""
+    """After a block, all images continue at once, and not one by one with growing delays: their calls overlap."""
     stack = library.stack
     stack.configure(**WIDE)
     stack.simulator.plan.latency = (3.0, 3.0)
@@ -261,7 +262,7 @@ async def test_waiting_ends_when_the_limit_says_so_and_what_waited_goes_on_toget
 async def test_an_idle_worker_asks_at_most_four_times_a_minute(
     postgres: LocalPostgres, library: Library, machine_postgres: bool
 ) -> None:
-    """Counted by the server: statements of the worker's login in this database, at a lease a tenth of the default's."""
+    """The server counts the statements of the worker's login in this database. The lease is a tenth of the default."""
     stack = library.stack
     stack.configure(lease="6 s")
 

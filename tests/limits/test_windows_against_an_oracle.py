@@ -1,4 +1,5 @@
-"""Exact sliding windows against a brute-force oracle: random traces, and callers on connections of their own."""
+"""Exact sliding windows, compared with a brute-force oracle: random traces, and concurrent callers with connections of
+their own."""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ end $$
 
 @dataclass
 class Oracle:
-    """The definition, without any cleverness: a list of admissions, and every question answered by counting."""
+    """The definition of a window, implemented in the simplest way: a list of admissions that every question counts."""
 
     requests: int
     units: int
@@ -74,7 +75,8 @@ class Oracle:
         return requests + wanted <= self.requests and units + wanted * each <= self.units
 
     def admit(self, at: int, wanted: int, each: int, *, partial: bool, take: bool) -> tuple[int, int | None]:
-        """How many, and, when not all, the first moment at which the next fits (None: never)."""
+        """The number of admitted images and, if that is not all, the first moment at which the next one fits (None:
+        never)."""
         options = range(wanted, -1, -1) if partial else (wanted, 0)
         admitted = next(n for n in options if n == 0 or self.fits(at, n, each))
         kept = [list(entry) for entry in self.log]
@@ -108,7 +110,7 @@ traces = st.lists(
 
 @pytest.fixture(scope="module")
 def connection(postgres: LocalPostgres) -> Iterator[psycopg.Connection[Any]]:
-    """One connection in a transaction that never commits, with the clock in the test's hands."""
+    """One connection in a transaction that never commits, with a clock that the test sets."""
     with psycopg.connect(postgres.url()) as one:
         one.execute("update autotag.settings set test_clock = true")
         one.execute(PLAY % {"ws": f"'{WORKSPACE}'"})
@@ -160,7 +162,7 @@ def test_the_oracle_itself_knows_the_edges() -> None:
 
 
 def test_many_callers_at_once_never_exceed_any_window(stack: Stack) -> None:
-    """Eight connections of their own ask as fast as they can, on the real clock; afterwards every window is counted."""
+    """Eight connections ask as fast as they can, on the real clock. Afterwards every window is counted."""
     speed, seconds = 60.0, 4.0  # a window takes a second
     workspace = str(uuid.uuid4())
     with psycopg.connect(stack.database_url(), autocommit=True) as owner:

@@ -1,4 +1,4 @@
-"""Every kind of trouble that a tenant can make (`lab.chaos.hostilities`), beside a tenant that only uploads.
+"""Every kind of trouble that a tenant can make (`lab.chaos.hostilities`), while another tenant only uploads.
 
 While it lasts, the quiet tenant's images are tagged, single calls and a batch. When it is over, everything has ended as
 the ledger says: an image that was refused has failed alone with `not_stored`, and the others are tagged and paid for once.
@@ -44,7 +44,7 @@ PATIENCE = 60.0  # seconds; only a broken promise takes so long
 
 @dataclass
 class Street:
-    """A project with its workers, and drawings for as many tenants as a test needs."""
+    """A project with its workers, and with drawings for as many tenants as a test needs."""
 
     project: Project
     crew: Crew
@@ -65,11 +65,11 @@ class Street:
         return int(count) == len(assets)
 
     async def asked(self) -> bool:
-        """Whether a single call is under way."""
+        """Whether a single call is in flight."""
         return self.project.stack.simulator.in_flight > 0
 
     async def ended(self, after: str) -> None:
-        """Everything ends, and the auditor finds nothing."""
+        """Waits until everything has ended, and checks that the auditor finds nothing."""
 
         async def idle() -> bool:
             return not await self.project.live() and not self.project.stack.simulator.files
@@ -79,7 +79,7 @@ class Street:
 
 
 class Streets:
-    """The running street; the next test gets a new one when a test has failed."""
+    """Keeps one street running. After a failed test, the next one gets a new street."""
 
     def __init__(self, server: LocalPostgres, forks: Forks, log: Path) -> None:
         self._server, self._forks, self._log = server, forks, log
@@ -88,7 +88,7 @@ class Streets:
 
     @contextlib.asynccontextmanager
     async def visit(self) -> AsyncIterator[Street]:
-        """The street, for one test."""
+        """Lends the street to one test."""
         street = self._street = self._street or await self._build()
         try:
             yield street
@@ -97,7 +97,7 @@ class Streets:
             raise
 
     async def close(self) -> None:
-        """Ends what runs."""
+        """Stops the street."""
         self._street = None
         await self._open.aclose()
 

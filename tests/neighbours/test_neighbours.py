@@ -1,4 +1,4 @@
-"""What one tenant's transactions, triggers, constraints and connections do stays that tenant's affair.
+"""One tenant's transactions, triggers, constraints and connections affect no other tenant.
 
 Each test has two workspaces, a real worker process and one kind of trouble that comes from the first workspace. The second one's
 images are tagged all the same, the first one's other images too, an image that cannot be stored fails alone, and the provider
@@ -39,7 +39,7 @@ def neighbour(stack: Stack) -> Library:
 
 @contextlib.contextmanager
 def holding(library: Library, statement: str, *arguments: object) -> Iterator[psycopg.Connection[Any]]:
-    """A transaction of the project's owner that has run a statement and stays open."""
+    """Runs a statement as the project's owner in a transaction that stays open."""
     with psycopg.connect(library.stack.database_url()) as connection:
         connection.execute(statement, arguments)  # type: ignore[arg-type]
         yield connection
@@ -48,7 +48,7 @@ def holding(library: Library, statement: str, *arguments: object) -> Iterator[ps
 
 @contextlib.asynccontextmanager
 async def working(library: Library, **environment: str) -> AsyncIterator[None]:
-    """A worker process that has to be alive at the end."""
+    """Runs a worker process, which must still be alive at the end."""
     async with worker_process({**library.stack.worker_environment(), **environment}) as process:
         yield
         assert process.is_alive(), "the worker has died"
@@ -59,12 +59,12 @@ def stages(library: Library) -> dict[str, str]:
 
 
 def all_but(library: Library, *left: str) -> bool:
-    """Whether every image of a workspace is tagged but these."""
+    """Whether every image of a workspace except these is tagged."""
     return all(stage == "completed" for asset, stage in stages(library).items() if asset not in left)
 
 
 def named(library: Library) -> set[str]:
-    """The images that messages of the workspace's topic have named."""
+    """The images that messages on the workspace's topic have named."""
     rows = library.sql("select payload -> 'asset_ids' as assets from realtime.messages where event like 'job-%%'")
     return {asset for row in rows for asset in row["assets"] or ()}
 
@@ -108,7 +108,7 @@ async def test_an_open_enqueue_holds_up_nothing_that_was_there_before(library: L
 
 
 async def test_a_submitted_batch_is_shown_once_nobody_holds_its_upload(library: Library) -> None:
-    """A page knows of a changed row by the message that names it, and OpenAI may take hours before the next one."""
+    """A page learns of a changed row only by the message that names it, and the next message may be hours away."""
     stack = library.stack
     stack.simulator.plan.batch_latency = (3600.0, 3600.0)
     job = library.enqueue(await library.upload(60))
@@ -195,14 +195,15 @@ async def test_an_image_whose_tags_are_refused_fails_alone(
 
 
 def described(library: Library) -> str:
-    """What describe_assets() returns."""
+    """The columns that describe_assets() returns."""
     [row] = library.sql("select pg_get_function_result('autotag.describe_assets'::regproc) as type")
     return str(row["type"])
 
 
 @pytest.mark.parametrize("images", [8, 60], ids=["single calls", "batch"])
 async def test_an_image_whose_row_cannot_be_read_ends_alone(library: Library, neighbour: Library, images: int) -> None:
-    """A damaged page of the table, a view that raises, an adapter that is being changed: that may pass, but it need not."""
+    """The cause may be a damaged page of the table, a view with an error, or an adapter that is being changed. It may
+    pass or stay."""
     library.stack.configure(max_failures="3")
     assets, others = await library.upload(images), await neighbour.upload(8, seed=2)
     jobs = library.enqueue(assets), neighbour.enqueue(others)
@@ -233,7 +234,7 @@ async def test_an_image_whose_row_cannot_be_read_ends_alone(library: Library, ne
 
 
 def end_sessions(library: Library) -> None:
-    """A function that ends the session that calls it, as a damaged row does that crashes the server process."""
+    """Creates a function that ends the calling session, like a damaged row that crashes the server process."""
     with psycopg.connect(library.stack.database_url("supabase_admin"), autocommit=True) as admin:
         admin.execute("""
             create sequence public.ended;
@@ -247,7 +248,7 @@ def end_sessions(library: Library) -> None:
 
 
 def end_sessions_of_updates(library: Library, when: str) -> None:
-    """An update of a row ends its session where this condition on ``new`` holds."""
+    """Ends the session of every update of a row for which this condition on ``new`` is true."""
     end_sessions(library)
     library.sql(f"""
         create function public.be_deadly() returns trigger language plpgsql as $$
@@ -265,7 +266,8 @@ def ended_sessions(library: Library) -> int:
 
 
 async def test_a_row_whose_stage_ends_the_session_ends_few(library: Library) -> None:
-    """The stage of its batch is left out then. The batch lasts long enough for many more tries."""
+    """After a few lost sessions, the stage of the batch is left out. The batch lasts long enough for many more
+    tries."""
     library.stack.simulator.plan.batch_latency = (8.0, 8.0)
     assets = await library.upload(60)
     end_sessions_of_updates(library, f"new.id = '{assets[30]}' and new.tagging_stage in ('submitted', 'processing')")
@@ -280,7 +282,8 @@ async def test_a_row_whose_stage_ends_the_session_ends_few(library: Library) -> 
 async def test_an_image_whose_row_ends_the_session_fails_alone(
     library: Library, neighbour: Library, images: int
 ) -> None:
-    """Each time its outcome is written, the connection is lost: that is not the network."""
+    """The connection is lost each time the image's outcome is written. The worker notices that the network is not the
+    cause."""
     assets, others = await library.upload(images), await neighbour.upload(images, seed=2)
     end_sessions_of_updates(library, f"new.id = '{assets[2]}' and new.tagging_stage in ('completed', 'failed')")
     jobs = library.enqueue(assets), neighbour.enqueue(others)
@@ -474,7 +477,7 @@ async def test_an_old_snapshot_does_not_ask_again(library: Library) -> None:
 
 
 async def test_automatic_mode_takes_no_harm_from_a_row_that_refuses(library: Library, neighbour: Library) -> None:
-    """A row that may not become `queued` makes neither the claim of others nor the host's own INSERT fail."""
+    """A row that cannot become `queued` fails neither the claims of others nor the host's own INSERT."""
     library.stack.configure(upload_quiet="0.1 s")
     library.sql("select autotag.set_automatic(true)")
     library.sql(f"""
@@ -495,7 +498,7 @@ async def test_automatic_mode_takes_no_harm_from_a_row_that_refuses(library: Lib
 
 
 async def test_automatic_mode_goes_on_where_a_row_ends_the_session(library: Library, neighbour: Library) -> None:
-    """A row ends the session of whoever writes `queued` to it: that upload begins without it."""
+    """A row ends every session that writes `queued` to it. Its upload is tagged without that stage."""
     library.stack.configure(upload_quiet="0.1 s")
     library.sql("select autotag.set_automatic(true)")
     end_sessions_of_updates(
@@ -513,7 +516,7 @@ async def test_automatic_mode_goes_on_where_a_row_ends_the_session(library: Libr
 
 @pytest.mark.parametrize("statement", ["autotag.claim(", "autotag.settle(", "autotag.report_stages("])
 async def test_a_reply_that_is_lost_loses_no_image(library: Library, neighbour: Library, statement: str) -> None:
-    """The statement has been committed, and the connection breaks before the worker learns what it said."""
+    """A statement is committed, but the connection breaks before the worker gets the reply."""
     assets, others = await library.upload(8), await neighbour.upload(8, seed=2)
     jobs = library.enqueue(assets), neighbour.enqueue(others)
     stack = library.stack
@@ -531,7 +534,8 @@ async def test_a_reply_that_is_lost_loses_no_image(library: Library, neighbour: 
 
 
 async def test_an_answer_that_waits_to_be_stored_is_not_asked_again(library: Library) -> None:
-    """A claim's reply is lost while answers wait: what the worker releases then are not the images with an answer."""
+    """A claim's reply is lost while answers wait. The worker then releases the images of that claim, but not those with
+    an answer."""
     first, second = await library.upload(4), await library.upload(4, seed=2)
     stack = library.stack
     proxy = Proxy(stack.database_url())
@@ -550,7 +554,8 @@ async def test_an_answer_that_waits_to_be_stored_is_not_asked_again(library: Lib
 
 
 async def test_realtime_that_raises_takes_no_tags_with_it(library: Library) -> None:
-    """`realtime.send` raises, for example where today's partition is missing."""
+    """`realtime.send` raises an error, for example because today's partition is missing. The tags are stored in any
+    case."""
     with psycopg.connect(library.stack.database_url("supabase_admin"), autocommit=True) as admin:
         admin.execute("""
             create or replace function realtime.send(payload jsonb, event text, topic text, private boolean default true)
@@ -568,7 +573,8 @@ async def test_realtime_that_raises_takes_no_tags_with_it(library: Library) -> N
 
 @pytest.mark.parametrize("images", [4, 60], ids=["single calls", "batch"])
 async def test_a_picture_that_was_replaced_meanwhile_is_tagged_again(library: Library, images: int) -> None:
-    """The row names another file while its old one is with the provider: the old picture's tags are not the new one's."""
+    """The row names another file while the provider has the old one. The old picture's tags are not stored, and the new
+    picture is tagged."""
     assets = await library.upload(images)
     [(path, drawing)] = await library.upload_files(1, seed=9)
     library.stack.simulator.plan.latency = (1.0, 1.5)

@@ -33,7 +33,8 @@ DOCKERFILE = (DEPLOY / "Dockerfile").read_text().replace("\\\n", " ")
 
 
 def test_what_the_image_is_built_from_makes_a_worker_that_starts(tmp_path: Path) -> None:
-    """The Dockerfile's own COPY lines, in a folder without anything else of this repository."""
+    """Copies the files of the Dockerfile's COPY lines into an empty folder, installs from there, and imports the
+    worker."""
     source, site = tmp_path / "src", tmp_path / "site"
     seen = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     _, build, _ = DOCKERFILE.split("\nFROM ")
@@ -126,7 +127,7 @@ CONTAINER = POD["containers"][0]
 
 
 def unit() -> dict[str, list[str]]:
-    """What the unit says of its service: the values of each key, in order."""
+    """The keys of the systemd unit's section [Service], each with its values in order."""
     told = defaultdict(list)
     section = (DEPLOY / "autotag-worker@.service").read_text().split("[Service]\n", 1)[1].split("\n[Install]")[0]
     for line in section.splitlines():
@@ -249,7 +250,7 @@ def test_secrets_are_files_and_not_in_any_environment() -> None:
 
 
 def lets_out(address: str, port: int) -> bool:
-    """Whether the NetworkPolicy lets a worker connect there."""
+    """Whether the NetworkPolicy lets a worker connect to this address and port."""
     target = ipaddress.ip_address(address)
     for rule in MANIFESTS["NetworkPolicy"]["spec"]["egress"]:
         if port in [p["port"] for p in rule["ports"]]:
@@ -304,7 +305,7 @@ exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs "$@"
 
 @pytest.fixture
 def view() -> list[str]:
-    """What runs a command in a view of the file systems of its own."""
+    """The command that runs another one with a view of the file systems of its own."""
     unshare = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--user", "--map-root-user"])]
     if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
         skip("no mount namespace can be made here")

@@ -1,5 +1,5 @@
-"""What an operator sees of a worker: logs without secrets, metrics that agree with the provider's book, health that
-means it, and traces from the request to the broadcast."""
+"""A worker for its operator: logs without secrets, metrics that agree with the simulator's records, reliable health,
+and traces from the request to the broadcast."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DASHBOARD = ROOT / "deploy" / "grafana-dashboard.json"
 
 
 async def scrape(url: str) -> dict[tuple[str, ...], float]:
-    """Samples by name and label values."""
+    """The samples of the metrics, by name and label values."""
     async with httpx.AsyncClient() as client:
         answer = await client.get(f"{url}/metrics")
     assert answer.status_code == 200, answer.text
@@ -45,7 +45,8 @@ async def status(url: str) -> tuple[int, str | None]:
 
 
 async def test_a_run_says_everything_and_gives_nothing_away(library: Library, tmp_path: Path) -> None:
-    """Single calls and a batch, with failures of every kind: one process, its log read and its metrics compared."""
+    """A worker process sends single calls and a batch with failures of every kind. Its log is read, and its metrics are
+    compared."""
     stack, port = library.stack, free_port()
     url = f"http://127.0.0.1:{port}"
     few, many = await library.upload(12), await library.upload(60, seed=2)

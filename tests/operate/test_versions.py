@@ -1,4 +1,5 @@
-"""Worker and schema of different versions say what they need and stop; work in flight goes on with the ones that fit."""
+"""A worker and a schema of different versions report what they need, and the worker stops. Work in flight goes on with
+a fitting worker."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from support import PATIENCE, Library, answered_pictures, audit, until, worker, 
 
 
 def upgrade(stack: Stack, version: str) -> None:
-    """What the last migration of a release does."""
+    """Sets the schema's version, as the last migration of a release does."""
     with psycopg.connect(stack.database_url(), autocommit=True) as owner:
         owner.execute(
             "create or replace function autotag.schema_version() returns text language sql immutable parallel safe"
@@ -52,7 +53,7 @@ async def test_a_patch_release_fits(library: Library) -> None:
 
 
 async def test_an_upgrade_with_work_in_flight_loses_nothing(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The old worker finishes what it has in hand and stops by itself; the new one does the rest."""
+    """The old worker finishes what it holds and stops by itself. The new one does the rest."""
     stack = library.stack
     stack.configure(chunk_delay="0.5 s", realtime_requests_per_minute=1000, realtime_tokens_per_minute=10**8)
     stack.simulator.plan.latency = (0.3, 0.5)
@@ -75,8 +76,8 @@ async def test_an_upgrade_with_work_in_flight_loses_nothing(library: Library, mo
 
 @pytest.mark.long
 async def test_a_rolling_restart_under_load_loses_nothing_and_delays_nobody(library: Library) -> None:
-    """Three processes, each replaced by a new one while uploads come in: no image fails, none is asked twice, and none
-    waits for a lease to run out."""
+    """Each of three processes is replaced while uploads arrive: no image fails, is requested twice, or waits for a
+    lease to end."""
     stack = library.stack
     stack.configure(
         realtime_requests_per_minute=10_000, realtime_tokens_per_minute=10**8, chunk_delay="0.1 s", lease="10 min"
@@ -88,7 +89,7 @@ async def test_a_rolling_restart_under_load_loses_nothing_and_delays_nobody(libr
     jobs: list[dict[str, Any]] = []
 
     async def enqueue_steadily() -> None:
-        """The next upload comes when most of those before it have their tags, so that there is always work."""
+        """Starts the next upload when most images of the earlier ones are tagged, so that there is always work."""
         for number, assets in enumerate(uploads):
             await until(lambda n=number: len(answered_pictures(stack)) >= 8 * (n - 1), "tags")  # type: ignore[misc]
             jobs.append(await asyncio.to_thread(library.enqueue, assets))

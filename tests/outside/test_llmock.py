@@ -1,4 +1,4 @@
-"""llmock (https://pypi.org/project/llmock) breaks its answers at random and judges how its client tried again.
+"""llmock (https://pypi.org/project/llmock) breaks answers at random and judges how its client retries.
 
 Its verdict is an opinion from outside: attempts are the same call when their bodies are equal, and the waits between
 them are measured at the server. `report --strict` fails on
@@ -42,7 +42,7 @@ LLMOCK_TAG, LLMOCK_CAPTION = "mock-tag", "mock-caption"  # what it makes of our 
 
 @contextlib.asynccontextmanager
 async def llmock(seed: int, log: Path, *options: str) -> AsyncIterator[str]:
-    """A real ``llmock serve`` on a port of its own; its URL."""
+    """Starts a real ``llmock serve`` on a port of its own, and yields its URL."""
     port = free_port()
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
@@ -68,7 +68,7 @@ def is_up(url: str) -> bool:
 
 
 async def journal(url: str) -> list[dict[str, Any]]:
-    """Every request that llmock has had, as it remembers them (its last 10,000)."""
+    """All requests that llmock has recorded (it keeps the last 10,000)."""
     async with httpx.AsyncClient(timeout=PATIENCE) as client:
         answer = await client.get(f"{url}/_llmock/requests")
     requests: list[dict[str, Any]] = answer.json()["requests"]
@@ -76,7 +76,7 @@ async def journal(url: str) -> list[dict[str, Any]]:
 
 
 async def strict_report(url: str) -> tuple[int, str]:
-    """What ``llmock report --strict`` exits with, and says."""
+    """The exit code and the output of ``llmock report --strict``."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "llmock.cli", "report", "--strict", "--url", url,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
@@ -86,7 +86,7 @@ async def strict_report(url: str) -> tuple[int, str]:
 
 
 async def upload_everything(stack: Stack) -> list[tuple[Library, list[str], dict[str, Any]]]:
-    """Uploads of several workspaces at a time. No two pictures are equal, so no two calls are."""
+    """Uploads to several workspaces at a time. All pictures differ, so all calls do."""
     drawings = list(draw(WORKSPACES * IMAGES, seed=3))
     uploads = []
     for number in range(WORKSPACES):
@@ -101,7 +101,7 @@ async def upload_everything(stack: Stack) -> list[tuple[Library, list[str], dict
 async def test_a_stranger_finds_no_fault_with_how_calls_are_tried_again(
     stack: Stack, tmp_path: Path, seed: int
 ) -> None:
-    """15 % 429, 10 % 500, 10 % 503 and 3 % 408: every image is tagged, and the strict verdict is clean."""
+    """With 15 % 429, 10 % 500, 10 % 503 and 3 % 408, every image is tagged, and the strict report has no complaint."""
     stack.configure(
         realtime_requests_per_minute=1000, realtime_tokens_per_minute=10_000_000, chunk_delay="0.1 s", retry_delay="4 s",
         max_failures=20, min_output_tokens=400, max_output_tokens=400,  # learning would change the body of a second try
@@ -133,7 +133,7 @@ async def test_a_stranger_finds_no_fault_with_how_calls_are_tried_again(
 
 
 def waits(requests: list[dict[str, Any]]) -> str:
-    """Of each call that failed, one line: status and Retry-After of each attempt, and the seconds until the next."""
+    """A line for each call that failed: status and Retry-After of each attempt, and the seconds until the next."""
     calls: dict[str, list[dict[str, Any]]] = {}
     for request in requests:
         calls.setdefault(request["fingerprint"], []).append(request)

@@ -46,7 +46,7 @@ def assert_nothing(findings: list[str]) -> None:
 
 
 def outsiders(scene: Scene, caller: str) -> list[Attempt]:
-    """What somebody tries who has nothing to do with the victim's workspace."""
+    """Attempts of a caller who has nothing to do with the victim's workspace."""
     kinds = (api.rpcs, api.rows, api.storage, api.tokens, topics.private_topics, api.statements)
     return [attempt for kind in kinds for attempt in kind(scene, caller)]
 
@@ -63,7 +63,8 @@ async def test_outsiders(scene: Scene, caller: str) -> None:
 
 
 async def test_a_member(scene: Scene) -> None:
-    """Who may use five images a day gets five, whatever they try, by the provider's book too."""
+    """A member with a quota of five images a day gets no more than five, also by the calls that the provider has
+    recorded."""
     assets = await member.furnish(scene)
     member.take_announcements(scene)
     before = scene.snapshot("member")
@@ -113,7 +114,7 @@ async def idle(scene: Scene) -> None:
 
 
 def log_findings(log: Path, most: int) -> list[str]:
-    """What should not stand in a log."""
+    """Lines that should not be in a log, and a log that is too long."""
     text = log.read_bytes()
     found = [f"log: {len(text):,} bytes"] if len(text) > most else []
     found += [f"log: {line[:300]!r}" for line in text.splitlines() if not _is_event(line)]
@@ -151,14 +152,14 @@ async def test_the_ports(scene: Scene, served: port.Ports, tmp_path: Path) -> No
 
 
 async def test_the_public_topic(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is said there reaches who listens there, as text, and nothing else."""
+    """Messages on the public topic reach its listeners as text, and have no other effect."""
     attempts = broadcaster.attempts(scene)
     assert len(attempts) >= LEAST
     assert_nothing(await watched(scene, attempts, capsys, 1000))
 
 
 async def watched(scene: Scene, attempts: list[Attempt], capsys: pytest.CaptureFixture[str], least: int) -> list[str]:
-    """What `autotag watch` shows while all this is said; and what else it brings about."""
+    """Makes the attempts while `autotag watch` runs. Returns everything wrong in its output, and every other effect."""
     told: list[dict[str, Any]] = []
 
     def show(topic: str, event: str, payload: dict[str, Any]) -> None:
@@ -197,7 +198,7 @@ async def watched(scene: Scene, attempts: list[Attempt], capsys: pytest.CaptureF
 
 
 async def test_an_uploader(scene: Scene, tmp_path: Path) -> None:
-    """Each hostile upload ends with a sentence of its own, and everybody else's pictures get their tags meanwhile."""
+    """Each hostile upload ends with the expected sentence, and everybody else's pictures get their tags meanwhile."""
     uploads, stack = uploader.Uploads(), scene.stack
     await uploads.insert(scene)
     widen(stack)
@@ -229,13 +230,14 @@ async def test_an_uploader(scene: Scene, tmp_path: Path) -> None:
 
 
 def enqueue_all(scene: Scene, assets: list[str]) -> None:
-    """As automatic mode does: `enqueue_tagging` refuses rows that name somebody else's file."""
+    """Enqueues like automatic mode, because `enqueue_tagging` refuses rows that name another user's file."""
     member = scene.member.member
     scene.member.sql("select autotag.start_job(%s, %s, %s::uuid[])", member.workspace, member.user, assets)
 
 
 async def test_a_user_calls_by_sql_what_stands_behind_the_rpcs(scene: Scene) -> None:
-    """Over the API nobody reaches the schema autotag. Whoever did would be told whose an image is all the same."""
+    """The API does not expose the schema autotag. But even a direct call of its functions does not accept another
+    workspace's images."""
     foreign = whose.insert(scene, foreign_ways(scene)[:6])
     attempts = api.behind(scene, "neighbour", list(foreign.values()))
     before = scene.snapshot("neighbour")
@@ -257,7 +259,7 @@ def foreign_ways(scene: Scene) -> list[whose.Way]:
 
 
 def odd_ways(scene: Scene) -> list[whose.Way]:
-    """Those whose names are not just the file's."""
+    """The ways that do not name the file by its ordinary name."""
     return [way for way in whose.ways(scene) if way.name not in ("itself", "in its own bucket")]
 
 
@@ -269,7 +271,8 @@ async def test_a_row_that_names_anothers_file_is_refused(scene: Scene) -> None:
 
 
 async def test_a_row_that_names_anothers_file_later_is_not_tagged(scene: Scene) -> None:
-    """It names its own when it is enqueued, and another's when the worker asks where the image is."""
+    """A row names a file of its own workspace when it is enqueued, and another workspace's file when the worker asks
+    for its location."""
     foreign = foreign_ways(scene)
     own = scene.neighbour
     assets = own.insert([f"{own.member.workspace}/{i}.jpg" for i in range(len(foreign))])
@@ -282,7 +285,7 @@ async def test_a_row_that_names_anothers_file_later_is_not_tagged(scene: Scene) 
 
 
 async def test_odd_names_lead_to_nobody_elses_file(scene: Scene) -> None:
-    """Whatever the rule of whose a file is, here none: only its very name leads to it."""
+    """Even without the file rule, an odd spelling of a file's name does not lead to that file."""
     [told] = scene.neighbour.sql("select pg_get_functiondef('autotag.describe_assets'::regproc) as code")
     rule = "f.bucket in ('assets') and starts_with(f.path, a.workspace_id::text || '/')"
     assert rule in told["code"]
@@ -295,7 +298,8 @@ async def test_odd_names_lead_to_nobody_elses_file(scene: Scene) -> None:
 
 
 async def stolen_tags(scene: Scene) -> list[str]:
-    """What a worker stores in the neighbour's rows of the victim's picture."""
+    """Runs a worker, and returns the neighbour's rows in which it has stored tags, that is tags of the victim's
+    picture."""
     async with worker(scene.stack, image_hosts=frozenset({"127.0.0.1", "localhost"})):
         await idle(scene)
     rows = scene.neighbour.assets().values()

@@ -1,4 +1,4 @@
-"""An image whose row the caller cannot read is none to them, whatever hides it: the project's own policies decide."""
+"""An image whose row the caller cannot read does not exist for them. The project's own policies decide."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def test_a_policy_that_raises_is_one_clear_refusal(library: Library) -> None:
 
 
 def test_a_policy_of_files_that_raises_tells_nothing(library: Library) -> None:
-    """Rows are asked before files, so a hidden image is none; and the error does not have its text, which can name any file."""
+    """Rows are checked before files, so a hidden image looks like a missing one. The message leaves out the error's
+    text, because that can name any file."""
     shown, hidden = library.insert(["seen.jpg", "hidden.jpg"])
     missing = shown.translate(str.maketrans("0123456789abcdef", "123456789abcdef0"))
     library.sql("insert into storage.objects (bucket_id, name) select 'assets', storage_path from public.assets")

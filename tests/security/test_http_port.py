@@ -1,4 +1,4 @@
-"""Whoever can reach a worker's ports can neither keep health checks waiting nor fill the disk with logs.
+"""A client of a worker's ports can neither delay health checks nor fill the disk with logs.
 
 The load is 1,000 connections that send a byte a second, each opened again when it is closed, beside 100 requests of rubbish
 a second; the worker may have 1,024 files open, as processes usually may.
@@ -77,7 +77,7 @@ async def _started(port: int) -> None:
 
 
 async def exchange(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
-    """What comes back to these bytes until the server closes, or nothing more comes."""
+    """Sends these bytes, and returns what comes back until the server closes the connection or sends nothing more."""
     reader, writer = await asyncio.open_connection(HOST, port)
     answer = b""
     try:
@@ -171,7 +171,7 @@ async def test_what_no_port_takes(served: tuple[int, int], port: str, parts: tup
 
 @pytest.fixture
 async def served(caplog: pytest.LogCaptureFixture) -> AsyncIterator[tuple[int, int]]:
-    """Both applications inside the test; nothing may escape them."""
+    """Runs both applications inside the test. No exception may leave them."""
     async with _served() as ports:
         yield ports
     # uvicorn logs even an answer that it cancels at the end.
@@ -248,7 +248,7 @@ async def test_garbage_after_an_answer_is_no_error_of_ours(served: tuple[int, in
 
 
 async def test_chunks_of_one_byte_end_the_connection(served: tuple[int, int]) -> None:
-    """64 KB of them would cost 0.3 s of processor time."""
+    """The server ends such a connection, because 64 KB in chunks of one byte would take 0.3 s of processor time."""
     reader, writer = await asyncio.open_connection(HOST, served[1])
     writer.write(CHUNKED + b"1\r\nx\r\n" * 1000)
     async with asyncio.timeout(1):

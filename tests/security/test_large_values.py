@@ -1,4 +1,4 @@
-"""Members write the rows: a value of many megabytes costs the member's image, and nobody else anything."""
+"""Members may write values of many megabytes into rows. Only their own images fail because of that."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ LONGEST = {"image_url": 8192, "storage_path": 1024, "storage_bucket": 100}
 
 
 def drop_index(library: Library) -> None:
-    """The stand-alone tables have an index on files, which refuses large values; other projects have none."""
+    """Drops the index on files, which refuses large values. Only the stand-alone tables have it, other projects do
+    not."""
     with psycopg.connect(library.stack.database_url(), autocommit=True) as owner:
         owner.execute("drop index public.assets_file_idx")
 
 
 def row(library: Library, **columns: str | None) -> str:
-    """A row of the workspace, whose values are made in the database, so that no test sends megabytes."""
+    """Inserts a row of the workspace. The database makes its values, so that no test sends megabytes."""
     columns = {"storage_path": f"{library.member.workspace}/{uuid.uuid4()}.jpg", **columns}
     [made] = library.sql(
         f"insert into public.assets (workspace_id, {', '.join(columns)}) values (%s{', %s' * len(columns)})"
@@ -40,7 +41,7 @@ def grow(library: Library, asset: str, column: str) -> None:
 
 
 def claim(library: Library, slots: int = 256) -> list[dict[str, Any]]:
-    """Registers a worker, which claims; a claim that reads a large value does not end in time."""
+    """Registers a worker and claims. A claim that read a large value would exceed the timeout."""
     with connected(library.stack.database_url(WORKER_ROLE)) as login:
         login.execute("set statement_timeout = '2s'")
         login.execute("select autotag.register_worker(%s, 'h', autotag.schema_version(), true)", (WORKER,))
@@ -74,7 +75,7 @@ def test_a_location_that_is_too_long_is_not_enqueued(library: Library, column: s
 
 @pytest.mark.parametrize("column", LONGEST)
 def test_a_row_that_grew_after_the_upload_harms_nobody_else(library: Library, column: str) -> None:
-    """The claim neither reads the value nor hands it out."""
+    """The claim neither reads the large value nor returns it to the worker."""
     drop_index(library)
     neighbour = Library(library.stack, library.stack.add_member())
     value = {"image_url": "https://example.com/", "storage_bucket": "assets"}.get(column)
@@ -104,7 +105,8 @@ def test_no_function_of_the_adapter_reads_a_value_that_is_too_long(library: Libr
 
 
 async def test_a_large_value_fails_its_image_with_a_sentence(library: Library) -> None:
-    """In automatic mode, where nobody calls enqueue_tagging."""
+    """In automatic mode, enqueue_tagging cannot refuse a URL that is too long. The image fails with a sentence, and the
+    others are tagged."""
     library.stack.configure(upload_quiet="0.1 s")
     library.sql("select autotag.set_automatic(true)")
     files = await library.upload_files(2)

@@ -37,7 +37,7 @@ def rows(stack: Stack, statement: str) -> list[dict[str, Any]]:
 
 
 def test_functions(stack: Stack) -> None:
-    """Overloads share a decision; both ways: nothing undecided, nothing decided that is not there."""
+    """Every function has a decision, and every decision a function. Overloads share a decision."""
     found: dict[str, set[str]] = {}
     for row in rows(stack, """
         select n.nspname || '.' || p.proname as name, array_remove(array[
@@ -55,7 +55,7 @@ def test_functions(stack: Stack) -> None:
 
 
 def test_users_reach_autotag_only_by_the_wrappers(stack: Stack) -> None:
-    """What users may execute in autotag is just what stands in a public wrapper, and what policies ask."""
+    """In the schema autotag, users may execute only functions that a public wrapper calls, and functions in policies."""
     wrapped: set[str] = set()
     for row in rows(stack, """select p.prosrc, p.prosecdef, has_function_privilege('authenticated', p.oid, 'execute') as users
                               from pg_proc p where p.pronamespace = 'public'::regnamespace"""):  # fmt: skip
@@ -115,7 +115,7 @@ def test_tables_and_sequences(stack: Stack) -> None:
 
 
 def act_as(stack: Stack, caller: str, member: str, stranger: str) -> psycopg.Connection[Any]:
-    """A connection in the name of a caller, as PostgREST (or a worker) has it."""
+    """A connection with the role and claims of a caller, as PostgREST (or a worker) would have it."""
     if caller == "worker":
         return psycopg.connect(stack.database_url(WORKER_ROLE))
     connection = psycopg.connect(stack.database_url("authenticator"))
@@ -224,7 +224,7 @@ def test_a_member_adds_only_rows_that_name_their_own_folder(library: Library, st
 
 
 def test_the_workers_login_is_nothing_but_autotag_worker(stack: Stack) -> None:
-    """The login that runs the main job in every test of this suite."""
+    """The login with which every test of this suite runs workers has only the role autotag_worker."""
     [login] = rows(stack, f"""
         select r.rolsuper, r.rolcreaterole, r.rolcreatedb, r.rolbypassrls, array(
           select m.roleid::regrole::text from pg_auth_members m where m.member = r.oid) as roles
@@ -239,7 +239,7 @@ def test_the_workers_login_is_nothing_but_autotag_worker(stack: Stack) -> None:
 
 
 async def join(stack: Stack, token: str, topic: str, *, private: bool) -> tuple[Any, str]:
-    """A websocket, and the status of its join."""
+    """Joins a topic. Returns the websocket, and the status of the join."""
     base = stack.supabase_url.replace("http", "ws")
     socket = await connect(f"{base}/realtime/v1/websocket?apikey={stack.anon_key}&vsn=2.0.0")
     config = {"private": private, "broadcast": {"ack": True, "self": False}}
@@ -268,7 +268,7 @@ async def test_each_topic_for_each_caller(library: Library) -> None:
 
 
 async def test_members_cannot_speak_in_autotags_name(library: Library) -> None:
-    """A member may listen to the private topic, and what they send there reaches nobody."""
+    """A member may listen to the private topic, but messages that they send there reach nobody."""
     stack, topic = library.stack, f"tagging:{library.member.workspace}"
     listener, _ = await join(stack, library.member.token, topic, private=True)
     speaker, _ = await join(stack, library.member.token, topic, private=True)
@@ -288,7 +288,7 @@ async def test_members_cannot_speak_in_autotags_name(library: Library) -> None:
 
 
 async def test_the_main_job_works_with_the_workers_login_alone(library: Library) -> None:
-    """All lanes, with nothing but the grants of autotag_worker."""
+    """Single calls and batches work with no other privileges than those of autotag_worker."""
     assets = await library.upload(55)
     async with worker(library.stack):
         await library.finished(library.enqueue(assets))

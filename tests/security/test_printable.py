@@ -1,4 +1,4 @@
-"""What the database stores of anybody's text is what the worker would show of it."""
+"""The database stores texts from outside just as the worker would show them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOGETHER = 64  # characters of one text: a call for each of the 1.1 million take
 
 
 def test_every_character_is_printed_as_the_worker_prints_it(postgres: LocalPostgres) -> None:
-    """Those that no version of Unicode has given a meaning may also be kept: which ones that are changes every year."""
+    """Unassigned characters may also be kept, because which ones these are depends on the version of Unicode."""
     kept = 0
     with psycopg.connect(postgres.url()) as connection:
 

@@ -82,7 +82,7 @@ def test_a_workspace_of_others_looks_like_none(tenants: Tenants, function: str, 
 
 
 def test_images_of_three_workspaces_name_none_that_is_not_ours(tenants: Tenants) -> None:
-    """Ours is a member of two of them; the third decides, and is not named."""
+    """The caller is a member of two of the three workspaces. The refusal is about the third, and does not name it."""
     second = tenants.ours.stack.add_member()
     tenants.ours.sql("insert into public.workspace_members values (%s, %s)", second.workspace, tenants.ours.member.user)
     more = Library(tenants.ours.stack, second).insert([f"{uuid.uuid4()}.jpg"])
@@ -115,7 +115,7 @@ def test_a_failed_image_that_moved_to_others_is_not_retried_and_not_named(tenant
 
 
 def test_a_quota_that_others_filled_names_no_workspace(tenants: Tenants) -> None:
-    """A user's quota counts all workspaces; a member of one of them does not read which."""
+    """A user's quota counts all workspaces. Its refusal does not show a member which workspaces these are."""
     second = tenants.ours.stack.add_member()
     tenants.ours.sql("insert into public.workspace_members values (%s, %s)", second.workspace, tenants.ours.member.user)
     tenants.ours.sql("insert into autotag.quotas (scope, period, max_images) values ('user', 'day', 0)")

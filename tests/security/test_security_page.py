@@ -1,4 +1,4 @@
-"""What docs/security.md tells people to run does what it says."""
+"""The statements and commands in docs/security.md do what the page says."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE = (ROOT / "docs" / "security.md").read_text()
 
 
 def blocks(heading: str, language: str = "sql") -> list[str]:
-    """The code of a section, in order."""
+    """The blocks of code of a section, in order."""
     section = re.split(rf"^#+ {re.escape(heading)}$", PAGE, flags=re.MULTILINE)[1]
     return re.findall(rf"```{language}\n(.*?)```", re.split(r"^#+ ", section, flags=re.MULTILINE)[0], re.DOTALL)
 
@@ -62,7 +62,7 @@ def test_the_quotas_are_accepted(library: Library) -> None:
 
 
 def test_a_thousand_hints_are_two_refetches() -> None:
-    """The snippet as it stands, with a pause of 40 ms, under Node."""
+    """Runs the page's snippet under Node, with a pause of 40 ms."""
     (snippet,) = blocks("Realtime", "ts")
     function = snippet[snippet.index("function coalesce") : snippet.index("const refetchSoon")].replace(
         ": () => void", ""
@@ -86,7 +86,7 @@ def test_a_thousand_hints_are_two_refetches() -> None:
 
 
 def test_the_table_of_broadcasts_is_what_the_migrations_send() -> None:
-    """Every payload with its keys, both ways."""
+    """The page lists every event with all keys of its payload, and no others."""
     told = {
         (event, frozenset(re.findall(r"`(\w+)`", payload)))
         for event, payload in re.findall(r"^\|[^|]*\| `(\w+-\w+)` \| ([^|]*) \|$", PAGE, re.MULTILINE)

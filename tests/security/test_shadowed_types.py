@@ -1,4 +1,4 @@
-"""Nothing of a caller's runs as anybody else.
+"""No code of a caller runs with another login's rights.
 
 Whoever may create temporary objects can put types of their own, with a CHECK that calls their function, where a function
 looks for jsonb or uuid. This calls every function that a role may call, with every type of Postgres shadowed, and listens
@@ -47,7 +47,7 @@ def caller(library: Library, login: str, role: str | None) -> Iterator[psycopg.C
 
 
 def shadow_everything(connection: psycopg.Connection[Any]) -> list[str]:
-    """A domain in pg_temp in the place of each type; the types that could be shadowed."""
+    """Creates a domain in pg_temp with the name of each type. Returns the types for which that was possible."""
     connection.execute("""
         create function pg_temp.spy(p_type text) returns boolean language plpgsql as $$
         begin
@@ -73,7 +73,7 @@ def shadow_everything(connection: psycopg.Connection[Any]) -> list[str]:
 
 
 def callable_functions(connection: psycopg.Connection[Any]) -> list[tuple[str, dict[str, str]]]:
-    """The functions that this role may call, with the types of what they take, by name."""
+    """The functions that this role may call: name, and the types of the arguments by their names."""
     rows = connection.execute("""
         select p.oid::pg_catalog.regproc::pg_catalog.text, array(
           -- of an id, the type that its domain is made of
@@ -98,7 +98,7 @@ def callable_functions(connection: psycopg.Connection[Any]) -> list[tuple[str, d
 
 @dataclass(frozen=True)
 class Scene:
-    """What a worker holds, and an upload that has failed."""
+    """The things that a worker holds, and an upload that has failed."""
 
     library: Library
     asset: str
@@ -108,7 +108,7 @@ class Scene:
     task: dict[str, Any]
 
     def values(self, name: str, kind: str) -> list[Any]:
-        """Values that get a function to do something, for an argument."""
+        """Values for an argument with which a function does some work."""
         result = {"tags": ["x"], "confidence": {"x": 1}, "caption": "c", "model": "m"}
         report = {**self.task, "result": result, "usage": {"input": 10, "cached": 0, "output": 5}, "called": True}
         error = {"kind": "transient", "code": "x", "message": "m", "retry_after": 1}
@@ -133,8 +133,8 @@ WORKER = "00000000-0000-4000-8000-00000000000a"
 
 
 def call_everything(scene: Scene, connection: psycopg.Connection[Any]) -> tuple[int, set[str], list[str]]:
-    """Calls each function a few times with values that fit, each as if it were the first. How many functions there were,
-    which of them returned, and the errors of those that did not."""
+    """Calls each function a few times with fitting values, and undoes each call. Returns the number of functions, the
+    functions that returned, and the errors of the others."""
     functions = callable_functions(connection)
     returned: set[str] = set()
     errors: list[str] = []
@@ -153,7 +153,8 @@ def call_everything(scene: Scene, connection: psycopg.Connection[Any]) -> tuple[
 
 
 def schema(kind: str) -> str:
-    """Where a type is: the enums of public calls are in an exposed schema, which users cannot write to."""
+    """The schema of a type. The enums of public calls are in an exposed schema, in which users cannot create
+    anything."""
     return "public" if kind.startswith("tagging_") else "pg_catalog"
 
 
@@ -186,7 +187,8 @@ def set_the_scene(library: Library) -> Scene:
 
 
 def spied(library: Library, login: str, role: str | None) -> tuple[list[str], int, int, set[str]]:
-    """What the spy saw, of how many types and functions, and the functions that returned."""
+    """Calls everything. Returns the spy's messages, the number of shadowed types, the number of functions, and the
+    functions that returned."""
     scene = set_the_scene(library)
     seen: list[str] = []
     with caller(library, login, role) as connection:
@@ -207,7 +209,7 @@ def test_no_shadowed_type_runs_anything_as_somebody_else(library: Library, who: 
 
 
 def test_the_spy_sees_a_function_that_looks_in_pg_temp_first(library: Library) -> None:
-    """With the search_path that was there before, the same calls run the caller's code as the owner."""
+    """Proves that the spy works: with an empty search_path, the same calls run the caller's code as the owner."""
     functions = library.sql(
         "select p.oid::regprocedure::text as name from pg_proc p where pronamespace = 'autotag'::regnamespace"
     )

@@ -1,4 +1,4 @@
-"""Whoever has stolen a worker's login can waste what that login's worker holds, and nothing else.
+"""A stolen login of a worker can waste what that login's worker holds, and nothing else.
 
 Each function that ``autotag_worker`` may call is called with hostile values for each of its arguments, by a login that has a
 worker of its own beside another login's. After each call nothing of the other's has changed, what is stored is bounded and
@@ -42,7 +42,7 @@ DECISIONS = {
     "claim_batches": "gets batches that wait, and the look at the provider when it is due",
     "describe_tasks": "describes the images that it holds",
     "describe_brief": "says what the images that it holds are asked",
-    "report_unreadable": "counts a failure of images that it holds",
+    "report_unreadable": "adds a failure to images that it holds",
     "diagnose": "counts, names of logins, and one image that is not its own",
     "diagnose_write": "has one row written and taken back, as its report on a claimed image would write it",
     "files_deleted": "leaves files of batches that are over to expire at the provider",
@@ -102,7 +102,7 @@ class Scene:
     login: str | None = "?"  # what the session has become; "?": a rollback may have changed it
 
     def rows(self, statement: str, *arguments: object) -> list[dict[str, Any]]:
-        """As the superuser."""
+        """The rows of a statement that the superuser executes."""
         return self.rows_as(None, statement, *arguments)
 
     def rows_as(self, login: str | None, statement: str, *arguments: object) -> list[dict[str, Any]]:
@@ -128,7 +128,7 @@ class Scene:
         return next(iter(found[0].values())) if found else None
 
     def claim(self, login: str, worker: str, images: int) -> list[dict[str, Any]]:
-        """What a worker is told of the images that its next claim gives it."""
+        """The descriptions of the images that the worker's next claim gets."""
         number = self.value("select claim + 1 as n from autotag.workers where id = %s", worker)
         ids = self.as_(login, "select tasks from autotag.claim(%s, %s, %s)", worker, images, number)
         described: list[dict[str, Any]] = self.as_(login, "select autotag.describe_tasks(%s, %s)", worker, ids)
@@ -258,7 +258,7 @@ def reports(scene: Scene, worker: str) -> list[Any]:
 
 
 def seen(scene: Scene) -> list[Any]:
-    """What headers and looks at the provider may say."""
+    """Hostile values for reports about headers and about looks at the provider."""
     names = ("requests_limit", "requests_left", "tokens_limit", "tokens_left", "age", "retry_after", "sent", "sent_age")
     batches = [
         {"id": "batch_good", "status": status, "output_file_id": HOSTILE, "error_file_id": LONG, "total": number,
@@ -330,7 +330,8 @@ def granted(scene: Scene) -> list[tuple[str, list[str], list[str]]]:
 
 
 def attempts(scene: Scene, only: str | None) -> Iterator[Attempt]:
-    """Each hostile value of each argument beside what is right for the others, and the same in the other worker's name."""
+    """Calls of every granted function: each hostile value of one argument with valid values of the others; and calls in
+    the name of another login's worker."""
     for function, names, kinds in granted(scene):
         if only and function not in only.split():
             continue
@@ -369,7 +370,7 @@ def attempts(scene: Scene, only: str | None) -> Iterator[Attempt]:
 
 
 def of_others(scene: Scene) -> dict[str, Any]:
-    """All that is not the thief's, as it is."""
+    """The present state of everything that does not belong to the thief."""
     mine = scene.batch[scene.thief]
     return {
         "tasks": scene.rows("select to_jsonb(t) as row from autotag.tasks t where id = any (%s) order by id", scene.theirs),
@@ -395,7 +396,7 @@ def texts(scene: Scene) -> list[tuple[str, str, str]]:
 
 
 def wrong(scene: Scene, before: dict[str, Any], columns: list[tuple[str, str, str]]) -> str | None:
-    """What does not hold; None: everything does."""
+    """The first promise that an attempt has broken; None: none."""
     after = of_others(scene)
     for what, rows in after.items():
         if rows != before[what]:
@@ -523,7 +524,7 @@ def homes(scene: Scene, tasks: list[dict[str, Any]]) -> list[str]:
 
 
 def find(scene: Scene, only: str | None = None, naming: str | None = None, most: int = 5) -> tuple[list[str], int]:
-    """What attempts bring about that they should not, and how many attempts there were.
+    """Makes the attempts. Returns the promises that they have broken, and how many attempts there were.
 
     Args:
         scene: the scene.
@@ -578,7 +579,7 @@ def try_out(scene: Scene, attempt: Attempt, before: dict[str, Any], columns: lis
 
 
 def work_goes_on(scene: Scene) -> str | None:
-    """What is left undone or wrong when the good worker has done everything; None: nothing.
+    """Lets the good worker finish its work, and returns what is undone or wrong afterwards; None: nothing.
 
     That depends on all that is stored but the tags and the bill of what is done, the ids of webhooks and the words of
     errors; and of what is asked, on whether it is the good worker's. States that differ only there are tried once.
@@ -597,7 +598,7 @@ def work_goes_on(scene: Scene) -> str | None:
 
 
 def fingerprint(scene: Scene, without: tuple[str, ...] = (), of: Callable[[str], str] = lambda _: "t") -> str:
-    """Of all that is stored, or of all tables but some. of: the SQL that stands for a row of a table."""
+    """A hash of all tables except ``without``. of: the SQL that stands for a row of a table."""
     if not scene.tables:
         scene.tables = [row["name"] for row in scene.rows("""
           select oid::regclass::text as name from pg_class where relkind = 'r' and (relnamespace = 'autotag'::regnamespace
@@ -611,7 +612,7 @@ def fingerprint(scene: Scene, without: tuple[str, ...] = (), of: Callable[[str],
 
 
 def call(scene: Scene, attempt: Attempt) -> tuple[str, str | None]:
-    """What it answers; if it is refused, what is wrong with how ("": nothing): only an error of its own says what to do."""
+    """The function's answer, and what is wrong with the form of a refusal ("": nothing; None: it was not refused)."""
     try:
         with scene.connection.transaction():
             found = scene.rows_as(
@@ -649,7 +650,8 @@ def test_a_stolen_login_wastes_nothing_but_its_own(scene: Scene) -> None:
 
 
 def test_an_honest_call_is_told_where_its_images_lie(scene: Scene) -> None:
-    """So there is something to leak: what is not told to others is told to whoever holds it."""
+    """A worker learns the paths of the images that it holds. So there are secrets that the other tests could find in an
+    answer to the thief."""
     mine, theirs = (scene.batch[worker] for worker in (scene.thief, scene.good))
     images = scene.as_(THIEF_ROLE, "select autotag.batch_images(%s, %s, 1, 0, 1000)", scene.thief, mine)
     paths = {image["path"] for image in images}

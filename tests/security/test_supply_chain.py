@@ -1,4 +1,4 @@
-"""What is installed is what was looked at: every package by its hash, and nothing else."""
+"""Only reviewed packages are installed: every package is pinned by its hash."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ SETS = {
 
 
 def pins(name: str) -> list[Requirement]:
-    """What a file of requirements/ installs, with that of the file it begins with. Nothing but pins with hashes is in it."""
+    """The packages that a file of requirements/ installs, including those of the file that it begins with. Checks that
+    the file has only pinned versions with hashes."""
     found = []
     for entry in (ROOT / "requirements" / f"{name}.txt").read_text().replace("\\\n", " ").splitlines():
         if base := re.fullmatch(r"-r (\w+)\.txt", entry):
@@ -80,7 +81,7 @@ def test_these_tests_run_with_the_pinned_packages() -> None:
 
 
 def wheel(folder: Path, content: str) -> str:
-    """Makes a package tiny 1.0; its hash."""
+    """Makes a wheel of a package tiny 1.0, and returns its hash."""
     path = folder / "tiny-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("tiny.py", content)
@@ -92,7 +93,7 @@ def wheel(folder: Path, content: str) -> str:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment that has nothing but our own pip, to copy; installing one takes seconds."""
+    """A virtual environment with only our version of pip, to copy, because installing one takes seconds."""
     path = tmp_path_factory.mktemp("environment") / ".venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", path], check=True)
     [site] = path.glob("lib/*/site-packages")
@@ -137,7 +138,7 @@ def test_setup_refuses_a_package_that_was_changed(
 
 @pytest.mark.parametrize("function", ["auto_tag_asset", "openai-webhook"])
 def test_an_edge_function_runs_one_version_of_each_package(function: str) -> None:
-    """It runs with a key of the project: what it imports is pinned, and so is what that needs, by hash."""
+    """An edge function has a key of the project. So its imports and their dependencies are pinned by hash."""
     folder = ROOT / "supabase" / "functions" / function
     imports = json.loads((folder / "deno.json").read_text())["imports"]
     for name, what in imports.items():

@@ -1,4 +1,4 @@
-"""A file belongs to a workspace: whoever may write rows gets tags of their own pictures and of nobody else's.
+"""A file belongs to a workspace: a member who may write rows gets tags of their own workspace's pictures only.
 
 The worker reads Storage with a key that opens every file. So the database says where a file lies only when the row may
 name it, at enqueue and again when a worker asks.
@@ -35,7 +35,7 @@ OWN = [("assets", "{own}/a.jpg"), (None, "{own}/a.jpg"), (None, "{own}/b c/ä (1
 
 
 def row(library: Library, bucket: str | None, path: str) -> str:
-    """A row of the workspace, as whoever may write any row would make it."""
+    """Inserts a row of the workspace as a login that may write any row."""
     [made] = library.sql(
         "insert into public.assets (workspace_id, storage_bucket, storage_path) values (%s, %s, %s) returning id::text",
         library.member.workspace, bucket, path,
@@ -89,7 +89,7 @@ def point_at(library: Library, assets: list[str], path: str) -> None:
 
 @pytest.mark.parametrize("images", [3, 60], ids=["single calls", "a batch"])
 async def test_rows_changed_after_the_upload_tell_nothing(library: Library, images: int) -> None:
-    """Enqueued with files of their own, which then become the name of somebody else's."""
+    """The rows name files of their own workspace when they are enqueued, and another workspace's files later."""
     stack = library.stack
     theirs = Library(stack, stack.add_member("theirs"))
     [(secret, _)] = await theirs.upload_files([list(draw(80, 7))[79]])
@@ -177,7 +177,7 @@ async def test_a_file_that_the_caller_may_not_see_is_no_file_to_them(strict: Lib
 
 @pytest.mark.parametrize("images", [1, 60], ids=["a single call", "a batch"])
 async def test_what_was_asked_about_is_the_file_that_is_read(strict: Library, images: int) -> None:
-    """A row that names a file of one's own when tags are asked for, and a colleague's hidden one when a worker reads."""
+    """A row names the member's own file at enqueue, and a colleague's hidden file when a worker reads it."""
     [hidden] = await strict.upload_files([list(draw(90, 9))[89]])
     assets = await strict.upload(images)
     strict.sql("update storage.objects set owner_id = %s where name <> %s", strict.member.user, hidden[0])
@@ -203,7 +203,8 @@ async def test_a_retry_asks_again_as_whoever_retries(strict: Library) -> None:
 
 
 async def test_an_image_whose_run_ends_while_it_is_asked_for_again(strict: Library) -> None:
-    """Nobody looks for the files of images that are being tagged. If they are done a moment later, their claims do."""
+    """The files of images that are being tagged are not checked at enqueue. If their run ends a moment later and they
+    are enqueued again, the claim checks them."""
     assets = await strict.upload(2)
     strict.sql("update storage.objects set owner_id = %s where name like '%%' || %s",
                strict.member.user, strict.drawings[assets[0]].name)  # fmt: skip
@@ -227,7 +228,7 @@ async def test_files_of_a_public_bucket_are_everybodys_to_see(strict: Library) -
 
 
 async def test_without_the_check_they_would_have_them(strict: Library) -> None:
-    """The defence broken on purpose: the tests above see it."""
+    """Proves that the tests above can fail: without the check of files, both images are tagged."""
     strict.sql(
         "create or replace function autotag.users_see_files() returns boolean language sql immutable as 'select false'"
     )
@@ -282,7 +283,7 @@ def test_the_doctor_warns_of_the_rule_any(library: Library) -> None:
 
 
 async def test_buckets_are_files_of_their_own(library: Library) -> None:
-    """The same path in a bucket that the rule does not list, which exists and holds a picture."""
+    """A row names the same path in an existing bucket that the file rule does not allow."""
     library.sql("insert into storage.buckets (id, name, public) values ('private', 'private', false)")
     [drawing] = draw(1)
     path = f"{library.member.workspace}/x.png"
@@ -312,7 +313,8 @@ def test_the_doctor_says_when_the_api_exposes_the_schema(library: Library) -> No
 
 @pytest.mark.parametrize("moment", ["before it is read", "while it is asked about"])
 async def test_an_image_of_another_workspace_by_now_gets_nothing(library: Library, moment: str) -> None:
-    """The row is deleted, and another workspace inserts one with its id: neither picture's tags go where they do not belong."""
+    """A row is deleted, and another workspace inserts a row with its id. No tags of either picture are stored in the
+    wrong row."""
     stack = library.stack
     other = Library(stack, stack.add_member("other"))
     [asset] = await library.upload(1)
@@ -338,7 +340,7 @@ async def test_an_image_of_another_workspace_by_now_gets_nothing(library: Librar
 
 
 async def test_a_workers_login_speaks_in_nobodys_name(library: Library) -> None:
-    """Triggers of the host's table that ask auth.uid() see nobody, whatever a worker's session says it is."""
+    """auth.uid() is null in triggers of the host's table, whatever claims a worker's session has set."""
     library.sql("create table public.seen (who uuid)")
     library.sql("""create function public.note() returns trigger language plpgsql as $$
         begin insert into public.seen values (auth.uid()); return new; end $$""")
@@ -363,7 +365,7 @@ async def test_a_workers_login_speaks_in_nobodys_name(library: Library) -> None:
 
 
 async def test_an_image_that_moved_while_it_is_tagged_belongs_to_its_new_workspace(library: Library) -> None:
-    """The new workspace learns nothing of the upload that the image came from, and that upload writes nothing there."""
+    """The new workspace learns nothing about the image's former upload, and that upload writes nothing to the row."""
     stack = library.stack
     other = Library(stack, stack.add_member("another workspace"))
     moved, stays = library.insert(["a.jpg", "b.jpg"])

@@ -35,7 +35,8 @@ SHORT = 2  # letters of an alias; what is longer is a word
 
 
 class Source(NamedTuple):
-    """What a FROM, JOIN, USING, UPDATE or INSERT names: a table of ours with its schema, or anything else."""
+    """The object that a FROM, JOIN, USING, UPDATE or INSERT names: a table of autotag with its schema, or anything
+    else."""
 
     alias: str
     is_table: bool
@@ -63,7 +64,7 @@ def tokens(text: str, start: int, end: int) -> list[Token]:
 
 
 def closing(words: list[str], place: int) -> int:
-    """The place behind the parenthesis that closes the one at a place."""
+    """The position after the parenthesis that closes the one at a position."""
     depth = 0
     for end in range(place, len(words)):
         depth += (words[end] == "(") - (words[end] == ")")
@@ -126,7 +127,7 @@ def sources_of(path: Path) -> list[Source]:
 
 
 def second_meanings(found: Iterable[Source]) -> list[str]:
-    """Each alias of a table that also stands for something else, with the lines."""
+    """The aliases of a table that also stand for something else, each with the lines."""
     meanings: dict[str, dict[str, Source]] = {}
     for source in found:
         meanings.setdefault(source.alias, {}).setdefault(source.name, source)

@@ -1,4 +1,5 @@
-"""What was asked and had no answer is not asked again, and what nobody knows is said."""
+"""Images that were tagged without any tag are not offered again; doctor and the commands report profiles, URLs and
+workspaces that cannot be right."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def value(session: psycopg.Connection[Any], expression: str, *arguments: object)
 
 
 def test_an_image_that_was_tagged_with_nothing_is_not_offered_again(session: psycopg.Connection[Any]) -> None:
-    """`only` with a vocabulary of which nothing fits: the answer is that there is no tag. Rows that were never asked stay."""
+    """In the mode `only`, an answer without a fitting tag is an answer. Images that were never tagged are still
+    offered."""
     untagged = "autotag.list_assets(%s, true, null, 9)::text[]"
     rows = value(session, untagged, WORKSPACE)
     assert len(rows) == 5
@@ -129,7 +131,8 @@ def test_an_unknown_workspace_is_said(
 
 
 def test_what_is_being_tagged_is_found_by_its_index(session: psycopg.Connection[Any]) -> None:
-    """A plan from when nothing was tagged read all tasks and compared each with each image: 14 s for 50,000, on that connection."""
+    """A connection keeps its plans. A plan that was made while nothing was tagged read all tasks for each image: 14 s
+    for 50,000."""
     found = "(select count(*) from autotag.live_tasks(array(select a.id from public.assets a)))"
     session.execute("update public.assets set storage_path = workspace_id || '/' || id where storage_path is not null")
     session.execute("analyze autotag.tasks")

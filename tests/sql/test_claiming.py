@@ -51,8 +51,8 @@ def unsent(session: psycopg.Connection[Any]) -> int:
 def test_an_upload_that_commits_while_a_claim_runs_is_left_to_the_next_claim(
     session: psycopg.Connection[Any], slots: int
 ) -> None:
-    """Each statement of a claim sees what was committed before it. The trigger stands for another session: what it inserts is there
-    after the claim has counted the new queues, and before it releases images."""
+    """A trigger stands for another session, which commits an upload after the claim has counted the new queues and
+    before it releases images. (Each statement of a claim sees what was committed before it.)"""
     session.execute("""
         create table public.moments (n integer);
         create function public.upload() returns trigger language plpgsql security definer as $$
@@ -74,7 +74,8 @@ def test_an_upload_that_commits_while_a_claim_runs_is_left_to_the_next_claim(
 
 
 def test_calls_of_a_lost_claim_are_not_waited_for(session: psycopg.Connection[Any]) -> None:
-    """They will never be sent. As long as they counted, the mirror of the provider's bucket held that much less for everybody."""
+    """Calls of a lost claim will never be sent. If they still counted as unsent, the mirror of the provider's bucket
+    would be too low for all."""
     claim(session, 1, 2)
     claim(session, 2, 2)
     assert unsent(session) == 4
@@ -84,7 +85,8 @@ def test_calls_of_a_lost_claim_are_not_waited_for(session: psycopg.Connection[An
 
 @pytest.mark.parametrize("who", ["tick", "another login"])
 def test_a_report_that_waited_counts_whoever_applies_it(session: psycopg.Connection[Any], who: str) -> None:
-    """pg_cron's session, PostgREST's and that of a worker with a login of its own take the provider row, too."""
+    """Sessions of pg_cron, PostgREST or a worker with another login also take the provider row, and then apply waiting
+    reports."""
     tasks = claim(session, 1, 2)
     session.execute("update autotag.provider_limits set waiting_images = 3, waiting_at = autotag.now()")
     reports = [{"task": task, "attempt": 1, "result": RESULT} for task in tasks]
@@ -107,7 +109,8 @@ def test_a_report_that_waited_counts_whoever_applies_it(session: psycopg.Connect
 def test_what_the_host_hangs_on_the_limits_of_workspaces_does_not_run_in_claims(
     session: psycopg.Connection[Any],
 ) -> None:
-    """Windows are written while the provider row is held, which every tenant needs. The host's triggers and foreign keys may raise."""
+    """Claims write windows while they hold the provider row, which every workspace needs. So triggers and foreign keys
+    of the host, which may raise errors, must not run then."""
     session.execute(
         """create function public.refuse() returns trigger language plpgsql as $$ begin raise 'no'; end $$"""
     )

@@ -1,4 +1,5 @@
-"""Outcomes where the host or Realtime is in the way: what pgTAP cannot do, because it needs a second session or a superuser."""
+"""Outcomes while the host or Realtime causes errors or waits. pgTAP cannot test this, because it needs a second session
+or a superuser."""
 
 from __future__ import annotations
 
@@ -75,7 +76,7 @@ def tagged(session: psycopg.Connection[Any]) -> int:
 def test_what_is_held_is_stored_later(
     postgres: LocalPostgres, database: str, session: psycopg.Connection[Any], held: str, stored: int
 ) -> None:
-    """Every report is accepted; rows that are free get their tags at once, and the others when they are."""
+    """Every report is accepted. Free rows get their tags at once, locked rows once they are free."""
     with psycopg.connect(postgres.url("supabase_admin", database)) as tenant:
         tenant.execute(held.encode())
         assert settle(session) | {"held": None} == {"accepted": IMAGES, "busy": False, "notices": [], "held": None}
@@ -93,7 +94,8 @@ def test_what_is_held_is_stored_later(
 def test_an_outcome_is_not_lost_while_the_stage_of_its_image_is_reported(
     postgres: LocalPostgres, database: str, session: psycopg.Connection[Any]
 ) -> None:
-    """The report of stages holds the tasks until it commits: the worker is told to settle again."""
+    """A report of stages locks the tasks until it commits. The worker's settle() fails meanwhile, and works when it is
+    repeated."""
     with psycopg.connect(postgres.url("supabase_admin", database)) as reporting:
         stages = [
             {"task": task, "attempt": attempt, "stage": "processing"}
@@ -112,7 +114,8 @@ def test_an_outcome_is_not_lost_while_the_stage_of_its_image_is_reported(
 def test_a_row_that_is_held_while_it_is_refused_is_tried_again(
     postgres: LocalPostgres, database: str, session: psycopg.Connection[Any]
 ) -> None:
-    """A constraint refuses the tags of one row, and the host's trigger waits for another transaction when it says so."""
+    """A constraint refuses the tags of one row. When the row is to show that, the host's trigger waits for another
+    transaction."""
     session.execute("""
         alter table public.assets add constraint no_tags check (tags is null or storage_path not like '%/p3');
         create table public.audit (n integer);
@@ -134,7 +137,7 @@ def test_a_row_that_is_held_while_it_is_refused_is_tried_again(
 
 
 def raise_on(session: psycopg.Connection[Any], stage: str, state: str, path: str = "%/p3") -> None:
-    """A trigger of the host's raises this when rows with such a path get this stage."""
+    """Creates a trigger of the host that raises this state when rows with such a path get this stage."""
     session.execute(
         f"""
         create or replace function public.raise_{stage}() returns trigger language plpgsql as $$
@@ -148,7 +151,7 @@ def raise_on(session: psycopg.Connection[Any], stage: str, state: str, path: str
 
 
 def tries_until_all_ended(session: psycopg.Connection[Any], most: int) -> tuple[int, list[str]]:
-    """How often the outcomes that wait are tried until none waits, and the log's last sentences."""
+    """Tries the waiting outcomes until none waits. Returns the number of tries, and the log events of the last one."""
     for tries in range(1, most + 1):
         session.execute("update autotag.unstored set next_at = '-infinity'")
         row = session.execute(STORE, {"worker": WORKER, "workspace": WORKSPACE}).fetchone()
@@ -164,7 +167,7 @@ def tries_until_all_ended(session: psycopg.Connection[Any], most: int) -> tuple[
 def test_an_error_that_may_pass_is_waited_for_but_not_for_ever(
     session: psycopg.Connection[Any], state: str, tries: int
 ) -> None:
-    """The other images have their tags at once, and every job ends."""
+    """The other images get their tags at once, and every job ends."""
     raise_on(session, "completed", state)
     reply = settle(session)
     assert tagged(session) == IMAGES - 1
@@ -179,7 +182,8 @@ def test_an_error_that_may_pass_is_waited_for_but_not_for_ever(
 def test_an_error_of_autotags_own_is_the_rows_refusal_if_the_host_raises_it(
     session: psycopg.Connection[Any], state: str
 ) -> None:
-    """AT001 says that a picture was replaced. Were the host believed, its image would be asked and paid for again."""
+    """AT001 means that a picture was replaced. If that was believed of the host, it would be requested and paid for
+    again."""
     raise_on(session, "completed", state)
     assert [notice["event"] for notice in settle(session)["notices"]] == ["not_stored"]
     assert tagged(session) == IMAGES - 1
@@ -188,7 +192,7 @@ def test_an_error_of_autotags_own_is_the_rows_refusal_if_the_host_raises_it(
 
 @pytest.mark.parametrize("state", ["40001", "55P03"])
 def test_images_that_all_raise_a_locks_error_end_too(session: psycopg.Connection[Any], state: str) -> None:
-    """None hides behind the others, although a try gives up after a few waits."""
+    """Although a try gives up after a few waits for locks, every image is tried and ends."""
     raise_on(session, "completed", state, "%")
     settle(session)
     tries_until_all_ended(session, 70)
@@ -235,7 +239,7 @@ def test_a_broadcast_that_raises_undoes_nothing(session: psycopg.Connection[Any]
 
 
 def test_reports_of_the_provider_that_raise_stop_no_claim(session: psycopg.Connection[Any]) -> None:
-    """They are dropped: a report that stayed would be met by every claim."""
+    """Such a report is deleted. Otherwise it would raise an error in every claim."""
     session.execute(
         "insert into autotag.provider_reports (worker_id, at, tokens) values (%s, now(), 9000000000000000000), (%s, now(), 5)",
         (WORKER, WORKER),
@@ -249,7 +253,8 @@ def test_reports_of_the_provider_that_raise_stop_no_claim(session: psycopg.Conne
 def test_a_second_account_error_counts_if_others_succeeded_before_it_was_asked(
     session: psycopg.Connection[Any], asked: str, failures: int
 ) -> None:
-    """A probe whose answer comes late says nothing of its image, although tagging works again meanwhile."""
+    """If the image was asked before the others succeeded, its late error does not count, although tagging works again
+    meanwhile."""
     sign = {"before": "+", "after": "-"}[asked]
     session.execute(
         "update autotag.tasks set error_code = 'insufficient_quota' where id = (select min(id) from autotag.tasks)"
@@ -266,7 +271,8 @@ def test_a_second_account_error_counts_if_others_succeeded_before_it_was_asked(
 
 
 def test_the_list_of_what_waits_does_not_read_all_of_it(session: psycopg.Connection[Any]) -> None:
-    """Every outcome that is kept wakes all workers to ask for it, and a slow tenant may have many."""
+    """All workers read this list whenever an outcome is kept, and a workspace with slow rows may have many outcomes. So
+    it reads few of their rows."""
     session.execute("""
         insert into autotag.unstored (task_id, workspace_id, result, next_at, kept_at)
         select i, md5((i % 3)::text)::uuid, '{}', autotag.now() + case i % 3 when 0 then -i when 1 then -1 else i end * interval '1 s',
@@ -294,7 +300,7 @@ def test_the_list_of_what_waits_does_not_read_all_of_it(session: psycopg.Connect
 def test_a_report_that_shows_something_new_does_not_wait_for_a_claim(
     session: psycopg.Connection[Any], learns: str, news: bool
 ) -> None:
-    """While images are queued, what is routine is left to the next claim."""
+    """While images are queued, only routine reports wait for the next claim."""
     session.execute(
         "update autotag.provider_limits set waiting_images = 1, waiting_at = autotag.now(), has_rate_headers = true"
     )
@@ -336,7 +342,8 @@ OUTCOMES = {
 def test_answers_are_durable_while_another_worker_waits_for_the_same_tenants_rows(
     postgres: LocalPostgres, database: str, session: psycopg.Connection[Any], outcome: str, keep: bool
 ) -> None:
-    """The usage of the workspace has one row a day: whoever writes it must not go on to write the host's rows."""
+    """A workspace's usage is one row a day. A transaction that has written it must not go on to write the host's
+    rows."""
     session.execute(SLOW_TRIGGER)
     session.execute("insert into autotag.quotas (scope, period, max_images) values ('workspace', 'day', 0)")
     session.execute("select autotag.register_worker(%s, 'h', autotag.schema_version(), true)", (SECOND,))
@@ -374,7 +381,8 @@ def test_answers_are_durable_while_another_worker_waits_for_the_same_tenants_row
 
 
 def test_the_usage_of_a_batch_is_added_after_the_hosts_rows_are_written(session: psycopg.Connection[Any]) -> None:
-    """What the trigger sees is what another session would wait for."""
+    """The host's trigger does not see the usage yet. So while it runs, the transaction holds no row of usage for which
+    another session would wait."""
     session.execute("""
         create table public.seen (requests bigint);
         create function public.look() returns trigger language plpgsql security definer as $$

@@ -1,4 +1,4 @@
-"""Keys of every type, from the upload to the broadcast: what the engine does with uuids, it does with all of them."""
+"""Keys of every type, from the upload to the broadcast: everything works as with uuids."""
 
 from __future__ import annotations
 
@@ -150,7 +150,8 @@ def test_from_the_upload_to_the_broadcast(project: Project) -> None:
 
 
 def test_a_message_names_few_short_ids(project: Project) -> None:
-    """100 of them fit into a URL, and into a message; a key that is a text can be long."""
+    """A message names at most 100 ids, because these also have to fit into a URL, and fewer if the ids are long
+    texts."""
 
     def name(images: int, length: int) -> tuple[int | None, int]:
         key = {"uuid": "md5(i::text)", "text": f"rpad(i::text, {length}, 'x')"}.get(project.keys.base[0], "i::text")
@@ -170,7 +171,7 @@ def test_a_message_names_few_short_ids(project: Project) -> None:
 
 
 def test_a_message_names_images_that_changed_twice_once(project: Project) -> None:
-    """Batches of 51 to 100 images go from stage to stage together: these are no more images than before."""
+    """Batches of 51 to 100 images change their stage together. Each image counts once, however often it changes."""
     key = {"uuid": "md5(i::text)", "text": "i::text"}.get(project.keys.base[0], "i::text")
     ids = f"array(select ({key})::autotag.asset_id from generate_series(%s::int, %s::int) i)"
     told = f"select cardinality(autotag.add_changed({ids}, {ids}))"
@@ -366,7 +367,7 @@ def test_what_operators_read(project: Project) -> None:
 
 
 def test_the_host_writes_its_limits(project: Project) -> None:
-    """Through the view, which has the base type of its key."""
+    """The host writes limits into the view, whose key has the base type."""
     project.sql("insert into public.workspace_rate_limits (workspace_id, request_type, max_requests) values (%s, 'realtime', 2)"
                 " on conflict (workspace_id, request_type) do update set max_requests = excluded.max_requests", project.workspace)  # fmt: skip
     assert (
@@ -420,7 +421,7 @@ def test_ids_have_the_domains_and_what_clients_see_has_their_base(project: Proje
 
 
 def test_a_zero_is_no_user_and_no_key_is_guessed(project: Project) -> None:
-    """Ids that are no ids of the type are refused by Postgres itself, and a token with one is nobody."""
+    """A token whose id is not of the type means nobody. (Postgres itself refuses other ids.)"""
     nonsense = {"uuid": "x", "bigint": "9" * 30, "integer": str(2**31), "text": None}[project.keys.base[2]]
     if nonsense is not None and project.keys.base[2] != "uuid":
         assert project.as_user(nonsense, "select autotag.may_listen(%s)", f"tagging:{project.workspace}") is False

@@ -1,4 +1,4 @@
-"""No SQL function is longer than a screen: what does more is made of steps with names, or says why it is not."""
+"""No SQL function is longer than a screen. A longer one is split into named steps, or a comment says why not."""
 
 from __future__ import annotations
 

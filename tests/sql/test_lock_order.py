@@ -172,7 +172,8 @@ class Session:
         return self.thread is not None and self.thread.is_alive()
 
     def end(self) -> psycopg.Error | None:
-        """Waits for the end; what went wrong, if it was not that the function says that a row is held."""
+        """Waits until the statement has ended. Returns its error, unless the function has reported that a row is
+        locked."""
         assert self.thread
         self.thread.join(PATIENCE)
         assert not self.runs(), "it does not end"
@@ -195,7 +196,7 @@ class Server:
             yield
 
     def waits(self, session: Session) -> bool:
-        """Whether a session has come to a lock that somebody holds; false: its function has ended."""
+        """Waits until the session waits for a lock (true) or its function has ended (false)."""
         deadline = time.monotonic() + PATIENCE
         while session.runs():
             if self.looker.execute("select cardinality(pg_blocking_pids(%s)) > 0", (session.pid,)).fetchone() == (
@@ -212,7 +213,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(postgres: LocalPostgres) -> Iterator[Server]:
-    """One for all tests: what they do is rolled back."""
+    """One server for all tests. Everything that they do is rolled back."""
     with contextlib.ExitStack() as stack:
         url = postgres.url("supabase_admin", stack.enter_context(copied_database(postgres, TEMPLATE)))
         sessions = [stack.enter_context(psycopg.connect(url, autocommit=True)) for _ in range(4)]
@@ -221,7 +222,7 @@ def server(postgres: LocalPostgres) -> Iterator[Server]:
 
 
 def set_the_scene(connection: psycopg.Connection[tuple[object, ...]]) -> None:
-    """Something to do for each of the functions: work of every kind in every state.
+    """Creates work of every kind in every state, so that each function has something to do.
 
     Workspaces 1 to 3 have single calls: some are held by each worker, some wait, one failed; in 3 an answer waits for its row, and an
     image is due again. 4 has a batch at OpenAI, 5 one that the worker builds, and 6 a planned one. 7 has single calls that no claim
@@ -264,7 +265,7 @@ def set_the_scene(connection: psycopg.Connection[tuple[object, ...]]) -> None:
           from autotag.tasks t where t.workspace_id = v_workspace and t.worker_id = '{WORKER}' order by t.id limit 2), false);
         perform autotag.requeue(jsonb_build_array(jsonb_build_object('task', min(t.id), 'failures', 1)))
         from autotag.tasks t where t.workspace_id = v_workspace and t.worker_id = '{WORKER}';
-        -- more than a day: a lease that ended later does not expire once no worker has beaten for some time (can_expire)
+        -- more than a day: a lease that ended later does not expire once no worker has sent a heartbeat for some time (can_expire)
         update autotag.workers set lease_until = now() - interval '2 days' where id = '{DEAD}';
         -- it lives on, however long these tests take
         update autotag.workers set poll_assigned_at = now(), unsent = 5, lease_until = now() + interval '1 day' where id = '{WORKER}';
@@ -286,7 +287,7 @@ def set_the_scene(connection: psycopg.Connection[tuple[object, ...]]) -> None:
 
 
 def test_every_function_has_something_to_do(server: Server) -> None:
-    """What does nothing locks nothing, and would pass."""
+    """Each function changes a row in these tests. A function without work would lock nothing, and its tests would prove nothing."""
 
     def changed() -> object:
         found = server.holder.execute(
@@ -306,7 +307,8 @@ def test_every_function_has_something_to_do(server: Server) -> None:
 
 @pytest.mark.parametrize("held", HELD_BY_TENANTS)
 def test_nothing_waits_for_a_tenant(server: Server, held: str) -> None:
-    """What works for all tenants returns, whatever one of them holds: without it, or saying `busy` within a moment."""
+    """Functions that work for all tenants return whatever lock one tenant holds: they leave that tenant out, or return
+    `busy` within a moment."""
     waited = []
     with server.held(HELD_BY_TENANTS[held]):
         for name, statement in SERVANTS.items():
@@ -325,7 +327,7 @@ def test_nothing_waits_for_a_tenant(server: Server, held: str) -> None:
 
 @contextlib.contextmanager
 def timeouts(server: Server, timeout: str) -> Iterator[None]:
-    """How long functions wait where they give up in a moment, so that it can be seen."""
+    """Sets the lock_timeout of all functions that have one, so that tests can see them wait."""
     usual = server.looker.execute(
         "select p.oid::regprocedure::text, split_part(c, '=', 2) from pg_proc p, unnest(p.proconfig) c"
         " where p.pronamespace = 'autotag'::regnamespace and c like 'lock_timeout=%'"
@@ -355,7 +357,7 @@ def test_who_waits_for_a_tenant_does_not_hold_the_provider(server: Server, held:
 
 
 def deadlocks(server: Server, point: str) -> tuple[list[str], list[str]]:
-    """The functions that come to a point, and which two of them deadlock if both wait there and go on at the same moment."""
+    """The functions that reach a lock, and the pairs that deadlock if both wait there and go on at the same moment."""
     coming, found = [], []
     hold = MEETING_POINTS[point][0]
     # In production a wait of 50 ms ends before it counts as a deadlock, after a second. Here it is longer, so that two can meet.
@@ -387,7 +389,8 @@ def test_no_two_functions_deadlock(server: Server, point: str) -> None:
 
 
 def test_a_circle_is_noticed(server: Server) -> None:
-    """tick() with a worker's row before the provider row: register_worker() locks them in the other order."""
+    """Proves that the check works: if tick() locks a worker's row before the provider row, it deadlocks with
+    register_worker()."""
     row = server.looker.execute("select pg_get_functiondef('autotag.expire_worker'::regproc)").fetchone()
     assert row is not None
     source, lock = str(row[0]), "perform from autotag.provider_limits for update;"

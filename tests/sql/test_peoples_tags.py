@@ -1,4 +1,5 @@
-"""People's tags belong to them: whatever people and runs do in turn, in every type of column, against an oracle of plain lists."""
+"""People's tags belong to them: random edits and runs, in every type of column, are compared with an oracle of plain
+lists."""
 
 from __future__ import annotations
 
@@ -91,13 +92,13 @@ def keys(tags: list[Any]) -> set[str]:
 
 
 def first_of_each(tags: list[str]) -> list[str]:
-    """What remains of a model's answer: the first spelling of each tag."""
+    """A model's tags without repetitions: the first spelling of each tag."""
     return [tag for i, tag in enumerate(tags) if key(tag) not in keys(tags[:i])]
 
 
 @dataclass
 class Oracle:
-    """What the column must be after each run, said with lists and sets.
+    """Computes the expected column after each run, with lists and sets.
 
     Attributes:
         ours: tags that autotag gave and that nobody has touched, as far as the last run has seen.
@@ -110,7 +111,7 @@ class Oracle:
     removed: set[str] = field(default_factory=set)
 
     def run(self, found: list[Any], answer: list[str]) -> tuple[list[Any], list[Any]]:
-        """The people's tags and the whole column after a run that found this column and gave these tags."""
+        """The expected people's tags and the whole column after a run that found this column and gave these tags."""
         theirs = [tag not in self.ours or found.count(tag) > 1 or not isinstance(tag, str) for tag in found]
         self.removed = (self.removed | self.seen) - keys(found)
         kept = [tag for tag, own in zip(found, theirs, strict=True) if own or tag in answer]
@@ -123,7 +124,7 @@ class Oracle:
 
 
 def is_within(part: list[Any], whole: list[Any]) -> bool:
-    """Whether a list is what remains of another one when elements are left out."""
+    """Whether a list is another list without some of its elements."""
     rest = iter(whole)
     return all(any(one == other and type(one) is type(other) for other in rest) for one in part)
 
@@ -227,7 +228,7 @@ def edited(tags: list[Any], what: str, value: Any) -> list[Any]:
 
 
 class Row:
-    """One image in a table of a type of column."""
+    """One image, in a table whose column of tags has the type ``kind``."""
 
     def __init__(self, connection: psycopg.Connection[Any], kind: str) -> None:
         self.connection, self.kind, self.table = connection, kind, table_of(kind)
@@ -253,7 +254,7 @@ class Row:
         return error
 
     def write(self, value: str | list[str | None] | None) -> None:
-        """As a client does: an update of the column. value: JSON as text, or a list for an array."""
+        """Updates the column as a client does. value: JSON as text, or a list for an array."""
         kind = self.kind if self.kind in JSON else COLUMNS[self.kind]
         self.sql(f"update public.{self.table} set {self.column} = %s::{kind}", value)
 
@@ -269,7 +270,7 @@ class Row:
         assert [str(image) for image in self.store(cleaned)] == [IMAGE]
 
     def run_as_is(self, tags: list[str]) -> None:
-        """With tags as a vocabulary can spell them."""
+        """Stores an answer with these tags as they are, in any spelling that a vocabulary can have."""
         self.store({"tags": tags, "confidence": dict.fromkeys(tags, 0.5), "caption": "c", "model": "m"})
 
     def store(self, result: Any) -> Any:
@@ -730,7 +731,8 @@ def set_mode(library: Library, mode: str) -> None:
 
 @pytest.mark.parametrize("typed", [False, True])
 def test_names_hold_when_the_vocabulary_no_longer_decides(library: Library, typed: bool) -> None:
-    """In the mode `open`, a model's tags stay as they are, and a vocabulary still says which of them are one tag."""
+    """In the mode `open`, a model's tags stay as they are, but tags that the vocabulary has as names of one tag still
+    count as one tag."""
     library.know({"tag": "Cat", "aliases": ["kitty"]}, {"tag": "Mountain"}, {"tag": "dog"})
     if typed:
         library.row.edit(["kitty", "mountains"])

@@ -1,4 +1,4 @@
-"""What a provider refuses because of one workspace's profile concerns that workspace alone."""
+"""If a provider refuses what one workspace's profile asks, only that workspace is affected."""
 
 from __future__ import annotations
 
@@ -140,7 +140,8 @@ WORKS = (False, True, "json_schema")
 
 @pytest.mark.parametrize("refusal", REFUSED, ids=lambda e: e["code"])
 def test_a_profile_that_is_always_refused_slows_nobody_down(scene: Scene, refusal: Error) -> None:
-    """The others have all their images tagged by the first claim of each round, and each of its own is asked once."""
+    """The first claim of each round tags all images of the other workspaces, and requests each image of this one
+    once."""
     scene.start((HOSTILE,))
     for _ in range(3):
         held = scene.claim()
@@ -226,7 +227,8 @@ def test_while_nothing_is_proven_the_others_are_tried_next(scene: Scene, refusal
 
 
 def test_a_second_workspace_that_is_refused_makes_it_the_providers(scene: Scene) -> None:
-    """Every workspace has a profile, and the provider supports no schema any more."""
+    """Every workspace has a profile, and the provider no longer supports schemas. The refusal of a second workspace
+    counts after a minute, and then the form of requests changes."""
     scene.start((HOSTILE, OTHER, THIRD))
     held = scene.claim()
     scene.report(HOSTILE, held[HOSTILE][:1], SCHEMA)
@@ -255,7 +257,8 @@ def test_a_success_between_two_refusals_contradicts_them(scene: Scene) -> None:
 
 @pytest.mark.parametrize("parameter", ["response_format", None])
 def test_unreadable_answers_of_one_profile_concern_it_alone(scene: Scene, parameter: str | None) -> None:
-    """Text instead of JSON, while nothing is proven, says that the provider ignores the format; or that the profile asks for text."""
+    """While no question is proven, text instead of JSON can mean that the provider ignores the format, or that the
+    profile asks for text."""
     scene.start((HOSTILE,), proven=False)
     scene.session.execute(
         "update autotag.workspaces set virtual_time = case when workspace_id = %s then 0 else 1 end", (HOSTILE,)

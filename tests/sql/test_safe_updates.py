@@ -1,4 +1,5 @@
-"""No statement trips over pg-safeupdate, which Supabase loads for PostgREST's login and anybody may load for a database.
+"""pg-safeupdate refuses none of our statements. Supabase loads it for PostgREST's login, and it can be loaded for a
+database.
 
 It refuses an UPDATE or a DELETE without WHERE wherever it stands: in functions, in CTEs, in dynamic SQL.
 """

@@ -1,4 +1,5 @@
-"""Profiles in the database: what can be saved, what holds for whom, and what is kept of a model's answer."""
+"""Profiles in the database: which ones can be saved, which one is in force, and which fields of an answer are
+stored."""
 
 from __future__ import annotations
 
@@ -175,7 +176,8 @@ def test_versions(session: psycopg.Connection[Any]) -> None:
 
 
 def test_images_of_another_version_are_outdated_whichever_is_higher(session: psycopg.Connection[Any]) -> None:
-    """A number is one version of one profile, so an image of another workspace's profile is never taken for one of this."""
+    """A number is one version of one profile. So an image that another workspace's profile tagged never counts as
+    tagged with this one."""
     numbers = [save(session, w, {"tag_count": n})["version"] for n, w in enumerate([None, OWN, OTHER, OTHER, OWN], 1)]
     session.execute("insert into public.workspaces (id, name) values (%s, 'own') on conflict do nothing", (OWN,))
     for number in numbers:
@@ -256,7 +258,8 @@ HOSTILE: list[Any] = [
 
 
 def expected(field: dict[str, Any], given: Any) -> Any:
-    """What may be kept, by the words of the promise; `any_text`: some printable text of at most 200 characters."""
+    """The value that the documented promise allows for a field. `any_text`: some printable text of at most 200
+    characters."""
     match field["kind"]:
         case "boolean":
             return given if isinstance(given, bool) else None

@@ -1,4 +1,4 @@
-"""``supabase/schemas`` is the only source: the migrations are made from it, and a released one never changes."""
+"""``supabase/schemas`` is the only source. The migrations are generated from it, and a released one never changes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NPM_PACKAGES = [str(path.relative_to(schema.ROOT)) for folder in json.loads((sch
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the source and its migrations, which may be changed."""
+    """A copy of the source and its migrations, for tests that change them."""
     shutil.copytree(schema.SUPABASE, tmp_path / "supabase", ignore=shutil.ignore_patterns("node_modules", "seed"))
     for name in ("worker/autotag/__init__.py", "package-lock.json", "examples/plain/app.js", *NPM_PACKAGES):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def test_what_is_changed_in_one_place_only_is_found(
 
 
 def test_the_source_may_run_again_where_it_runs_already(postgres: LocalPostgres, database: str) -> None:
-    """Functions, grants, seed: whatever a release repeats changes nothing."""
+    """A release repeats functions, grants and seed. That changes nothing."""
     url = postgres.url(database=database)
     before = catalog_of(url)
     parts = [f"{s.text};" for s in schema.engine() if s.is_function]
@@ -135,7 +135,8 @@ def test_a_released_migration_never_changes(tree: Path) -> None:
 
 
 def test_a_tag_has_what_was_released(tree: Path) -> None:
-    """Also where somebody has edited the migration and its hash."""
+    """Released files that differ from their tag are reported, even if somebody has edited the migration and its
+    hash."""
     released = schema.releases()[-1]
     git(tree.parent, "init", "-q")
     git(tree.parent, "add", "-A")
@@ -266,7 +267,7 @@ def test_an_object_is_defined_once(tree: Path) -> None:
 
 
 def test_a_step_alone_is_a_migration(tree: Path) -> None:
-    """A repair of data changes no object."""
+    """A step that repairs data, and changes no object, is a migration, too."""
     (tree / "schemas" / "changes.sql").write_text("update autotag.settings set lease = lease where id;\n")
     [path] = release.write()
     assert "set lease = lease" in path.read_text()
@@ -394,10 +395,10 @@ drop function if exists autotag.may_listen(text)
 
 @contextmanager
 def next_release(tree: Path, version: str = "9.0.0") -> Iterator[str]:
-    """The tree as a later version has it.
+    """The tree of a later version.
 
-    It has a new column, a function that returns something else, a new function, a new trigger with its function, a trigger with
-    another function, and a function with another parameter that a policy uses.
+    It has a new column, a function that returns another type, a new function, a new trigger with its function, a trigger that calls
+    another function, and a function with a renamed parameter that a policy uses.
     """
     change(tree / "schemas" / "tables" / "settings.sql", "create table autotag.settings (",
            "create table autotag.settings (\n  new_one integer not null default 7,")  # fmt: skip
@@ -447,7 +448,7 @@ def test_a_release_brings_an_installation_to_what_the_source_says(
 
 
 def test_npm_finds_the_released_client_in_its_workspace(tree: Path) -> None:
-    """With another version in the lock or in a dependency, `npm install` would ask the registry for it."""
+    """If the lock or a dependency had another version, `npm install` would ask the registry for the client."""
     with next_release(tree, "9.1.0"):
         root = tree.parent
     locked = json.loads((root / "package-lock.json").read_text())["packages"]
@@ -469,7 +470,7 @@ def test_npm_finds_the_released_client_in_its_workspace(tree: Path) -> None:
 async def test_an_upgrade_from_the_last_release_with_work_in_flight(
     library: Library, postgres: LocalPostgres, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loaded database goes to the next release: the old worker ends what it holds and stops, the new one does the rest."""
+    """A database under load is upgraded: the old worker finishes its work and stops, and the new one does the rest."""
     stack = library.stack
     last = schema.releases()[-1]
     stack.configure(chunk_delay="0.5 s", realtime_requests_per_minute=1000, realtime_tokens_per_minute=10**8)

@@ -1,4 +1,4 @@
-"""The SQL by itself: pgTAP, plpgsql_check, pg_cron, and the rules that hold for every function."""
+"""The SQL alone: pgTAP, plpgsql_check, pg_cron, and the rules for every function."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def test_plpgsql_check_finds_nothing(postgres: LocalPostgres, database: str, mac
 
 
 def test_every_function_is_as_the_design_says(postgres: LocalPostgres, database: str) -> None:
-    """search_path is fixed, security definer stays inside autotag, anon reaches nothing, and no call is compiled."""
+    """Every search_path is fixed, security definer stays inside autotag, anon reaches nothing, and jit compiles no
+    call."""
     with psycopg.connect(postgres.url("supabase_admin", database), autocommit=True) as connection:
         functions = connection.execute("""
             select p.oid::regprocedure::text, n.nspname, p.prosecdef, coalesce(p.proconfig, '{}'),
@@ -82,7 +83,7 @@ def test_migrations_apply_once(postgres: LocalPostgres, database: str) -> None:
 
 
 def test_migrations_install_without_the_host_baseline(postgres: LocalPostgres) -> None:
-    """Into a project that has its own tables, here with rows in them."""
+    """Installs the migrations into a project with tables and rows of its own."""
     with psycopg.connect(postgres.url("supabase_admin"), autocommit=True) as connection:
         connection.execute("create database existing_project")
     install_baseline(postgres, "existing_project")

@@ -1,4 +1,5 @@
-"""The SQL of docs/frontend.md, "Searching by tag": it runs as it stands there, uses the index, and shows a stranger nothing."""
+"""The SQL of docs/frontend.md, "Searching by tag", runs as it is printed, uses the index, and shows strangers
+nothing."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def match(
 
 
 def key(tag: str) -> str:
-    """What is compared, by the classes of Unicode instead of a pattern."""
+    """The key of a tag, computed with the classes of Unicode instead of a pattern."""
     seen = "".join(" " if c.isspace() else c for c in tag if c.isspace() or unicodedata.category(c)[0] != "C")
     seen = re.sub("[\ufe00-\ufe0f\u034f\u115f\u1160\u3164\uffa0]", "", seen)
     text = unicodedata.normalize("NFKC", seen).replace("İ", "i").lower().replace("ς", "σ")
@@ -102,7 +102,7 @@ def grams(text: str) -> set[str]:
 
 
 class Oracle:
-    """What tags become, by plain loops over lists."""
+    """Computes the expected tags with plain loops over lists."""
 
     def __init__(self, own: Entries, general: Entries) -> None:
         own_names = {key(name) for entry in own for name in (entry["tag"], *entry.get("aliases", []))}
@@ -216,7 +216,7 @@ TEXT = st.text(
 @example("a\ufe0f#")
 @example(".\ufe0fc")
 def test_the_workers_form_of_a_tag_has_its_key(shared: psycopg.Connection[Any], tag: str) -> None:
-    """The model's tag, as the worker reports it, is found under the name that the owner wrote."""
+    """A model's tag, as the worker reports it, has the key of the owner's name."""
     with shared.transaction(force_rollback=True):
         [told, stored] = (
             shared.execute("select autotag.tag_key(%s), autotag.tag_key(%s)", (tag, normalise(tag))).fetchone() or ()
@@ -257,7 +257,7 @@ def test_words_from_outside_are_cleaned_alike_everywhere(session: psycopg.Connec
 
 
 def test_tags_that_look_odd_are_all_that_a_key_changes(session: psycopg.Connection[Any]) -> None:
-    """clean_result() makes no keys where it finds none of these."""
+    """odd_tags() finds every character that a key changes. Without such a character, clean_result() makes no keys."""
     changed = session.execute("""
         select c from generate_series(1, 65535) i cross join lateral (select chr(i) as c offset 0) x
         where i not between 13312 and 63743 and c !~ autotag.odd_tags() and c !~ '[][ ",]' and autotag.tag_key(c) <> c""")
@@ -351,7 +351,7 @@ DESCRIBED = {"tag": "Scheune", "aliases": ["Barn"], "description": "Ein Gebäude
      ("haus: ein gebäude für heu", False), ("scheune: ", True), ("jaguar (car)", False)],
 )  # fmt: skip
 def test_a_tag_with_its_description_is_that_tag(session: psycopg.Connection[Any], given: str, known: bool) -> None:
-    """Models copy what the prompt says of a tag."""
+    """Models copy a tag together with its description from the prompt."""
     edit(session, [DESCRIBED, {"tag": "jaguar", "description": "the animal"}])
     assert match(session, [{given: 0.9}], "only")[0]["tags"] == (["Scheune"] if known else [])
     assert match(session, [{given: 0.9}], "prefer")[0]["tags"] == (["Scheune"] if known else [given])
@@ -415,7 +415,7 @@ def test_general_cycles_end(session: psycopg.Connection[Any]) -> None:
 
 
 def test_only_one_place_writes_tags() -> None:
-    """Whatever the path of an answer, it passes match_results() on its way to the host's rows."""
+    """Every answer passes match_results() on its way to the host's rows."""
     calls = {s.key.split("(")[0]: s for s in schema.engine() if "autotag.store_tags(" in s.text}
     assert set(calls) == {"function autotag.write_outcomes", "function autotag.try_write"}  # which takes it back
     assert (

@@ -1,4 +1,4 @@
-"""A batch whose rows another transaction holds goes on later, and has no slot meanwhile."""
+"""If another transaction has locked a batch's rows, the batch waits, and its slot is free meanwhile."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ async def test_a_busy_batch_gives_its_slot_back_and_waits_for_another() -> None:
 
 
 class FakeDatabase:
-    """Notes the answers, after as many errors as the test wants."""
+    """Collects the answers, after it has raised the errors that the test wants."""
 
     def __init__(self, *errors: Exception) -> None:
         self.errors = list(errors)
@@ -91,7 +91,7 @@ class FakeDatabase:
         self.briefs = self
 
     async def get(self, _: int | None) -> None:
-        """No brief."""
+        """Returns no brief."""
 
     async def batch_answers(self, _: Batch, answers: list[BatchAnswer], *, keep: bool = False) -> Settled:
         self.calls.append((answers, keep))
@@ -114,7 +114,7 @@ class FakeDatabase:
 
 
 class FakeProvider:
-    """One output file with 1,200 lines."""
+    """A provider with one output file of 1,200 lines."""
 
     def __init__(self) -> None:
         self.reads = 0
@@ -158,7 +158,7 @@ async def test_answers_for_slow_rows_are_kept_for_the_store_lane() -> None:
 
 @pytest.mark.parametrize("error", [psycopg.errors.DivisionByZero("x"), TypeError("surrogates not allowed")])
 async def test_an_answer_that_raises_costs_its_image(error: Exception) -> None:
-    """As for single calls: its outcome is lost, and the others of its page are stored."""
+    """Only the outcome of that image is lost, as for single calls. The other answers of its page are stored."""
     db = FakeDatabase()
     db.odd = {7: error, 1150: error}
     provider = await harvest(db)
@@ -175,7 +175,7 @@ async def test_an_answer_that_raises_in_every_form_costs_its_image() -> None:
 
 
 async def test_where_no_answer_can_be_stored_the_batch_is_not_over() -> None:
-    """Otherwise all its images would be asked, and paid, again."""
+    """If the batch ended, all its images would be sent, and paid for, again."""
     db = FakeDatabase()
     db.lost = dict.fromkeys(range(1, 1201), psycopg.errors.UndefinedFunction("x"))
     with pytest.raises(psycopg.errors.UndefinedFunction):

@@ -77,7 +77,7 @@ async def test_delays_grow_to_a_limit_and_begin_again_with_a_page_that_was_shown
 
 @pytest.mark.parametrize("delay", [NEVER, 0.02])
 async def test_a_new_stage_begins_with_the_first_image(delay: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It does not wait for the next try of the earlier stage, which does not follow."""
+    """It does not wait for the delayed try of the earlier stage, which is given up."""
     monkeypatch.setattr(show, "RETRY_DELAY", delay)
     database = FakeDatabase(None, None, Busy("held"))
     stages = stages_of(database)

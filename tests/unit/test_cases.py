@@ -1,4 +1,4 @@
-"""What other providers and models really answer: each line of tests/cases is sorted and read as it says."""
+"""Real answers of other providers and models: each line of tests/cases is classified and read as the line says."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ JSON = st.recursive(
 @settings(max_examples=600, deadline=None)
 @given(st.integers(0, 599), JSON)
 def test_no_error_that_does_not_name_the_picture_is_its_fault(status: int, body: Any) -> None:
-    """A body that nobody has seen neither fails an image at once nor is tried for ever without being counted."""
+    """An unknown error body neither fails an image at once nor lets it be retried for ever without counting."""
     error = classify_status(status, body, {})
     assert error.kind != "image"
     if error.kind == "rate_limit":

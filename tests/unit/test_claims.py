@@ -1,4 +1,4 @@
-"""Worker and database agree on what the worker holds, whatever replies are lost; and a held table delays no claim."""
+"""Worker and database agree on what the worker holds, whatever replies are lost. A locked table delays no claim."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class FakeDatabase:
 
 
 class Bench:
-    """The lane of single calls with a fake database; `tagged` are the images that were tagged."""
+    """The lane of single calls with a fake database. `tagged` lists the images that were tagged."""
 
     def __init__(self, queue: Sequence[int]) -> None:
         self.db, self.wake, self.claims = FakeDatabase(queue), Wake(), Claims()
@@ -146,7 +146,7 @@ async def test_images_whose_description_fails_are_described_later_and_none_is_lo
 
 
 async def test_an_odd_image_is_isolated_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The halves do not wait: the growing delay is the odd image's own."""
+    """The halves of the list are tried without a delay. Only the odd image itself gets the growing delay."""
     pauses: list[float] = []
     sleep = asyncio.sleep
 
@@ -198,7 +198,7 @@ async def test_an_image_that_is_gone_frees_its_slot_and_its_claim() -> None:
 
 
 async def test_calls_for_images_that_are_gone_count_as_sent_soon() -> None:
-    """The database keeps room for released calls in the provider's limits until they are sent."""
+    """Until a released call counts as sent, the database keeps room for it in the provider's limits."""
     bench = Bench(range(8))
     bench.db.gone = set(range(8))
     reporting = asyncio.create_task(bench.stages.run())

@@ -50,14 +50,15 @@ def test_a_help_page_says_what_the_command_does_reads_and_returns(name: str) -> 
 
 
 def test_a_command_starts_without_what_only_others_need() -> None:
-    """Clients that take longer to import than all the rest."""
+    """Commands do not import clients that they do not use, because importing these takes longer than everything
+    else."""
     code = "import sys, autotag.cli.app; print(*sorted({'openai', 'httpx', 'aiohttp', 'realtime', 'PIL'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "\n"
 
 
 def test_no_number_of_an_option_is_infinite_or_not_a_number() -> None:
-    """nan would be a spending limit that nothing exceeds."""
+    """nan would be a spending limit that no cost exceeds."""
     options = [
         (command.__name__, "--" + name.replace("_", "-"))
         for commands in COMMANDS.values()
@@ -85,7 +86,7 @@ def test_a_spending_limit_is_asked_for_until_it_is_one() -> None:
 def test_with_json_an_error_is_json_too(
     command: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One document on stdout, and the sentence for people on stderr."""
+    """stdout has one JSON document, and stderr the sentence for people."""
     monkeypatch.setattr("autotag.cli.doctor.configure_logs", lambda *_: None)  # for the process, not for one test
     (tmp_path / "tags.csv").write_text("tag\ncat\n")
     more = {
@@ -183,7 +184,8 @@ def test_a_terminal_that_lacks_characters_gets_others(encoding: str, monkeypatch
 def test_output_that_cannot_be_written_is_said(
     given: str, full: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A full disk in one sentence, and a pipe that nobody reads any more (``autotag … | head``) in none."""
+    """A full disk is reported in one sentence. A pipe without a reader (``autotag … | head``) ends the command
+    silently."""
     reader, writer = (None, "/dev/full") if full else os.pipe()
     if reader is not None:
         os.close(reader)
@@ -259,7 +261,7 @@ def test_so_is_an_error_of_an_installation(
 
 
 class FakeOperator:
-    """A database with a number of untagged images, whose limits have no room at the first calls."""
+    """A database with a number of untagged images. Its limits admit nothing at the first calls."""
 
     def __init__(self, images: int, refusals: int = 0) -> None:
         self.left, self.refusals, self.number = images, refusals, 0
@@ -390,7 +392,8 @@ def test_a_spending_limit_is_asked_for_once(tmp_path: Path) -> None:
 def test_another_spending_limit_than_the_databases_is_never_ignored(
     applied: dict[str, str], limits: list[float | None]
 ) -> None:
-    """Whoever set it: a migration or the project itself. 0 dollars as an option are no limit, in a quota they are a limit."""
+    """The limit may be from a migration or from the project itself. 0 dollars mean no limit as an option, but a limit
+    in a quota."""
     facts = Facts({}, [], applied=applied, spending_limits=limits)
     present = limits[0] if limits else None
     for wanted in (0.0, 5.0, 20.0):

@@ -1,4 +1,4 @@
-"""What people give `autotag init` as code or as an address: conditions, claims, the project's URL (install/)."""
+"""Code and addresses that people give to `autotag init`: conditions, claims, the project's URL (install/)."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ async def test_a_large_image_is_decoded_alone_and_what_never_fits_is_refused(mon
 
 
 async def test_a_file_that_never_fits_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A progressive JPEG needs memory for all its pixels, however small it is shown; others do not."""
+    """Only progressive JPEGs need memory for all their pixels, however small they are shown. The message says so."""
     monkeypatch.setattr(decode, "own_memory", lambda: 0)  # that of the tests' process grows
     budget = Budget(512_000_000, 25_000_000)
     small = encoded(quarters(), "JPEG", progressive=True)
@@ -171,7 +171,8 @@ async def test_a_file_that_never_fits_says_what_to_do(monkeypatch: pytest.Monkey
 async def test_a_child_that_uses_more_memory_than_its_image_costs_is_killed(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its headers lie, or a decoder has a bug: the system refuses it the memory, or the worker sees it."""
+    """A file's headers are wrong, or a decoder has a bug. Either the system refuses the memory, or the worker
+    notices."""
     monkeypatch.setattr(children, "DATA_MARGIN", 0)
     monkeypatch.setattr(decode, "COMMON_NEED", 0)
     with capture_logs() as logs:

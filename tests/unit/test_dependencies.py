@@ -1,4 +1,4 @@
-"""What the product is installed with is what it imports, no more and no less; docs/architecture.md says why each is there."""
+"""The product's dependencies are exactly what it imports, and docs/architecture.md explains each of them."""
 
 from __future__ import annotations
 

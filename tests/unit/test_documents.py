@@ -1,4 +1,4 @@
-"""The documents are as the code says, and their links lead somewhere."""
+"""The documents agree with the code, and their links lead to existing places."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_picture_is_shown_in_a_document() -> None:
 
 
 def anchors(path: Path) -> set[str]:
-    """Headings as GitHub names them."""
+    """The anchors that GitHub gives to the headings of a document."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -1,4 +1,4 @@
-"""The points at which chaos ends workers: every call of the database comes by one."""
+"""The points at which chaos kills workers: every call of the database passes one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files are read and written as UTF-8, whatever the locale of the machine is."""
+"""Files are read and written as UTF-8 in every locale."""
 
 from __future__ import annotations
 

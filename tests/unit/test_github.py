@@ -1,4 +1,4 @@
-"""CI, releases and the development container name what is there, and try what the documents promise.
+"""CI, releases and the development container name existing things, and test what the documents promise.
 
 That the files are valid is checked in scripts/lint (check-jsonschema, hadolint).
 """
@@ -144,7 +144,8 @@ def test_both_packages_have_the_same_version() -> None:
 
 
 def test_npm_says_where_its_package_comes_from() -> None:
-    """Provenance: npm signs which commit and workflow have made it. It wants the repository's address in the package."""
+    """npm signs the commit and the workflow that made a package (provenance). For that, the package needs the
+    repository's address."""
     [publish] = [step["run"] for step in PARSED["release.yml"]["jobs"]["npm"]["steps"] if "run" in step]
     assert "publish npm/*.tgz --provenance" in publish
     assert "repository" in json.loads((ROOT / "clients" / "js" / "package.json").read_text())

@@ -1,4 +1,4 @@
-"""Whatever outsiders write, the operator's terminal shows it as text, and a spreadsheet as a cell."""
+"""Any text from outside is shown as text on the operator's terminal, and as a cell in a spreadsheet."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ every_hostile_text = pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTI
 
 
 def is_harmless(shown: str) -> bool:
-    """No control character but the newline, none that turns the direction, none that is invisible."""
+    """Whether a text has no control character but the newline, and none that is invisible or changes the direction."""
     return all(c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in shown)
 
 
 def printed(renderable: Any, width: int = 250) -> str:
-    """What a terminal without colours gets."""
+    """The output on a terminal without colours."""
     out = io.StringIO()
     Console(file=out, width=width, force_terminal=True, no_color=True, color_system=None).print(renderable)
     return out.getvalue()
@@ -84,7 +84,7 @@ def test_markup_is_text_to_rich(text: str) -> None:
 
 
 def status_of(text: str) -> dict[str, Any]:
-    """What ``autotag.status`` returns, with a text of outsiders wherever there is one."""
+    """A result of ``autotag.status`` with this text in every place for texts from outside."""
     now = "2026-11-28T12:00:00+00:00"
     return {
         "at": now, "queue": {"live": 1, "queued": 2, "workspaces": 1, "delayed": 0},

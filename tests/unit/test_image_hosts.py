@@ -1,4 +1,4 @@
-"""How other people's image hosts behave, and that each costs only its own images, and only time."""
+"""Troubles of other people's image hosts. Each costs only its own images, and only time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ A, B = "https://a.example.com/1.jpg", "https://b.example.com/1.jpg"
 
 
 class Hosts:
-    """What hosts answer, and what they were asked."""
+    """The answers of hosts, and the requests that they got."""
 
     def __init__(self, *answers: httpx.Response | Callable[[httpx.Request], httpx.Response]) -> None:
         self.answers = list(answers)
@@ -85,7 +85,7 @@ async def test_a_503_without_a_time_is_an_error_of_the_moment() -> None:
 
 
 async def test_a_host_that_refuses_for_ever_ends_its_images(clock: list[float]) -> None:
-    """Every job ends: after an hour without one image, refusals count as failures."""
+    """After an hour without one image, refusals count as failures, so every job ends."""
     hosts = Hosts(*[lambda _: httpx.Response(429, headers={"retry-after": "600"})] * 50)
     async with hosts.source() as source:
         kinds = []
@@ -113,7 +113,7 @@ async def test_a_refusal_names_its_host(status: int) -> None:
 
 
 async def test_a_redirect_is_the_next_hosts_business(clock: list[float]) -> None:
-    """The host that asks to wait is the one that was asked, not the one in the row."""
+    """If a redirect leads to a host that asks to wait, only that host is avoided, not the one in the row."""
     hosts = Hosts(httpx.Response(302, headers={"location": B}), httpx.Response(429, headers={"retry-after": "9"}))
     async with hosts.source() as source:
         assert "b.example.com" in (await trouble(source)).message
@@ -130,7 +130,7 @@ async def test_five_redirects_are_followed_each_with_the_same_headers() -> None:
 
 
 def by_accept(request: httpx.Request) -> httpx.Response:
-    """Like an image CDN: the newest format that the client names."""
+    """Answers like an image CDN: with the newest format that the client accepts."""
     accepted = request.headers["accept"]
     chosen = next(kind for kind in ("image/jxl", "image/avif", "image/webp", "image/jpeg") if kind in accepted)
     return httpx.Response(200, content=JPEG, headers={"content-type": chosen})

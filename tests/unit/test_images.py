@@ -1,4 +1,4 @@
-"""Whatever file is uploaded: it becomes the small upright JPEG that the model sees, or fails with a sentence."""
+"""Every uploaded file becomes the small upright JPEG that the model sees, or fails with a sentence."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MEMORY = 300_000_000  # bytes
 
 
 def seen(data: bytes, side: int = 512) -> tuple[str, ...]:
-    """What the simulator sees of a prepared file; its size is checked."""
+    """The picture that the simulator sees. Its size is checked."""
     jpeg = images.prepare_bytes(data, side, MEMORY).jpeg
     with Pillow.open(io.BytesIO(jpeg)) as image:
         assert image.format == "JPEG"
@@ -107,7 +107,7 @@ def test_a_small_image_is_not_blown_up() -> None:
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG that claims to be so large, with next to no data behind it."""
+    """A PNG whose header claims this size, with hardly any data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -263,7 +263,7 @@ async def test_a_path_cannot_leave_its_bucket(path: str) -> None:
 
 
 def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each scan is a hundred bytes and goes over all pixels, and no thread can be stopped."""
+    """Each scan is a hundred bytes and goes over all pixels, and a decoding thread cannot be stopped."""
     progressive = encoded(quarters(), "JPEG", progressive=True)
     assert images.prepare_bytes(progressive + b"\xff\xda\x00\x02" * 500, 512, MEMORY), (
         "what follows its end does not count"

@@ -1,4 +1,5 @@
-"""A download stops at the limit: its connection is closed, and what was read is not in the worker's heap."""
+"""A download stops at the limit: its connection is closed, and the bytes that were read are not in the worker's
+heap."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ LIMIT = 8_000_000
 
 
 class Sender:
-    """A server that sends a video of 300 MB to whoever asks."""
+    """A server that sends 300 MB to every client."""
 
     def __init__(self, *, says_length: bool) -> None:
         self.sent = 0

@@ -134,7 +134,7 @@ def test_untyped_messages_are_found(code: str) -> None:
 
 
 def imports(module: str) -> Iterator[tuple[str, bool]]:
-    """What a module imports, and whether it does so as soon as it is imported itself."""
+    """The modules that a module imports, and whether it does so as soon as it is imported itself."""
     path = MODULES[module]
     todo: list[tuple[ast.AST, bool]] = [(ast.parse(path.read_text()), True)]
     while todo:
@@ -237,7 +237,7 @@ def long_functions(lines: list[str], most: int, *, decorators: bool) -> Iterator
 
 
 def test_nothing_is_longer_than_one_can_take_in() -> None:
-    """A comment "# Long: why" directly above (of a module: its first line) excuses."""
+    """A comment "# Long: why" above a function, or in the first line of a module, allows more lines."""
     too_long = []
     for module, path in MODULES.items():
         lines = path.read_text().splitlines()
@@ -248,7 +248,7 @@ def test_nothing_is_longer_than_one_can_take_in() -> None:
 
 
 def test_no_test_is_longer_than_one_can_take_in() -> None:
-    """The cases of a test, in its decorators, may be many; so may the lines of a module of tests."""
+    """Decorators do not count, because a test may have many cases, and modules of tests have no limit."""
     assert [
         f"{path.name}: {found}"
         for path in sorted((ROOT / "tests").rglob("*.py"))

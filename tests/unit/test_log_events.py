@@ -15,7 +15,7 @@ PARTICIPLE = re.compile(r"[a-z_]+ed|([a-z_]+_)?(lost|found|held|shown|sent|begun
 
 
 def logged(source: str) -> Iterator[str]:
-    """The names of the events that a module logs: constants, or what is assigned to a variable that has the name."""
+    """The names of events that a module logs: constants, or values that are assigned to a variable."""
     tree = ast.parse(source)
     for call in ast.walk(tree):
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in LEVELS):

@@ -1,4 +1,4 @@
-"""Dollars are readable, plain for programs, and never zero when they are not known."""
+"""Dollars are readable, plain for programs, and never zero when they are unknown."""
 
 from __future__ import annotations
 

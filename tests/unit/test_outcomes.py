@@ -1,4 +1,4 @@
-"""Outcomes reach the database one workspace at a time, whatever the host's rows and the reports themselves do."""
+"""Outcomes reach the database one workspace at a time, whatever happens to the host's rows and the reports."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class FakeDatabase:
 
 
 class Bench:
-    """Outcomes with all that belongs to them."""
+    """Outcomes with everything that they need."""
 
     def __init__(self) -> None:
         self.db, self.claims, self.slow, self.observations = FakeDatabase(), Claims(), SlowWorkspaces(), Observations()
@@ -217,7 +217,7 @@ async def test_a_report_that_raises_costs_its_image_alone(bench: Bench, error: E
     RuntimeError("bug"), TimeoutError(), ExceptionGroup("several", [ValueError()]),
 ])  # fmt: skip
 async def test_whatever_a_call_raises_no_answer_is_lost(bench: Bench, error: Exception) -> None:
-    """The calls of other workspaces that are under way go on, and the workspace's own turns too."""
+    """Calls of other workspaces go on, and so do the workspace's own next calls."""
     settled: list[int] = []
     release, raised = asyncio.Event(), 0
 

@@ -1,4 +1,4 @@
-"""An image's URL makes the worker ask public addresses of allowed hosts, and read no more than it may."""
+"""An image's URL makes the worker request only public addresses of allowed hosts, and read no more than the limit."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ async def test_no_encoding_is_asked_for_and_an_honest_one_is_understood() -> Non
 @pytest.mark.parametrize("parts", [1, 2, 3])
 @pytest.mark.parametrize("cut", [1, 100])
 async def test_gzip_may_have_several_parts(parts: int, cut: int) -> None:
-    """And anything behind them."""
+    """Bytes after the last part are ignored."""
     whole = picture(Pillow.effect_noise((300, 300), 90), "PNG")
     size = -(-len(whole) // parts)
     packed = b"".join(gzip.compress(whole[at : at + size]) for at in range(0, len(whole), size)) + b"\0\0rest"
@@ -247,7 +247,7 @@ async def test_gzip_may_have_several_parts(parts: int, cut: int) -> None:
 
 
 class Dripping(httpx.AsyncByteStream):
-    """A byte now and then, for ever."""
+    """A body that sends a byte now and then, for ever."""
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while True:

@@ -27,7 +27,7 @@ def running(name: str) -> ProviderBatch:
 
 
 class FakeProvider:
-    """Lists and retrieves batches, and raises what the test wants."""
+    """Lists and retrieves batches, and raises the errors that the test wants."""
 
     def __init__(self, listed: list[str]) -> None:
         self.listed = listed
@@ -70,7 +70,7 @@ class FakeProvider:
 
 
 class FakeDatabase:
-    """Notes what is reported; a report that has a batch in `refused` raises."""
+    """Collects reports. A report with a batch in `refused` raises an error."""
 
     def __init__(self) -> None:
         self.refused: dict[tuple[str, str], Exception] = {}
@@ -108,7 +108,7 @@ async def poll(provider: FakeProvider, db: FakeDatabase, files: Sequence[str] = 
 
 
 async def test_what_the_provider_says_of_a_cancelled_batch_is_reported_at_once() -> None:
-    """And one that has just ended, or whose cancellation fails, costs no other."""
+    """A batch that has just ended, or whose cancellation fails, does not prevent the other cancellations."""
     provider, db = FakeProvider(IDS), FakeDatabase()
     provider.cancel_errors = {
         IDS[0]: TaggingError("transient", "http_500", "m", status=500),
@@ -141,7 +141,7 @@ async def test_a_provider_that_refuses_the_account_fails_the_poll_and_no_batch()
 
 
 async def test_a_provider_that_asks_to_wait_keeps_what_it_had_said() -> None:
-    """And the next poll begins with other batches."""
+    """States that were read before are reported, and the next poll begins with other batches."""
     first = set()
     for _ in range(20):
         provider, db = FakeProvider(IDS[:5]), FakeDatabase()
@@ -177,7 +177,8 @@ GONE = TaggingError("account", "http_404", "m", status=404)
 async def test_files_that_nobody_recorded_are_deleted_by_name(
     listing: TaggingError | None, deleting: TaggingError | None, gone: list[str], failures: int
 ) -> None:
-    """Theirs alone. A provider that cannot list files is not asked again; one that is busy is asked at a later poll."""
+    """Only files with these batches' names are deleted. A provider that cannot list files is not asked again, one that
+    is busy at a later poll."""
     provider, db = FakeProvider(IDS), FakeDatabase()
     provider.files = ["autotag-two.jsonl", "autotag-three.jsonl", "two.jsonl", "autotag-one.jsonl", "autotag-two.jsonl"]
     provider.list_error = listing

@@ -1,4 +1,4 @@
-"""Profiles as files: what is written can be read, and means the same."""
+"""Profiles as files: a written file can be read, and means the same profile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prompt: who gives instructions, what stays the same for every image, and what a model may answer."""
+"""The prompt: whose instructions it has, which part is the same for all images, and which answers are allowed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_bytes_before_the_picture_are_the_same_for_every_image() -> None:
 @pytest.mark.parametrize("trick", TRICKS, ids=range(len(TRICKS)))
 @pytest.mark.parametrize("place", ["instructions", "vocabulary", "description", "language"])
 def test_what_comes_from_outside_is_one_json_string(trick: str, place: str) -> None:
-    """Whatever is in it, it cannot end itself: what stands before and after it is the same."""
+    """No text can end its own JSON string: the prompt before and after it is the same for every text."""
 
     def written(text: str) -> str:
         changes: dict[str, Any] = {place: [text] if place == "vocabulary" else text}

@@ -1,4 +1,4 @@
-"""Every provider's headers say what its limits count: a minute or a day, requests or tokens."""
+"""Every provider's headers show what its limits count: a minute or a day, requests or tokens."""
 
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ def test_tokens_of_a_day_are_not_tokens_of_a_minute() -> None:
 
 
 def test_a_429_says_in_other_words_how_long_to_wait() -> None:
-    """OpenRouter's 429s name the end of the day in their body, and have no retry-after."""
+    """Some 429s have no retry-after: OpenRouter's have the end of the day in the body, Azure's a header for the
+    reset."""
     ends = {
         "X-RateLimit-Limit": "50",
         "X-RateLimit-Remaining": "0",

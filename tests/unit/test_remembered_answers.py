@@ -1,4 +1,5 @@
-"""An answer that an adapter remembers holds as long as what it is about: naming another table forgets its condition."""
+"""An adapter remembers answers. An answer is forgotten when what it is about changes: another table loses the
+condition."""
 
 from __future__ import annotations
 
@@ -57,7 +58,7 @@ def test_every_answer_says_what_it_is_about() -> None:
 @pytest.mark.parametrize("told", TOLD)
 @pytest.mark.parametrize("changed", FORGETS)
 def test_no_answer_outlives_what_it_is_about(told: dict[str, Any], changed: str) -> None:
-    """Each pair of answers: the one that changes, and one that was told before."""
+    """Checks each pair of a changed answer and a remembered answer."""
     value = not told["full_paths"] if changed == "full_paths" else "public.staff"
     choices = Choices(**{changed: value})
     kept = with_remembered(choices, told, forgotten(choices, told, FACTS))
@@ -75,7 +76,7 @@ def test_no_answer_outlives_what_it_is_about(told: dict[str, Any], changed: str)
 
 @pytest.mark.parametrize("told", TOLD)
 def test_an_answer_that_is_given_again_forgets_nothing(told: dict[str, Any]) -> None:
-    """In any way to write the same name."""
+    """The same name may be written with or without its schema."""
     facts = replace(FACTS, tables={**FACTS.tables, "public.assets": Table("public.assets", {})})
     for name, value in told.items():
         if name != "claim_form":

@@ -1,4 +1,4 @@
-"""No message, log line or printed sentence has a secret in it."""
+"""No message, log line or printed sentence contains a secret."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _forget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def process(_forget: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that has read its settings."""
+    """Sets the environment and reads the settings, as a process does."""
     for name, value in {"DATABASE_URL": DATABASE, "OPENAI_API_KEY": KEY, "SUPABASE_SECRET_KEY": STORAGE_KEY,
                         "OPENAI_WEBHOOK_SECRET": WEBHOOK, "AUTOTAG_WEBHOOK": "127.0.0.1:8081"}.items():  # fmt: skip
         monkeypatch.setenv(name, value)
@@ -195,7 +195,7 @@ def test_a_file_holds_the_connection_string(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 class MoreSettings(Settings):
-    """With secrets that only a later version has."""
+    """Settings with secrets that a later version may add."""
 
     next_key: SecretStr | None = None
     other_key: SecretStr = SecretStr("")

@@ -1,4 +1,4 @@
-"""Settings name what is missing; headers and errors of the provider are read with care."""
+"""Errors of settings name what is missing, and headers and errors of the provider are read with care."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_a_wait_may_be_a_date() -> None:
     "error", [httpx2.ReadError("reset"), aiohttp.ClientPayloadError("no HTTP")], ids=["reset", "no HTTP"]
 )
 def test_a_file_that_breaks_off_is_the_providers_trouble(error: Exception) -> None:
-    """The SDK lets errors through that come while an answer's body is read."""
+    """The SDK does not wrap errors that occur while the body of an answer is read."""
     with pytest.raises(TaggingError) as caught, classified_errors():
         raise error
     assert (caught.value.kind, caught.value.code, caught.value.origin) == (
@@ -263,7 +263,7 @@ def test_a_file_that_breaks_off_is_the_providers_trouble(error: Exception) -> No
 async def test_a_connection_that_the_server_may_be_closing_is_not_used(
     seconds: float, connections: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A request that is sent while the server closes the connection would be lost."""
+    """If the server closed the connection at the same moment, the request would be lost."""
     opened = 0
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -37,7 +37,7 @@ def picture(colour: str = "red", side: int = 64) -> str:
 def request(
     model: str = "gpt-6-luna", *, system: str = "You tag.", url: str | None = None, side: int = 64, **changes: Any
 ) -> dict[str, Any]:
-    """The body of a completion; a change to None takes a field out."""
+    """The body of a completion with these changes; None removes a field."""
     image = {"type": "image_url", "image_url": {"url": url or picture(side=side), "detail": "low"}}
     body = {
         "model": model, "max_completion_tokens": 2000, "response_format": STRICT,
@@ -50,7 +50,7 @@ def request(
 
 
 class Api:
-    """The simulator in this process, and what it says."""
+    """The simulator in this process, and its answers."""
 
     def __init__(self) -> None:
         self.sim = Simulator(Plan(latency=(0, 0), batch_latency=(0.02, 0.02)))
@@ -90,7 +90,7 @@ class Api:
         return await self.http.post("/v1/batches", json=body)
 
     async def batch(self, *bodies: dict[str, Any]) -> dict[str, Any]:
-        """A batch of these lines, when it has ended."""
+        """Runs a batch of these lines, and returns it when it has ended."""
         file = (await self.upload(*bodies)).json()["id"]
         batch = (await self.create_batch(file)).json()
         async with asyncio.timeout(PATIENCE):

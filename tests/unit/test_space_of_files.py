@@ -1,4 +1,4 @@
-"""What one tenant's downloads hold, however slow they are, leaves room for the others' (`files.Space`)."""
+"""However slow the downloads of one tenant are, they leave memory and places to the other tenants (`files.Space`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES = (1_000, POCKET, POCKET + 1, 3_000_000, 12_000_000, LARGEST)
 
 @pytest.fixture(autouse=True)
 def _no_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests count bytes, and need none."""
+    """Replaces files by counters, because the tests only count bytes."""
 
     class File:
         def __init__(self) -> None:
@@ -77,7 +77,7 @@ async def test_downloads_of_many_tenants_stay_within_the_space_and_all_end(seed:
 @pytest.mark.parametrize("says", [None, LARGEST - 1])
 @pytest.mark.parametrize("sent", [1, POCKET + 1])
 async def test_slow_downloads_of_one_tenant_hold_off_nobody_else(says: int | None, sent: int) -> None:
-    """They hold what they need for ever: the host sends no more."""
+    """The host sends nothing more, so these downloads keep their bytes for ever."""
     space = Space(FILES, LARGEST)
 
     async def drip() -> None:

@@ -1,4 +1,4 @@
-"""Whose fault it is when a file cannot be read, by what Storage and what stands before it answer."""
+"""Errors of reading a file: Storage's answer, or that of a proxy in front of it, shows whose fault it is."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DOWN = HTMLResponse("<html>down</html>", 503, {"retry-after": "7"})
 
 
 class Server:
-    """Answers files and the list of buckets by plan; an answer that is missing is 200."""
+    """Answers requests for files and the list of buckets with the planned answers, otherwise with 200."""
 
     def __init__(self) -> None:
         self.file: Response | None = None
@@ -125,7 +125,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
 
 
 def unreadable(status: int, how: str) -> Response:
-    """An answer whose body nobody can read: in an encoding that was not asked for, or nested without end."""
+    """An answer whose body cannot be read: in an encoding that was not requested, or nested too deep."""
     headers = {"content-encoding": how, "retry-after": "7"} if how != "deep" else {"retry-after": "7"}
     return Response(DEEP if how == "deep" else b"<html>bad gateway</html>", status, headers)
 

@@ -1,4 +1,4 @@
-"""Outcomes that wait for the host's rows are stored in turn, and a workspace that takes too long starves no other."""
+"""Waiting outcomes are stored in turns, so a workspace that takes too long delays no other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLUE, RED = "blue", "red"
 
 
 class FakeDatabase:
-    """Workspaces with outcomes that wait. slow: those of which one call can store only so many."""
+    """A database with waiting outcomes. slow: the workspaces of which one call can store only this many."""
 
     def __init__(self) -> None:
         self.waiting: dict[str, int] = {}
@@ -73,7 +73,7 @@ class FakeDatabase:
 
 
 class Bench:
-    """A store lane with all that belongs to it."""
+    """A store lane with everything that it needs."""
 
     def __init__(self) -> None:
         self.db, self.wake, self.slow = FakeDatabase(), Wake(), SlowWorkspaces()
@@ -155,7 +155,7 @@ async def test_calls_that_succeed_slowly_do_not_grow(bench: Bench, monkeypatch: 
 
 
 async def test_slow_workspaces_share_one_turn(bench: Bench) -> None:
-    """A quiet workspace does not wait for them, however many there are."""
+    """A fast workspace does not wait for slow ones, however many there are."""
     slow = [f"slow {n}" for n in range(6)]
     for workspace in slow:
         bench.slow.mark(workspace)
@@ -185,7 +185,8 @@ async def test_slow_workspaces_share_one_turn(bench: Bench) -> None:
 
 
 async def test_what_another_worker_stores_is_not_asked_for_without_end(bench: Bench) -> None:
-    """Another worker holds the rows: nothing is stored, although more is due."""
+    """Another worker has locked the rows, so a call stores nothing although more is due. Then the next call waits
+    longer each time."""
     held = 5
 
     async def held_by_another(workspace: str, tasks: Sequence[int]) -> Stored:

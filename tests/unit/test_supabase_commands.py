@@ -1,4 +1,4 @@
-"""Every command of the Supabase CLI that we tell people to run exists, with its options, in the CLI that they install."""
+"""Every command of the Supabase CLI in the documents exists, with its options, in the CLI that people install."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLACES = ["README.md", "CONTRIBUTING.md", "docs/**/*.md", ".github/**/*.yml", "w
 
 @pytest.fixture(scope="module")
 def commands() -> dict[str, set[str]]:
-    """Every command with its options, from the completions that the CLI makes of itself: one call instead of a hundred."""
+    """Every command with its options. The CLI generates shell completions, so one call shows all of them."""
     script = supabase("--completions", "bash", stdout_only=True)
     parts = re.split(r"^_supabase(\w*)\(\)$", script, flags=re.MULTILINE)
     return {
@@ -28,7 +28,7 @@ def commands() -> dict[str, set[str]]:
 
 
 def told(text: str) -> Iterator[str]:
-    """The commands in a text: what follows the CLI's name up to the end of the code or the sentence."""
+    """The commands in a text: the words from the CLI's name to the end of the code or sentence."""
     words = r"[a-z][a-z-]*(?![\w/.@])"
     for match in re.finditer(rf"(?<![\w/.@-])supabase((?: {words})+(?:[ =][^\s`'\"|&;()]+)*)", text):
         yield match[1].strip()
@@ -61,7 +61,7 @@ def test_every_command_exists_with_its_options(commands: dict[str, set[str]]) ->
 
 
 def test_documents_push_to_the_linked_project() -> None:
-    """Without --remote the CLI goes to the local stack, and says that all is well."""
+    """Without --remote, the CLI changes the local stack and reports success."""
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for line in path.read_text().splitlines():
             if re.match(r"supabase db push", line) or "run: supabase db push" in line:

@@ -1,4 +1,4 @@
-"""What of a model's answer is stored, and what is an error."""
+"""Which parts of a model's answer are stored, and which answers are errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of vocabularies: what people's spreadsheets write, and what is written is read again."""
+"""Files of vocabularies: what spreadsheets write can be read, and so can what autotag writes."""
 
 from __future__ import annotations
 

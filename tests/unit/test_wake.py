@@ -1,4 +1,4 @@
-"""A lane that is busy when it is notified does not sleep through it."""
+"""A lane that is busy when it is notified does not miss the notification."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PATIENCE = 6.0  # seconds that a wake may take on a slow machine
     ("notified", "topic"), [*((topic, topic) for topic in TOPICS), *(("", topic) for topic in TOPICS)]
 )
 async def test_what_is_notified_before_the_first_wait_is_not_lost(notified: str, topic: str) -> None:
-    """As when another worker's images come back while this one makes its first claim."""
+    """For example, another worker's images are requeued while this worker makes its first claim."""
     wake = Wake()
     wake.notify(notified)
     async with asyncio.timeout(PATIENCE):

@@ -49,7 +49,7 @@ begin
   perform autotag.check_member(p_workspace_id);
   if not autotag.is_service() and autotag.is_editor(p_workspace_id) is not true then
     perform autotag.refuse(403, 'not_an_editor', 'You may not change what this workspace''s images are asked.',
-      'Ask who runs this project: autotag.is_editor() decides it.', jsonb_build_object('workspace_id', p_workspace_id));
+      'Ask the people who run this project: autotag.is_editor() decides it.', jsonb_build_object('workspace_id', p_workspace_id));
   end if;
 end $$;
 
@@ -83,7 +83,7 @@ exception when invalid_text_representation then
   return null;
 end $$;
 
--- Whether this worker is registered by the login that calls. A worker whose lease has ended is registered by none.
+-- Whether the calling login has registered this worker. False once the worker's row is deleted (expire_worker, release_worker).
 create or replace function autotag.is_own_worker(p_worker uuid) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

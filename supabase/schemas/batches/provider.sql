@@ -32,7 +32,7 @@ begin
   end if;
   if v_date is not null and v_model is not null then
     -- This comes before the lock of the provider row, so that no transaction that holds it waits for a model's row. The model
-    -- gets its own row, a copy of its family's, because the shutdown date of one snapshot does not hold for the others.
+    -- gets its own row, a copy of its family's, because the shutdown date of one snapshot does not apply to the others.
     m.name := v_model;
     m.shutdown_date := v_date;
     m.cap_parameter := coalesce(m.cap_parameter, 'max_completion_tokens');

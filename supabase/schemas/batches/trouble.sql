@@ -200,11 +200,11 @@ begin
   return true;
 end $$;
 
--- Plans a batch again, with its file, because OpenAI refused it: its queue of tokens is full. Other programs or batches may fill the
--- queue. But a batch that was refused max_bad_answers times while no other batch of ours was in the queue (or after batch_patience, in
--- any case) is halved; the halves are halved after one more refusal. A batch with at most chunk_max_images images goes on as single
--- calls, but not before batch_patience, because they cost twice as much. The caller holds job and batch. Locks: tasks, window (skip
--- locked).
+-- Plans a batch again and keeps its file. OpenAI refused the batch, because OpenAI's queue of tokens is full; other programs or batches
+-- may fill it. A refusal counts if none of our other batches is in the queue, or if the batch is older than batch_patience. After
+-- max_bad_answers such refusals the batch is halved, and each half is halved after one more. A batch with at most chunk_max_images images
+-- is sent as single calls instead, but only once it is older than batch_patience, because single calls cost twice as much. The caller
+-- holds job and batch. Locks: tasks, window (skip locked).
 create or replace function autotag.refuse_tokens(
   p_batch autotag.batches, p_error text, p_settings autotag.settings, p_now timestamptz
 ) returns void
@@ -231,9 +231,9 @@ begin
   end if;
 end $$;
 
--- Moves the images of a planned batch into p_parts new ones, and cancels it; its file is deleted at OpenAI. The first new batch takes
--- over its admission to the workspace's window, and the images of the others are given back. The caller holds job and batch. Locks:
--- tasks, window (skip locked).
+-- Moves the images of a planned batch into p_parts new batches, and cancels the old batch, whose file is deleted at OpenAI. The first new
+-- batch takes over the old batch's admission to the workspace's window. The window gets back the images of the other new batches. The
+-- caller holds job and batch. Locks: tasks, window (skip locked).
 create or replace function autotag.split_batch(p_batch autotag.batches, p_parts integer, p_reason text) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -352,11 +352,11 @@ begin
   perform pg_notify('autotag', 'realtime');
 end $$;
 
--- Puts the waiting single calls of one upload into batches, if it is older than realtime_max_wait and that is expected to be faster.
--- p_wait: how long the single calls would wait; null: nobody knows, and a batch has to start within realtime_max_wait. p_reason: a
--- sentence for the user. The upload of the workspace with the fewest waiting batches goes first. False: there is no such upload, or
--- other transactions hold all of them. One upload per call. Called by claim(), which holds the provider row. Locks: job, tasks by id (both
--- skip locked).
+-- Puts the waiting single calls of one upload into batches, if the upload is older than realtime_max_wait and batches are expected to
+-- finish sooner. p_wait: how long the single calls would wait; null: unknown, and then a batch has to start within realtime_max_wait.
+-- p_reason: a sentence for the user. The upload of the workspace with the fewest waiting batches goes first. False: there is no such
+-- upload, or other transactions hold all of them. One upload per call. Called by claim(), which holds the provider row. Locks: job, tasks
+-- by id (both skip locked).
 create or replace function autotag.single_calls_to_batch(p_now timestamptz, p_wait interval, p_reason text) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -117,7 +117,7 @@ as $$
 $$;
 
 -- The hosts at which this project serves its Storage. An image URL of Storage there names one of your own files, so it is read through
--- Storage and the file rule holds for it. Any other URL is fetched like a browser would, if the worker's AUTOTAG_IMAGE_HOSTS allow it.
+-- Storage and the file rule applies to it. Any other URL is fetched like a browser would, if the worker's AUTOTAG_IMAGE_HOSTS allow it.
 create or replace function autotag.storage_hosts() returns text[]
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$
@@ -289,8 +289,8 @@ begin
 exception when others or assert_failure then
   perform autotag.check_caller();
   raise exception using errcode = 'PT403', detail = '{"code": "unreadable_files"}',
-    message = format('Whether you may see the files of these images could not be found out (error %s).', sqlstate),
-    hint = 'Ask who runs this project: reading storage.objects fails in your name, by its policies or privileges.';
+    message = format('autotag could not check whether you may see the files of these images (error %s).', sqlstate),
+    hint = 'Tell the people who run this project: your login cannot read storage.objects, because of a policy or a missing privilege.';
 end $$;
 
 -- What a role may read of the table of images: nothing (null), some `columns` but not the ids, or the `ids`. visible_assets() tells which
@@ -304,8 +304,8 @@ as $$
   from pg_class c where c.oid = autotag.image_table()
 $$;
 
--- Whether the caller, who acts as this role, may tag only images whose rows they see. Raises if so and the role may not read the ids,
--- because then visible_assets() cannot read the rows as this role.
+-- Whether a caller with this role may tag only images whose rows they see. Raises an error if visible_assets() could not find these rows,
+-- because the role may not read the column of the ids.
 create or replace function autotag.has_to_see(p_role name) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -320,8 +320,8 @@ begin
     end if;
     perform autotag.check_caller();
     perform autotag.refuse(403, 'unreadable_rows',
-      format('Which images you see could not be found out: you may read columns of %s, but not its ids.', autotag.image_table()),
-      format('Ask who runs this project to grant that: grant select (%I) on %s to %I;', 'id', autotag.image_table(), p_role));
+      format('autotag could not check which images you see: you may read columns of %s, but not its ids.', autotag.image_table()),
+      format('Ask the people who run this project to grant it: grant select (%I) on %s to %I;', 'id', autotag.image_table(), p_role));
   end if;
   return true;
 end $$;
@@ -344,15 +344,15 @@ begin
   exception when others or assert_failure then
     perform autotag.check_caller();
     raise exception using errcode = 'PT403', detail = '{"code": "unreadable_rows"}',
-      message = 'Whether you may see these images could not be found out: ' || sqlerrm,
-      hint = 'Ask who runs this project: reading the table of images fails in your name, by its policies or privileges.';
+      message = 'autotag could not check whether you may see these images: ' || sqlerrm,
+      hint = 'Tell the people who run this project: your login cannot read the table of images, because of a policy or a missing privilege.';
   end;
 end $$;
 
 -- The next images of a workspace that are not being tagged and that the row filter does not leave out, by id after p_after.
--- p_untagged: only those without tags (null or an empty list) that autotag has not tagged. (If no tag fits an image, its answer has
--- none, and would have none again.) p_profile: only those that autotag has tagged with another
--- version of the profile; without one counts as version 0.
+-- p_untagged: only those without tags (null or an empty list) that autotag has not tagged. (An image whose answer had no fitting tag
+-- counts as tagged, because a second answer would have none either.) p_profile: only images that autotag has tagged with another version
+-- of the profile. A result without a version has version 0.
 create or replace function autotag.list_assets(
   p_workspace_id autotag.workspace_id, p_untagged boolean, p_after autotag.asset_id, p_limit integer, p_profile integer default null
 )
@@ -428,12 +428,12 @@ end $$;
 
 -- Stores the tags and everything else about finished images of a workspace, in one update per row. What a person typed stays, and
 -- what a person removed stays away (autotag.merge_tags). The update compares the row as it finds it, so an edit that commits while it
--- waits counts. Values too large to be compared are not read: a value's header has its size. If the table has triggers on update, it then
--- reads the rows again: a row that shows nothing of this was not written, and the memory keeps only tags that are there (kept_tags; the
--- triggers run once more if it changes). Returns the images whose rows it wrote. A row that has moved to another workspace is not
--- written, because it may be another image, and neither is one whose picture is not the one that the model saw.
--- p_results[i] and p_marks[i] belong to p_asset_ids[i]: {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}, with normalized tags,
--- each with a key of its own (clean_result), the most confident first; and the picture's mark (describe_assets; null: any).
+-- waits counts. Values too large to be compared are not read: a value's header has its size. If the table has update triggers, it then
+-- reads the rows again. A row without the new result counts as not written. If a trigger has changed the tags, tagging_result keeps only
+-- those that are in the row (kept_tags), and the triggers run once more. Returns the images whose rows it wrote. A row that has moved to
+-- another workspace is not written, because it may be another image, and neither is one whose picture is not the one that the model saw.
+-- p_results[i] and p_marks[i] belong to p_asset_ids[i]: {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}, with normalized
+-- tags, each with a key of its own (clean_result), the most confident first; and the picture's mark (describe_assets; null: any).
 create or replace function autotag.store_tags(p_asset_ids autotag.asset_id[], p_workspace_id autotag.workspace_id, p_results jsonb[], p_marks uuid[])
 returns autotag.asset_id[]
 language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'
@@ -562,7 +562,7 @@ end $$;
 create or replace function autotag.adapter_answers() returns jsonb
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$
-  select '{"choices": {"table": "public.assets", "id": "id", "workspace": "workspace_id", "path": "storage_path", "bucket": "assets", "url": "image_url", "full_paths": false, "tags": "tags", "where": "true", "members_table": "public.workspace_members", "members_workspace": "workspace_id", "members_user": "user_id", "members_where": "true", "caller_claim": "auth.uid()", "editors": "none"}, "storage_hosts": [], "users_see_files": true, "files": {"name": "workspace-folder", "buckets": ["assets"], "prefix": "", "depth": 1, "uploader": null}, "functions": {"caller": "f830ed77bb91839e0f5c8f2ce1e04423", "nobody": "6c5d38b139b353965449926c78d12f4a", "is_member": "19796b8302d5a46b3911e77265efac71", "is_editor": "1c0b95fc17b9b3f6469e454482cb4a49", "image_table": "d24db7aeb8883ff34d9163c517e0cd7b", "file_rule": "e5132e61b36ed3b88aff49205110856a", "users_see_files": "12121c1c821d63ac9833861df2e81850", "storage_hosts": "030502eb0822a627e8578437ebce8ccd", "storage_file": "8ee31e1e47aa52b15be0280750f52608", "percent_decode": "a0eccfadc1e55a87ef193dd340c278b9", "describe_assets": "e2d2cd537e515f18131bc2cfcdf47316", "check_files": "6d2a870f1edd26973549942173a47764", "file_mark": "219cdc87aec8cb6caf2f18b3adf94d53", "files_to_check": "aaff0d5c32dd6ee6691d456b4c22016c", "visible_file_marks": "428b34779d1f9edde33885e42b8f0bed", "may_read_images": "4d6ea3cce6c38918ce65b70bcd3596e5", "has_to_see": "3de1be9e0cc38b7a0434fa71b232aad1", "visible_assets": "25f772085fd80a324f793dd6da0d4175", "list_assets": "8e7328ed4b7fee1627641f1a91b1dd89", "tagged_assets": "369dfcb2bc1a94ba8cea34b82e714162", "tags_in_use": "0cb437f5fc8dc68e0004407ee0cf8356", "stored_tags": "ec090ba123f9257f9a6a0f7b0137a764", "store_tags": "b68dd4cb2bb9624604a14c6f01738d5c", "show_stage": "bf8e8c0a1a5abe7e3bb0ac8cb6f1deb2", "held_assets": "74439428a2a7b5d3c9cdd0f84e7c9f20", "collect_inserted": "11282dfb9d2166012a3263eab4651df0", "set_automatic": "df63c22abd345745a09ee933b92e9fe7", "adapter_version": "6ebceba1516d1b8c52d508dc3039fc26"}}'::jsonb
+  select '{"choices": {"table": "public.assets", "id": "id", "workspace": "workspace_id", "path": "storage_path", "bucket": "assets", "url": "image_url", "full_paths": false, "tags": "tags", "where": "true", "members_table": "public.workspace_members", "members_workspace": "workspace_id", "members_user": "user_id", "members_where": "true", "caller_claim": "auth.uid()", "editors": "none"}, "storage_hosts": [], "users_see_files": true, "files": {"name": "workspace-folder", "buckets": ["assets"], "prefix": "", "depth": 1, "uploader": null}, "functions": {"caller": "f830ed77bb91839e0f5c8f2ce1e04423", "nobody": "6c5d38b139b353965449926c78d12f4a", "is_member": "19796b8302d5a46b3911e77265efac71", "is_editor": "1c0b95fc17b9b3f6469e454482cb4a49", "image_table": "d24db7aeb8883ff34d9163c517e0cd7b", "file_rule": "e5132e61b36ed3b88aff49205110856a", "users_see_files": "12121c1c821d63ac9833861df2e81850", "storage_hosts": "030502eb0822a627e8578437ebce8ccd", "storage_file": "8ee31e1e47aa52b15be0280750f52608", "percent_decode": "a0eccfadc1e55a87ef193dd340c278b9", "describe_assets": "e2d2cd537e515f18131bc2cfcdf47316", "check_files": "6d2a870f1edd26973549942173a47764", "file_mark": "219cdc87aec8cb6caf2f18b3adf94d53", "files_to_check": "aaff0d5c32dd6ee6691d456b4c22016c", "visible_file_marks": "fb3d7292ea03a21b066df2eeee603063", "may_read_images": "4d6ea3cce6c38918ce65b70bcd3596e5", "has_to_see": "841517d2b5dc61837214244b4314a307", "visible_assets": "91a9ac71e2b4afe2a0acd05f04bc9dd7", "list_assets": "8e7328ed4b7fee1627641f1a91b1dd89", "tagged_assets": "369dfcb2bc1a94ba8cea34b82e714162", "tags_in_use": "0cb437f5fc8dc68e0004407ee0cf8356", "stored_tags": "ec090ba123f9257f9a6a0f7b0137a764", "store_tags": "b68dd4cb2bb9624604a14c6f01738d5c", "show_stage": "bf8e8c0a1a5abe7e3bb0ac8cb6f1deb2", "held_assets": "74439428a2a7b5d3c9cdd0f84e7c9f20", "collect_inserted": "11282dfb9d2166012a3263eab4651df0", "set_automatic": "df63c22abd345745a09ee933b92e9fe7", "adapter_version": "6ebceba1516d1b8c52d508dc3039fc26"}}'::jsonb
 $$;
 
 -- Version of the adapter; `autotag init` of a newer release adds what is missing.

@@ -129,9 +129,9 @@ begin
   return p_provider;
 end $$;
 
--- Updates the provider's row when the question has changed (settings or models were updated). The new one has to be proven,
--- unless only tag count or language changed, and its tokens are estimated again. Every claim calls this. The caller holds the
--- provider row.
+-- Updates the provider's row when the question has changed (settings or models were updated). A new question has to be proven, unless
+-- only max_tags, tag_language or image_side changed. Its tokens are estimated again in any case. Every claim calls this. The caller holds
+-- the provider row.
 create or replace function autotag.sync_question(p_provider autotag.provider_limits) returns autotag.provider_limits
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -42,7 +42,8 @@ begin
   return autotag.estimate_brief(v_brief, v_provider);
 end $$;
 
--- A brief with what one image reserves and uses on average, for the question in p_provider.
+-- Returns the brief with new estimates for the question in p_provider: the tokens that one image reserves, and those that it uses on
+-- average.
 create or replace function autotag.estimate_brief(p_brief autotag.briefs, p_provider autotag.provider_limits) returns autotag.briefs
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

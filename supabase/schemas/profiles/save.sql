@@ -88,7 +88,7 @@ begin
       order by pr.version desc limit 100) p);
 end $$;
 
--- tagging_profile: what holds for a workspace, for its members.
+-- tagging_profile: the profile in force for a workspace, for its members.
 create or replace function autotag.read_profile(p_workspace_id autotag.workspace_id) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -97,8 +97,8 @@ begin
   return autotag.describe_profile(autotag.profile_of(p_workspace_id));
 end $$;
 
--- set_tagging_profile: saves changes of a workspace's profile (save_profile) for its editors, and returns what holds from now on. Images
--- that were tagged before stay as they are, until `autotag enqueue --outdated`.
+-- set_tagging_profile: saves changes of a workspace's profile (save_profile) for its editors, and returns the profile that is in force
+-- from now on. Images that were tagged before stay as they are, until `autotag enqueue --outdated`.
 create or replace function autotag.edit_profile(p_workspace_id autotag.workspace_id, p_changes jsonb) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -107,7 +107,7 @@ begin
   return autotag.describe_profile(autotag.save_profile(p_workspace_id, p_changes));
 end $$;
 
--- Whether a workspace (null: one without an own vocabulary) has tags to use: its own, or general ones.
+-- Whether a workspace (null: one without a vocabulary of its own) has tags to use: its own, or general ones.
 create or replace function autotag.has_vocabulary(p_workspace_id autotag.workspace_id) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

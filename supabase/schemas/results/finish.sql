@@ -1,7 +1,7 @@
--- Writes outcomes to the host's rows. The host's triggers, constraints and transactions can refuse or hold up any row. So the bulk is
--- written first; if it raises, smaller parts (next_part), down to the single row. An outcome is kept for later (unstored) if its row is
--- held, or for a while if the error may pass. Any other row that raises fails with the code not_stored. So one row costs its own image
--- only, nobody waits, and every image ends.
+-- Writes outcomes to the host's rows. The host's triggers, constraints and transactions can refuse or hold up any row. So all rows are
+-- written together first. If that raises an error, smaller parts are written (next_part), down to single rows. An outcome is kept for
+-- later (unstored) while another transaction has locked its row, and for a limited time if the error may pass. After any other error, the
+-- image fails with the code not_stored. So a bad row affects only its own image, nothing waits for it, and every image ends.
 
 -- Stores the outcomes of images of one workspace: tags or failures, the counts, progress and broadcasts. Outcomes of tasks that
 -- have ended meanwhile are dropped. p_own: the transaction is autotag's own, so constraints that the host has deferred are checked

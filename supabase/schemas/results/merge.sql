@@ -5,8 +5,8 @@
 --   added     people's tags, as autotag last saw them
 --   removed   the keys of tags that were in one of the two lists and later not in the column: people have removed them
 --
--- Nothing else is remembered, so a tag that was removed and typed again between two runs counts as never touched. A tag that is in the
--- column more than once, or that is spelled in another way than autotag gave it, is a person's.
+-- autotag stores nothing else. So it does not notice if a tag is removed and typed again between two runs. A tag that is in the column
+-- more than once, or that is spelled in another way than autotag gave it, is a person's.
 --
 -- Bounds: a list of 1,000 tags or 65,536 bytes takes 6 ms, 10 with capitals and 18 with punctuation. Longer ones are left as they are, and the row says so.
 
@@ -44,8 +44,8 @@ begin
   return (select count(distinct k) = count(*) from unnest(autotag.tag_keys(array(select jsonb_array_elements_text(p_tags)))) k);
 end $$;
 
--- The keys of the vocabulary's tags that people's words mean, by a name or by nearly the same word (know_tags). p_names: the names in an
--- answer (match_tags); p_keys: the words' keys. Only words that begin like a name are looked up.
+-- The keys of the vocabulary's tags that have one of people's words as a name, or a name that is nearly the same (know_tags). p_names:
+-- the names in an answer (match_tags); p_keys: the words' keys. Only words that begin like a name are looked up.
 create or replace function autotag.near_tags(p_workspace_id autotag.workspace_id, p_names jsonb, p_keys text[]) returns text[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -64,7 +64,7 @@ begin
   return array(select v.key from unnest(autotag.know_tags(p_workspace_id, v_keys)) k join autotag.vocabulary v on v.id = k.id);
 end $$;
 
--- A list of the memory; empty if the memory is not as merge_tags() leaves it.
+-- One list (p_list) of tagging_result. Empty if tagging_result does not have the form that merge_tags() writes.
 create or replace function autotag.recall_tags(p_memory jsonb, p_list text) returns text[]
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$

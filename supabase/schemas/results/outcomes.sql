@@ -204,7 +204,7 @@ begin
       end if;
     elsif v_provider.proven_at is null and v_answer.error ->> 'code' = 'bad_answer' then
       v_blamed := autotag.blame_brief(v_answer, v_provider, coalesce(p_asked_at, v_answer.reserved_at));
-      -- A model whose answers cannot be read would fail every image, so it pauses tagging, and this image counts a failure.
+      -- A model whose answers cannot be read would fail every image, so it pauses tagging, and a failure of this image is counted.
       v_answer.error := coalesce(v_blamed,
         v_answer.error || '{"kind": "account", "counts": true, "message": "The model''s answers cannot be read."}');
     end if;
@@ -213,11 +213,12 @@ begin
   form_changed := cardinality(v_settled) > 0;
 end $$;
 
--- The error of an image if its brief is the cause (what its workspace's profile asks), and not the provider; null: it is not. The brief
--- is no longer the cause once another workspace is refused in the same way without a success between. It is not the cause either if
--- the error could harm no other workspace. While the question works, such an image fails for good, and the refusal of another
--- workspace counts only after a minute, in which a success would contradict it. Otherwise the image is tried again, after those of
--- other workspaces. record_outcomes() remembers the error under the name in its `refusal`.
+-- Decides whether the brief of an image (what its workspace's profile asks) is the cause of an error. Returns the changed error if it is,
+-- otherwise null. Once another workspace gets the same refusal and no call succeeds in between, the provider is the cause. The error
+-- counts as the provider's, too, if it could harm no other workspace. While the question is proven, an image with such an error fails,
+-- and the refusal of a second workspace counts only if its call was made at least a minute later, because a success in that minute would
+-- contradict it. Otherwise the image is tried again, after the images of other workspaces. record_outcomes() remembers the error under
+-- the name in its `refusal`.
 create or replace function autotag.blame_brief(p_answer autotag.answer, p_provider autotag.provider_limits, p_asked_at timestamptz) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -261,8 +262,8 @@ begin
       or p_error ->> 'code' = any ((select k.suspects from autotag.error_kinds k where k.kind = 'account')::text[])));
 end $$;
 
--- Remembers the first refusal of each name (blame_brief), and forgets those that a success was asked after. The caller holds the
--- provider row.
+-- Stores the first refusal of each parameter or code (blame_brief). Deletes refusals of calls that were made before a call that
+-- succeeded. The caller holds the provider row.
 create or replace function autotag.record_refusals(p_answers autotag.answer[], p_provider autotag.provider_limits, p_asked_at timestamptz) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -110,7 +110,7 @@ begin
   return v_report;
 end $$;
 
--- Corrections of the windows of these answers' workspaces by the usage of their calls, as correct_windows() takes them.
+-- How the usage of these answers changes the windows of their workspaces, in the form that correct_windows() expects.
 create or replace function autotag.window_corrections(p_answers autotag.answer[]) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

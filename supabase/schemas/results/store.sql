@@ -35,8 +35,9 @@ begin
   perform pg_notify('autotag', 'store');
 end $$;
 
--- The workspaces with outcomes that are due, and the seconds until the next outcomes are (null: there are none). Every outcome that is
--- kept wakes all workers to call it, so it jumps through the index from workspace to workspace. (The plan is kept, as in read_reports().)
+-- workspaces: those with due outcomes. wait: seconds until the next outcome is due; null: there is none. All workers call this whenever
+-- an outcome is kept, so it has to be fast: it jumps through the index from workspace to workspace. (The plan is kept, as in
+-- read_reports().)
 create or replace function autotag.list_unstored(p_worker uuid, out workspaces autotag.workspace_id[], out wait double precision)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
   set enable_seqscan = off set enable_bitmapscan = off set jit = off

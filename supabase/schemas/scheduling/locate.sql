@@ -30,8 +30,8 @@ exception when insufficient_privilege then
   raise warning 'This login cannot give a function to the role authenticated, so a file that replaces another while it is tagged counts as hidden.';
 end $$;
 
--- Location of each image, as describe_assets() returns it, if its file is the one that the uploader was allowed to see, or another one
--- that they may see. p_users[i]: the uploader; null: the service role.
+-- The location of each image, as describe_assets() returns it. An image has a location only if its uploader was allowed to see this file
+-- at enqueue, or is allowed to see it now. p_users[i]: the uploader; null: the service role.
 -- refused: as in describe_assets(), or `hidden_file` (the uploader may not see it). A row that no longer exists or has
 -- moved to another workspace is missing from the result. If the host's rows cannot be read together, each is read by itself, and
 -- one that raises is refused: as `unreadable_row`, or as `unreadable_now` where the error may pass (the adapter is being changed, a

@@ -220,7 +220,7 @@ end $$;
 -- Updates the mirror from response headers: {requests_limit, requests_left, tokens_limit, tokens_left (per minute), day_limit,
 -- day_left (requests per day), unclear_limit, unclear_left (place_unclear), age, retry_after (at most 3600)}, each optional.
 -- `age`: seconds since the call was sent; the remaining values held then, and the bucket has refilled since. A lower remaining
--- value than the mirror's is adopted (another program may use the same key), so is a changed limit, and retry_after holds for all
+-- value than the mirror's is adopted (another program may use the same key), so is a changed limit, and retry_after applies to all
 -- workers. Returns a sentence for the log if the limits changed, else null. The caller holds the provider row.
 create or replace function autotag.update_provider_limits(p_observed jsonb) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp

@@ -272,9 +272,9 @@ begin
   end if;
 end $$;
 
--- The time until which newer uploads may pass an upload whose p_images single calls have waited since p_since: upload_patience after
--- that, or longer in proportion for more images than chunk_max_images. Without a Batch API an upload can be 50,000 single calls. If it
--- went first after two minutes, other users would wait for hours for one image.
+-- When an upload becomes overdue, that is when newer uploads may no longer pass it. p_images of its single calls have waited since
+-- p_since. It is overdue upload_patience later; with more than chunk_max_images images, longer in proportion. Without a Batch API an
+-- upload can be 50,000 single calls. If it went first after two minutes, other users would wait hours for one image.
 create or replace function autotag.patience_ends_at(p_images integer, p_since timestamptz) returns timestamptz
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -283,10 +283,10 @@ begin
     select p_since + s.upload_patience * greatest(1, p_images::double precision / greatest(s.chunk_max_images, 1)) from autotag.settings s);
 end $$;
 
--- The ready queue of a workspace that is served next: the one that has been overdue for the longest time, else the one with the fewest
--- released images. So small uploads pass large ones, and every upload ends, because only uploads that were overdue earlier go before an
--- overdue one. Null: none is ready. A queue that was committed after join_queues() is left to the next claim, because its workspace
--- does not count it yet. A queue whose upload is being cancelled in an open transaction is not ready for a second.
+-- The next queue of a workspace: of its ready queues the one that has been overdue longest, or if none is overdue, the one with the
+-- fewest released images. So small uploads pass large ones. Still, every upload ends, because only uploads that became overdue earlier
+-- pass an overdue upload. Null: no queue is ready. A queue that was committed after join_queues() is left to the next claim, because its
+-- workspace does not count it yet. A queue whose upload is being cancelled in an open transaction is not ready for a second.
 -- Locks: its job (advisory, shared).
 create or replace function autotag.next_queue(p_workspace_id autotag.workspace_id, p_now timestamptz) returns autotag.queues
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'

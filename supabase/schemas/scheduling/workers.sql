@@ -62,7 +62,7 @@ $$;
 -- register again. lost: the worker holds images of a claim that it does not list in p_claims, or batches of one that it does not list
 -- in p_batch_claims, because the reply was lost; it calls release_lost() next. tick_due: the worker calls tick_if_due() next, in a
 -- transaction of its own, because a tick takes many locks. settings: the present worker_settings(). The worker follows them, so each
--- beat sets a lease_until that matches the lease that the worker knows.
+-- heartbeat sets a lease_until that matches the lease that the worker knows.
 create or replace function autotag.heartbeat(
   p_worker uuid, p_claims integer[], p_batch_claims integer[], out alive boolean, out lost boolean, out tick_due boolean,
   out settings jsonb
@@ -87,7 +87,8 @@ begin
   settings := autotag.worker_settings();
 end $$;
 
--- Whether workers exist, and none has beaten for half a lease. Workers beat three times in a lease, so the database was unreachable.
+-- Whether there are workers and none has sent a heartbeat for half a lease. Workers send three heartbeats in a lease, so the database was
+-- unreachable.
 create or replace function autotag.is_silent(p_now timestamptz) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -96,8 +97,8 @@ begin
 end $$;
 
 -- Whether the lease of a worker has ended and expire_worker() may release its work. Workers that could not reach the database may still
--- hold answers that were paid for. So no worker expires while none beats, nor for one lease after the first beat that follows. (While
--- none beats, no other worker could take the work.) After a day the work is released in any case.
+-- hold answers that were paid for. So no worker expires while none sends heartbeats, nor for one lease after the first heartbeat that
+-- follows. (While none sends heartbeats, no other worker could take the work.) After a day the work is released in any case.
 create or replace function autotag.can_expire(p_now timestamptz) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -108,9 +109,9 @@ begin
     from autotag.settings s, autotag.workers wk group by s.lease);
 end $$;
 
--- Whether a worker belongs to the caller and has a lease. A worker without a lease must get no work, because nothing would release it
--- again. Locks the worker's row, so that expire_worker(), which alone ends leases, cannot end this lease before the transaction ends.
--- It waits for the worker's own heartbeat, but not for expire_worker(), which takes long if a worker held much.
+-- Whether a worker has a row and belongs to the caller. A worker without a row must get no work, because nothing would release it again.
+-- Locks the row, so that expire_worker() cannot delete it before the transaction ends. (lease_until may have passed: can_expire()
+-- decides.) It waits for the worker's own heartbeat, but not for expire_worker(), which takes long if a worker held much.
 create or replace function autotag.lock_worker(p_worker uuid) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -122,9 +123,9 @@ begin
   return found;
 end $$;
 
--- Whether the worker uses another address or key than the present one while a live worker uses the present one; if so it gets
--- no work. Only one fingerprint is in use at a time: that of the worker that registered last, until it fails and a worker with
--- another one is alive. Otherwise a wrong address, which fails fast, would get most images and count a failure for each.
+-- Whether the worker must get no work, because its address or key is not the one in use, and a live worker has the one in use. Only one
+-- fingerprint is in use at a time: that of the worker that registered last, until it fails and a worker with another one is alive.
+-- Otherwise a worker with a wrong address, which fails fast, would get most images, and each of them would have a failure.
 create or replace function autotag.asks_another_provider(p_worker uuid, p_provider autotag.provider_limits) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -133,8 +134,8 @@ begin
     and exists (select from autotag.workers wk where wk.fingerprint = p_provider.fingerprint and wk.lease_until > autotag.now());
 end $$;
 
--- Handles an error of kind account that these workers met. If they use the present fingerprint, the next probe goes to live workers
--- with another one, if there are any. The caller holds the provider row.
+-- Handles an account error of these workers. If one of them uses the fingerprint in use, and a live worker has another one, that other
+-- fingerprint comes into use, so the next probe goes to its workers. The caller holds the provider row.
 create or replace function autotag.offer_switch(p_workers uuid[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -181,8 +182,9 @@ as $$
 $$;
 
 -- Releases the work of a worker, except that of the claims p_claims and p_batch_claims. p_cause: `stopped`; `lost` (the worker never
--- received it: each image counts a failure); or `crashed` (the lease has ended: see blame_crash()). Returns how many tasks and batches
--- it released, and whether there are more: it skips rows that another transaction holds (the worker's last report, a cancellation).
+-- received it: a failure of each image is counted); or `crashed` (the lease has ended: see blame_crash()). Returns how many tasks and
+-- batches it released, and whether there are more: it skips rows that another transaction holds (the worker's last report, a
+-- cancellation).
 -- Locks: batches, tasks (both skip locked); job (skip locked), its batch's tasks; the worker.
 create or replace function autotag.release_held(
   p_worker uuid, p_claims integer[], p_batch_claims integer[], p_cause text, out released integer, out more boolean
@@ -223,9 +225,10 @@ begin
 end $$;
 
 -- Counts a crash for each of the images that a dead worker held, because any of them may be the cause. Returns their tries for
--- requeue(). Only the image with the most crashes counts a failure, if there is one such image: an image that kills its worker is in
--- every crash, and others only by chance. To tell them apart, images with two crashes are released one at a time (hold_suspects), and
--- images with more crashes later than others. After 3 * max_failures crashes an image fails in any case. The caller holds the tasks.
+-- requeue(). A failure is counted only for the image with the most crashes, and only if no other image has as many. (An image that kills
+-- its worker is in every crash; other images are in a crash only by chance.) To tell them apart, images with two crashes are released one
+-- at a time (hold_suspects), and images with more crashes later than others. After 3 * max_failures crashes an image fails in any case.
+-- The caller holds the tasks.
 create or replace function autotag.blame_crash(p_tasks bigint[]) returns jsonb
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -291,7 +294,7 @@ begin
 end $$;
 
 -- Releases the work of a worker except that of these claims. A worker calls it after heartbeat() said that replies of claims were lost.
--- Each image counts a failure, so that an image whose report the worker cannot deliver is not requested for ever.
+-- A failure of each image is counted, so that an image whose report the worker cannot deliver is not requested for ever.
 create or replace function autotag.release_lost(p_worker uuid, p_claims integer[], p_batch_claims integer[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$

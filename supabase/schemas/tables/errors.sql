@@ -8,7 +8,8 @@ create table autotag.error_kinds (
   pauses boolean not null,               -- tagging pauses until one image (the probe) succeeds
   ends boolean not null,                 -- the image fails, unless the error says that another answer may help
   meaning text not null,
-  -- codes that may be the image's own fault after all (too large; a smaller image would pass), so they count as failures
+  -- codes whose cause may be this image (for example, it is too large, and a smaller one would be accepted), so they count as its
+  -- failures
   suspects text[] not null default '{}'
 );
 alter table autotag.error_kinds enable row level security;

@@ -2,11 +2,12 @@
 
 -- A version of a profile. A change inserts a new version (save_profile), so a row that was read never has to be read again.
 -- check_profile() refuses versions that no request could ask, also in your own inserts. All workspaces share one sequence of versions.
--- So the version in tagging_result shows whether an image was asked what holds now (list_assets), even if another workspace had it before.
+-- So list_assets() can tell by the version in tagging_result whether an image was tagged with its workspace's present profile, even if
+-- the image has moved from another workspace.
 create sequence autotag.profile_versions as integer;
 create table autotag.profiles (
   id bigint generated always as identity primary key,
-  workspace_id autotag.workspace_id,     -- null: all workspaces without an own profile
+  workspace_id autotag.workspace_id,     -- null: all workspaces that have none of their own
   version integer not null default nextval('autotag.profile_versions') check (version > 0),
   instructions text not null default '' check (length(instructions) <= 2000),   -- in the owner's words
   -- the language of tags and caption, in plain words; null: tags as settings.tag_language says, and the caption as the model likes
@@ -32,8 +33,8 @@ create table autotag.briefs (
   tag_count integer,                     -- of its profile
   extra_prompt integer not null,         -- first guess of the tokens that it adds to a prompt …
   extra_output integer not null,         -- … and to an answer, beside its number of tags
-  -- What one image reserves and uses on average (as in provider_limits), and the version of the question that this holds for. Only
-  -- the transaction that holds the provider row updates a brief.
+  -- What one image reserves and uses on average (as in provider_limits), and the version of the question for which this was estimated.
+  -- Only the transaction that holds the provider row updates a brief.
   question_version bigint not null default -1,
   tokens_per_image integer not null,
   output_tokens integer not null,

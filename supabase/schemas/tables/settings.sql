@@ -101,7 +101,8 @@ create table autotag.settings (
   batch_give_up_after interval not null default '23 h' check (batch_give_up_after > '0'),
   -- shortest time between two job-progress broadcasts of one upload
   broadcast_interval interval not null default '1 s' check (broadcast_interval >= '0'),
-  -- an upload that ends without a batch-complete broadcasts one without a batch id on batch-updates, for clients that listen only there
+  -- whether an upload without batches also ends with a batch-complete (without a batch id) on batch-updates, for clients that listen only
+  -- there
   broadcast_single_calls boolean not null default true,
 
   -- retention

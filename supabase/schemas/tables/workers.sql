@@ -8,7 +8,7 @@ create table autotag.workers (
   started_at timestamptz not null,
   last_heartbeat_at timestamptz not null,
   lease_until timestamptz not null,
-  resumed_at timestamptz not null default '-infinity',   -- when it was the first to beat after nobody could (can_expire)
+  resumed_at timestamptz not null default '-infinity',   -- when it sent the first heartbeat after a time without any (can_expire)
   unsent integer not null default 0,         -- calls released to it that it has not sent yet …
   unsent_extra bigint not null default 0,    -- … and the tokens that they reserve beyond the usual
   claim integer not null default 0,          -- number of its last claim, and of its last claim of batches; the worker counts them

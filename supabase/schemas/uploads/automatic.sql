@@ -295,9 +295,9 @@ begin
 end $$;
 
 -- Makes a job of these images of an upload, and returns how many jobs were made: 0 or 1. It leaves out images that are gone, that the row
--- filter leaves out, that have no file or URL, and that are being tagged (start_job). It also leaves out images that have a result or an
--- error already, because enqueue_tagging was called for them, too, or the row was copied with its tags. An image that has moved to
--- another workspace arrives there.
+-- filter leaves out, that have no file or URL, and that are being tagged (start_job). It also leaves out images whose rows are
+-- `completed` or `failed` already: enqueue_tagging was called for them, or the row was copied with its tags. If an image has moved to
+-- another workspace, it becomes an arrival of that workspace.
 create or replace function autotag.start_upload(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id, p_asset_ids autotag.asset_id[]) returns integer
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$

@@ -1,7 +1,8 @@
 -- Tags images that existed before autotag (`autotag enqueue`).
 
 -- Previews tagging existing images: {images, seconds, cost (dollars; null: unknown), model}. p_untagged: only those without
--- tags; p_outdated: only those that another version of the profile tagged than holds now; p_after, p_limit: as in backfill().
+-- tags; p_outdated: only those that were tagged with another version of the profile than the present one; p_after, p_limit: as in
+-- backfill().
 create or replace function autotag.preview_backfill(
   p_workspace_id autotag.workspace_id, p_untagged boolean, p_after autotag.asset_id, p_limit integer, p_outdated boolean default false
 ) returns jsonb

@@ -69,9 +69,9 @@ begin
   perform autotag.join_upload(v_upload_id, p_workspace_id, p_uploader);
 end $$;
 
--- Finds the images because of which an upload raised, and makes a job of the others. An image that the database refuses (a trigger or
--- constraint of the host, an expression in the adapter) fails, and its row shows that if the host allows it. If the reason is not the
--- image (a held row, a full disk), the images are postponed with exponential backoff (1 s to 10 min).
+-- After an upload has raised an error: finds the images that cause it, and makes a job of the others. An image that the database refuses
+-- (a trigger or constraint of the host, an expression in the adapter) fails; its row shows the failure if the row can be written. If the
+-- cause is not an image (a locked row, a full disk), the images are postponed with exponential backoff (1 s to 10 min).
 -- p_arrivals[i] belongs to p_assets[i]; p_failures: attempts so far. ended: the arrivals that are done.
 create or replace function autotag.seal_apart(
   p_workspace_id autotag.workspace_id, p_uploader autotag.user_id, p_arrivals bigint[], p_assets autotag.asset_id[], p_failures integer, p_state text, p_error text,
@@ -131,7 +131,7 @@ begin
   budget := p_budget - case p_state when '55P03' then 20 when '57014' then p_budget else 0 end;
   if v_half = 0 or budget < 1 then
     odd := (select jsonb_agg(jsonb_build_object('asset', a, 'error', p_error,
-      -- several that were not tried apart: nobody knows which of them is the reason
+      -- several that were not tried apart: it is unknown which of them is the cause
       'state', case when v_half = 0 then p_state else '55000' end)) from unnest(p_assets) a);
     return;
   end if;

@@ -26,9 +26,9 @@ begin
   return autotag.question_cost(v_provider, p_max, p_tier);
 end $$;
 
--- The dollars that images reserve in quotas: one as a single call and one in a batch, and each token of a cap above the usual one.
--- Zero without a price: no dollars can be reserved then, and autotag doctor reports it. A price of zero (a model on one's own
--- server) is a known price: such images fit into every quota of dollars.
+-- What images reserve in quotas, in dollars: an image as a single call, an image in a batch, and each token by which a cap exceeds the
+-- usual cap. Without a price these are zero: no dollars can be reserved then, and autotag doctor reports it. A price of zero (a model on
+-- one's own server) is a known price: such images fit into every quota of dollars.
 create or replace function autotag.price_reservations(p_workspace_id autotag.workspace_id default null) returns autotag.reservation_prices
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -142,8 +142,8 @@ begin
   return true;
 end $$;
 
--- Takes all of these locks without waiting, or none of them. A lock that was taken before another one was busy would hold up its own
--- workspace.
+-- Takes all locks of lock_quotas() without waiting. If one of them is not free, takes none, because a lock that it kept would delay other
+-- uploads.
 create or replace function autotag.try_lock_quotas(p_workspace_id autotag.workspace_id, p_user_id autotag.user_id) returns boolean
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -181,13 +181,13 @@ begin
       'renews_at', v_quota.renews_at, 'retry_after', extract(epoch from v_quota.renews_at - autotag.now())));
 end $$;
 
--- Refuses retries for which a quota has no room. An answer with usage was billed, and another try will be billed again. The try is
--- allowed if every quota of its workspace and user has room for it beside what is billed and reserved, at the price of a single call
--- with the new cap. Returns the answers. Errors of refused retries become `quota_exceeded`, which ends their images. So the billed
--- amount exceeds a quota by at most one answer for each image that is being tagged.
--- The usage of these answers counts, although the caller adds it later (add_usage; p_batch and p_asked_at: as there). Uploads of the
--- same user or into the same workspace wait until this transaction has committed (lock_quotas). If one of them is running already, this
--- function does not wait for it, and decides without the lock.
+-- Refuses retries for which a quota has no room. An answer with usage was billed, and another try will be billed again. A retry is
+-- allowed if every quota of its workspace and user has room for the price of a single call with the new cap, beside everything billed and
+-- reserved. Returns the answers. Errors of refused retries become `quota_exceeded`, which ends their images. So the billed amount exceeds
+-- a quota by at most one answer for each image that is being tagged.
+-- The usage of p_answers counts as billed, although the caller adds it later (add_usage; p_batch and p_asked_at: as there). Uploads of
+-- the same user or into the same workspace wait until this transaction has committed (lock_quotas). If one of them is running already,
+-- this function does not wait for it, and decides without the lock.
 create or replace function autotag.judge_retries(p_answers autotag.answer[], p_batch boolean, p_asked_at timestamptz default null)
 returns autotag.answer[]
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'

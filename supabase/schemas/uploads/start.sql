@@ -62,8 +62,8 @@ begin
     'skipped', v_asked - v_count, 'batches', v_plan.batches, 'eta', v_job.eta);
 end $$;
 
--- The reply to an upload whose images are all being tagged already: their job, or null if they belong to several. It names only a job
--- of this workspace. An image that moved here while it is being tagged belongs to a job of its former workspace.
+-- The reply to an upload whose images are all being tagged already: their job, or null if they belong to several. It names only jobs of
+-- this workspace. (If an image moves to this workspace while it is being tagged, its job belongs to the former workspace.)
 create or replace function autotag.describe_live(p_workspace_id autotag.workspace_id, p_live autotag.asset_id[], p_asked integer) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

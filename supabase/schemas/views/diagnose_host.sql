@@ -187,7 +187,8 @@ begin
     'autotag doctor --try-write   (says why; then: autotag enqueue --workspace …)')) end;
 end $$;
 
--- Whether a workspace's profile allows only the tags of its vocabulary, but that is empty: then no tag is stored. No finding if not.
+-- Warns about profiles that allow only tags of the vocabulary while the vocabulary is empty, because then no tag is stored. No such
+-- profile: no finding.
 create or replace function autotag.diagnose_vocabulary() returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

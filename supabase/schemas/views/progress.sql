@@ -275,7 +275,7 @@ begin
     order by (f.job).created_at desc, (f.job).id;
 end $$;
 
--- What an upload is doing. A cancelled one is `cancelling` until the provider has let go of its last image.
+-- The status of an upload. A cancelled upload is `cancelling` until its last image has ended, and then `cancelled`.
 create or replace function autotag.job_status(p_job autotag.jobs) returns text
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$

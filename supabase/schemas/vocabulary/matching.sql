@@ -14,9 +14,10 @@ begin
   return autotag.match_tags(p_workspace_id, p_results, v_profile.vocabulary_mode, v_profile.add_parents);
 end $$;
 
--- Replaces the tags of results by those of the vocabulary. p_mode: `prefer` keeps tags that it does not know, every other mode drops
--- them. p_parents: adds the tags above, with the confidence of the tag below. Tags that become the same keep the highest confidence.
--- The most confident come first, then in the model's order; at most 50. Two keys are added to each result:
+-- Replaces the tags of each result by the vocabulary's tags. p_mode: `prefer` keeps tags that are not in the vocabulary; every other mode
+-- drops them. p_parents: adds the parents of each tag, with the tag's confidence. If several tags become the same tag, it keeps the
+-- highest confidence. A result has at most 50 tags: the most confident first, and tags of equal confidence in the model's order. Two keys
+-- are added to each result:
 --   names   {tag: [key, …]}: the keys under which a person may know a tag of the vocabulary: its own, those of its aliases, and that of
 --           the model's word. merge_tags() compares them with the tags of a row.
 --   above   {tag: [tag, …]}: for a tag that was added as a parent, the tags below it. A parent that the model gave itself has no entry

@@ -32,8 +32,8 @@ as $$
   from autotag.vocabulary v where v.workspace_id is not distinct from p_workspace_id
 $$;
 
--- tagging_vocabulary: the vocabulary that holds for a workspace, for its members: {mode, add_parents, may_edit, tags: [{tag, aliases, description,
--- parent, general}]}. general: an entry for all workspaces, which members cannot change.
+-- tagging_vocabulary: the vocabulary in force for a workspace, for its members: {mode, add_parents, may_edit, tags: [{tag, aliases,
+-- description, parent, general}]}. general: an entry for all workspaces, which members cannot change.
 create or replace function autotag.describe_vocabulary(p_workspace_id autotag.workspace_id) returns jsonb
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$

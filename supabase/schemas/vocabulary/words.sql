@@ -100,7 +100,7 @@ end $$;
 create or replace trigger autotag_clean before insert or update of tag, key, aliases, description, parent, parent_key on autotag.vocabulary
   for each row execute function autotag.clean_vocabulary();
 
--- Records the names of new entries. Refuses a name of two tags, and an entry that is above itself.
+-- Records the names of new entries. Refuses a name that another tag has already, and an invalid chain of parents (check_parents).
 create or replace function autotag.keep_names() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -128,7 +128,7 @@ create or replace trigger autotag_names after insert on autotag.vocabulary
 create or replace trigger autotag_names_changed after update on autotag.vocabulary
   referencing old table as old_rows new table as new_rows for each statement execute function autotag.keep_changed_names();
 
--- Adds the names of these entries, and checks the entries above them. Refuses as keep_names() says.
+-- Adds the names of these entries, and checks their chains of parents. Refuses what keep_names() refuses.
 create or replace function autotag.add_names(p_entries bigint[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$
@@ -159,8 +159,8 @@ begin
   perform autotag.check_parents(p_entries);
 end $$;
 
--- Refuses entries that are above themselves or have more than ten above them. (General entries and those of a workspace can still
--- be above each other; matching ends at the tenth.)
+-- Refuses an entry whose chain of parents contains the entry itself or more than ten entries. (A chain of general entries and entries of
+-- a workspace can still be a circle, so matching follows at most ten parents.)
 create or replace function autotag.check_parents(p_entries bigint[]) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_custom_plan'
 as $$

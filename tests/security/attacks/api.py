@@ -1,4 +1,4 @@
-"""What everybody with a key can try: generated from the catalogue, so that new functions and tables are tried too."""
+"""Attempts of any holder of a key. They are generated from the catalogue, so they include new functions and tables."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ WAYS_EACH = 12  # of those below, for each function
 
 
 def _ways() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Ways in which PostgREST can be asked, over and over."""
+    """An endless repetition of unusual forms of a request to PostgREST."""
     more = ("p_workspace_id", "role", "p_user_id", "__proto__", "request_type; drop")
     selects = ("*", "*,workspaces(*)", "auth.users(*)", "tags", "cost::text", "(select 1)", "count()")
     prefers = (
@@ -83,7 +83,7 @@ def _ways() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def functions(scene: Scene, schema: str = "public") -> list[tuple[str, dict[str, str]]]:
-    """The functions of a schema with the types of what they take, by name."""
+    """The functions of a schema: name, and the types of the arguments by their names."""
     rows = scene.victim.sql(
         """select p.proname as name, array(
              select format_type(t, null) from unnest(p.proargtypes) with ordinality a (t, i) order by i) as types,
@@ -112,20 +112,21 @@ def views(scene: Scene) -> list[str]:
 
 
 def columns(scene: Scene) -> dict[str, list[str]]:
-    """Of each table and view in public."""
+    """The columns of each table and view in public."""
     rows = scene.victim.sql("select table_name as name, array_agg(column_name::text order by ordinal_position) as columns"
                             " from information_schema.columns where table_schema = 'public' group by 1 order by 1")  # fmt: skip
     return {row["name"]: row["columns"] for row in rows}
 
 
 def workspace_key(table: str, names: list[str]) -> str:
-    """The column to filter a table by. Without one of that name the answer would only be that it is missing."""
+    """The column to filter a table by: the one with the workspace, or else any, because a missing column would get an
+    error."""
     key = "id" if table == "workspaces" else "workspace_id"
     return key if key in names else names[0]
 
 
 def theirs(scene: Scene, name: str, kind: str) -> Any:
-    """A value for an argument that means something of the victim's."""
+    """A value for an argument that stands for something of the victim."""
     if kind == "uuid[]":
         return [scene.ids["live asset"], scene.ids["asset"]]
     if kind == "uuid":
@@ -137,8 +138,8 @@ def theirs(scene: Scene, name: str, kind: str) -> Any:
 
 
 def rpcs(scene: Scene, caller: str, *, own: bool = False) -> list[Attempt]:
-    """Every RPC × every argument × every hostile value, and the ways in which PostgREST can be asked; about what is the
-    victim's, or the caller's own. The ways are dealt out over the functions, each as many as there are bodies."""
+    """Every RPC × every argument × every hostile value, and PostgREST's forms of request, about the victim's rows or
+    the caller's own. The forms are dealt out over the functions, each as often as there are bodies."""
     token, found = scene.token(caller), []
     refused = ANY if own else REFUSED
     ways = _ways()
@@ -178,7 +179,7 @@ def rpcs(scene: Scene, caller: str, *, own: bool = False) -> list[Attempt]:
 
 
 def rows(scene: Scene, caller: str) -> list[Attempt]:
-    """Every table × every verb, filter and preference."""
+    """Attempts at every table, with every verb, filter and preference."""
     columns_of, found = columns(scene), _hidden_rows(scene, caller)
     for table in tables(scene, "public"):
         name = table.removeprefix("public.")
@@ -188,7 +189,8 @@ def rows(scene: Scene, caller: str) -> list[Attempt]:
 
 
 def _reads(scene: Scene, caller: str, name: str, key: str) -> list[Attempt]:
-    """Every filter of a table, and what nobody's rows answer; key: its column with the workspace."""
+    """Attempts to read a table with every filter, and, for a type of results, requests that no rows answer. key: the
+    table's column with the workspace."""
     token, own, workspace = scene.token(caller), _own(scene, caller), scene.ids["workspace"]
     nothing = REFUSED if caller == "anon" else UNSEEN
     found: list[Attempt] = []
@@ -226,7 +228,7 @@ def _reads(scene: Scene, caller: str, name: str, key: str) -> list[Attempt]:
 
 
 def _writes(scene: Scene, caller: str, name: str, key: str) -> list[Attempt]:
-    """Every verb that changes a table's rows, with every preference; key: its column with the workspace."""
+    """Attempts to change a table's rows with every verb and preference. key: its column with the workspace."""
     token, own, workspace = scene.token(caller), _own(scene, caller), scene.ids["workspace"]
     nothing = REFUSED if caller == "anon" else UNSEEN
     asset = scene.ids["asset"]
@@ -275,7 +277,7 @@ def _writes(scene: Scene, caller: str, name: str, key: str) -> list[Attempt]:
 
 
 def _hidden_rows(scene: Scene, caller: str) -> list[Attempt]:
-    """Tables and functions of schemas that the API does not have."""
+    """Attempts at tables and functions of schemas that the API does not expose."""
     token = scene.token(caller)
     found: list[Attempt] = []
 
@@ -300,7 +302,7 @@ def _hidden_rows(scene: Scene, caller: str) -> list[Attempt]:
 
 
 def storage(scene: Scene, caller: str) -> list[Attempt]:
-    """The victim's files by every route of Storage."""
+    """Attempts at the victim's files by every route of Storage."""
     token, found = scene.token(caller), []
     path, folder, own = scene.ids["path"], scene.ids["workspace"], _own(scene, caller)
     refused = r"4\d\d .*"
@@ -354,7 +356,7 @@ def storage(scene: Scene, caller: str) -> list[Attempt]:
 
 
 def tokens(scene: Scene, caller: str) -> list[Attempt]:
-    """Forged tokens that say that their bearer is more than the caller is."""
+    """Attempts with forged tokens, which claim more rights than the caller has."""
     user, victim, found = scene.user(caller), scene.victim.member.user, []
     soon = int(time.time()) + 600
     real = scene.token(caller) or scene.stack.anon_key
@@ -532,8 +534,8 @@ def _statements_on_rows(scene: Scene, caller: str) -> list[Attempt]:
 
 
 def behind(scene: Scene, caller: str, foreign: list[str]) -> list[Attempt]:
-    """By SQL, what stands right behind the RPCs, where the caller says which files they may not see; `foreign`: images of
-    theirs that name somebody else's file."""
+    """Calls by SQL of the functions behind the RPCs, where the caller itself says which files are hidden. `foreign`:
+    images of the caller that name another user's file."""
     own, found = scene.of(caller), []
     assets, theirs = list(own.assets()), [scene.ids["asset"], scene.ids["live asset"], scene.ids["fileless asset"]]
     assets = [asset for asset in assets if asset not in foreign]
@@ -561,7 +563,7 @@ def behind(scene: Scene, caller: str, foreign: list[str]) -> list[Attempt]:
 
 
 def _owned(scene: Scene, caller: str, argument: str, value: Any) -> Any:
-    """The caller's own in the place of the victim's."""
+    """The value for an argument that stands for something of the caller instead of the victim."""
     assets = list(scene.of(caller).assets())
     if isinstance(value, list):
         return assets
@@ -569,7 +571,7 @@ def _owned(scene: Scene, caller: str, argument: str, value: Any) -> Any:
 
 
 def _own(scene: Scene, caller: str) -> str:
-    """The attacker's workspace; one that is not there where they have none."""
+    """The attacker's workspace. An attacker without one gets an id that does not exist."""
     return scene.of(caller).member.workspace if caller in ("neighbour", "member") else str(uuid.UUID(int=1))
 
 

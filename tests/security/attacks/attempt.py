@@ -1,4 +1,4 @@
-"""One attempt, its answer, and the run of many."""
+"""One attempt, its answer, and a function that makes many attempts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ERROR = re.compile(r"5(?!01 LOCAL501)\d\d .*|XX000|crashed .*")
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back.
+    """The answer to an attempt.
 
     outcome: in a word or two: `403 42501`, `200 []`, `42501`, `rows 3`, `joined`.
     received: everything that the attacker has learned.
@@ -52,7 +52,8 @@ class Attempt:
 
 
 async def run(scene: Scene, attempts: Sequence[Attempt], only: str = "") -> list[str]:
-    """What went otherwise than it should, one line each; ``only``: a regular expression for names."""
+    """Makes the attempts. Returns one line for each unexpected outcome and each leak. ``only``: a regular expression for
+    the names of attempts."""
     found = []
     for attempt in attempts:
         if not re.search(only, attempt.name):
@@ -101,7 +102,7 @@ def outcome(response: httpx.Response) -> str:
 
 
 def sql(caller: str, statement: str, *arguments: object) -> Do:
-    """A statement under an API role's name, as if PostgREST had been talked into it."""
+    """Executes a statement with an API role, as if PostgREST had been made to do so."""
 
     async def do(scene: Scene) -> Answer:
         connection = scene.connection(caller)

@@ -1,4 +1,4 @@
-"""Somebody with the publishable key, who may broadcast whatever they like on the public topic."""
+"""Attempts of a person with the publishable key, who may broadcast anything on the public topic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A member against their own workspace's limits, against the operator, and against the others in it."""
+"""Attempts of a member against the limits of their own workspace, against the operator, and against other members."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUOTA = 5  # images a day
 
 
 async def furnish(scene: Scene) -> list[str]:
-    """Ten images of the member's, and a quota of half of them."""
+    """Stores ten images of the member, and sets a quota of half of them."""
     own = scene.member
     own.sql(
         "insert into autotag.quotas (user_id, scope, period, max_images) values (%s, 'user', 'day', %s)",
@@ -35,7 +35,7 @@ async def furnish(scene: Scene) -> list[str]:
 
 
 def tables(scene: Scene) -> list[Attempt]:
-    """Rows of their own that they may look at and no more: every column of every table."""
+    """Attempts to change columns of the member's own workspace that its members may only read."""
     token, own, found = scene.token("member"), scene.member.member.workspace, []
     granted = {"id", "workspace_id", "storage_bucket", "storage_path", "image_url"}
 
@@ -86,7 +86,7 @@ def tables(scene: Scene) -> list[Attempt]:
 
 
 def rpcs(scene: Scene) -> list[Attempt]:
-    """Their own RPCs with hostile arguments, and the victim's."""
+    """Calls of RPCs with hostile arguments about the member's own rows, and attempts at the victim's files."""
     return [*api.rpcs(scene, "member", own=True), *api.storage(scene, "member")]
 
 
@@ -99,7 +99,7 @@ def _rpc(function: str, **body: Any) -> Do:
 
 # Long: the attempts of one member in their order; each depends on those before it.
 def limits(scene: Scene, assets: list[str]) -> list[Attempt]:
-    """Ways around the quota, and the allowance that only the server takes."""
+    """Attempts to get around the quota, and to take from the limit that only the server may use."""
     own = scene.member.member.workspace
     found = []
 
@@ -137,7 +137,7 @@ def limits(scene: Scene, assets: list[str]) -> list[Attempt]:
     add("uploads one more", _rpc("enqueue_tagging", asset_ids=assets), r"429 PT429")
 
     async def cancel_and_again(scene: Scene) -> Answer:
-        """Cancelling gives back only what was not sent."""
+        """Uploads again after a cancellation, which gives back only images that were not sent."""
         jobs = scene.member.sql(
             "select id::text from autotag.jobs where workspace_id = %s and finished_at is null order by id", own
         )
@@ -153,7 +153,7 @@ def limits(scene: Scene, assets: list[str]) -> list[Attempt]:
         add(f"cancels and retries, round {i}", cancel_and_again, rf"[0-{QUOTA}] live")
 
     async def delete_and_insert(scene: Scene) -> Answer:
-        """The same images under new rows, and other images under the same ids."""
+        """Uploads the same images under new rows, and other images under the same ids."""
         token = scene.token("member")
         live = scene.member.sql(
             "select asset_id::text as id from autotag.tasks where workspace_id = %s and finished_at is null", own
@@ -177,7 +177,7 @@ def limits(scene: Scene, assets: list[str]) -> list[Attempt]:
 
 
 def _traces(scene: Scene) -> list[Attempt]:
-    """Headers that are kept with an upload."""
+    """Attempts to store hostile values by a header that is stored with an upload."""
     token, found = scene.token("member"), []
     for value in (
         "00-" + "g" * 32 + "-" + "0" * 16 + "-01",
@@ -199,14 +199,15 @@ def _traces(scene: Scene) -> list[Attempt]:
 
 
 def take_announcements(scene: Scene) -> int:
-    """Deletes what the public topic says of uploads that ended without a batch, which names nobody; and their number."""
+    """Deletes the messages on the public topic about uploads that ended without a batch (they name nobody), and returns
+    their number."""
     return len(scene.victim.sql(
         "delete from realtime.messages where topic = 'batch-updates' and event = 'batch-complete' and not private"
         """ and payload - 'id' = '{"batch_id": null}' returning id"""))  # fmt: skip
 
 
 def cheating(scene: Scene) -> list[str]:
-    """What the member's rows show that only a worker may write, and limits that have moved."""
+    """Values in the member's rows that only a worker may write."""
     own = scene.member
     found = [f"changed: an asset has {row}" for row in own.sql(
         "select id, tags, tagging_result, tagging_stage from public.assets where workspace_id = %s and (tags is not null"

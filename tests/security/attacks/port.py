@@ -1,4 +1,4 @@
-"""Somebody who reaches a worker's ports, without its webhook's secret; and one who has stolen that."""
+"""Attempts of a client of a worker's ports, without the webhook's secret and with the stolen secret."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Ports:
 
 
 async def exchange(port: int, *parts: bytes) -> bytes:
-    """What comes back to these bytes until the connection ends."""
+    """Sends these bytes, and returns everything that comes back until the connection ends."""
     reader, writer = await asyncio.open_connection(HOST, port)
     answer = b""
     with contextlib.suppress(ConnectionError, TimeoutError):
@@ -78,7 +78,7 @@ REFUSED, TAKEN = r"4\d\d answer", r"200 answer"
 
 
 def requests(ports: Ports) -> list[Attempt]:
-    """Every method × every path at both ports, and what is no request."""
+    """Every method × every path at both ports, and bytes that are not a request."""
     found = []
     for name, port in (("health", ports.http), ("the webhook", ports.webhook)):
         for path in PATHS:
@@ -227,7 +227,7 @@ def deliveries(ports: Ports, secret: str) -> list[Attempt]:
 
 
 def stolen(ports: Ports, secret: str) -> list[Attempt]:
-    """What the secret is good for: a look at OpenAI, and a row; whatever the delivery says."""
+    """Attempts with the stolen secret of the webhook. Any delivery can only trigger a look at OpenAI and add a row."""
     port, found = ports.webhook, []
 
     def add(name: str, event: object, webhook_id: str = "", raw_body: bytes | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Two tenants in one project: what an attacker must not reach, and the eyes that see whether they did."""
+"""Two workspaces in one project: secrets that an attacker must not reach, and functions that show whether they did."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Scene:
         return self.stack.token(self.nobody) if caller == "nobody" else self.of(caller).member.token
 
     def user(self, caller: str) -> str | None:
-        """Who it is; None: nobody who is signed in."""
+        """The id of the caller's user; None: nobody is signed in."""
         if caller in ("anon", "nobody"):
             return self.nobody if caller == "nobody" else None
         return self.of(caller).member.user
@@ -132,11 +132,11 @@ class Scene:
     # -- after
 
     def leaks(self, answer: Answer) -> list[str]:
-        """The secrets that an answer holds and its question did not."""
+        """The names of secrets that are in the answer but were not in the request."""
         return [name for name, value in self.secrets.items() if value in answer.received and value not in answer.sent]
 
     def snapshot(self, attacker: str = "") -> dict[str, Counter[str]]:
-        """Every row of every table that is not the attacker's own, and who may do what."""
+        """Every row that does not belong to the attacker, and all privileges."""
         own = self.of(attacker).member.workspace if attacker in ("neighbour", "member") else str(uuid.uuid4())
         seen: dict[str, Counter[str]] = {}
         with psycopg.connect(self.stack.database_url("supabase_admin"), autocommit=True) as connection:
@@ -165,7 +165,7 @@ class Scene:
         return seen
 
     async def findings(self, before: dict[str, Counter[str]], attacker: str = "") -> list[str]:
-        """What is otherwise than before, where it is not the attacker's own."""
+        """Everything that has changed since ``before`` and does not belong to the attacker."""
         after, found = self.snapshot(attacker), []
         for name in sorted(before.keys() | after.keys()):
             was, is_now = before.get(name, Counter()), after.get(name, Counter())
@@ -181,7 +181,7 @@ class Scene:
 
     @contextlib.asynccontextmanager
     async def victim_listens(self) -> AsyncIterator[None]:
-        """The victim is joined to their private topic; what they hear of others is in `heard` when this ends."""
+        """Joins the victim to their private topic. Messages that others have caused are in `heard` afterwards."""
         topic = f"tagging:{self.victim.member.workspace}"
         socket = await open_socket(self.stack, self.victim.member.token)
         await socket.send(json.dumps(["1", "1", f"realtime:{topic}", "phx_join",
@@ -207,7 +207,7 @@ class Scene:
 
 
 def _is_own(table: str, row: dict[str, Any], own: str) -> bool:
-    """Whether a row is the attacker's to change: what belongs to their workspace, but for what limits it."""
+    """Whether the attacker may change a row: it belongs to their workspace, and is not one of its limits."""
     if table in ("public.workspace_rate_limits", "autotag.quotas", "autotag.usage", "public.workspace_members"):
         return False
     if table == "storage.objects":

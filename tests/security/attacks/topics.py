@@ -1,4 +1,4 @@
-"""What can be tried at Realtime: joins, broadcasts over websocket and HTTP, frames of any form."""
+"""Attempts at Realtime: joins, broadcasts over websocket and HTTP, frames of any form."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def forged(topic: str, event: str = "job-complete", payload: Any = None) -> list
 
 
 def private_topics(scene: Scene, caller: str) -> list[Attempt]:
-    """Topics of somebody else: joining them, and speaking there."""
+    """Attempts to join other people's private topics, and to send messages there."""
     token, workspace = scene.token(caller), scene.ids["workspace"]
     victim, found = f"tagging:{workspace}", []
     names = [

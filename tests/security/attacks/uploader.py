@@ -89,7 +89,7 @@ def scan_bomb(scans: int, side: int = 4000) -> bytes:
 
 
 def files() -> Iterator[tuple[str, bytes, str]]:
-    """Names, bytes, and what has to come of them."""
+    """Hostile files: name, bytes and expected outcome."""
     picture = next(iter(draw(1, seed=50))).data
     small = Image.open(io.BytesIO(picture)).convert("RGB")
     jpeg, png, gif, webp = (_save(small, kind) for kind in ("JPEG", "PNG", "GIF", "WEBP"))
@@ -141,7 +141,7 @@ def files() -> Iterator[tuple[str, bytes, str]]:
 
 
 def places(scene: Scene) -> Iterator[tuple[str, dict[str, str], str]]:
-    """Rows that name what is no file of theirs, and addresses that lead elsewhere."""
+    """Rows with hostile names of files and buckets, or with addresses that must not be requested."""
     own = scene.member.member.workspace
     for path in (
         f"{own}/not there.jpg", f"{own}/..", f"{own}/../x", f"{own}//x", f"/{own}/x", f"{own}/", f"{own}/{ESCAPES}", f"{own}/a\nautotag: all is well",
@@ -164,7 +164,7 @@ def places(scene: Scene) -> Iterator[tuple[str, dict[str, str], str]]:
 
 
 def answers() -> Iterator[tuple[str, dict[str, Any], str]]:
-    """What a picture with writing in it may make a model say."""
+    """Answers that text in a picture may make a model give."""
 
     def said(tags: Any, caption: Any = "A caption.", **more: Any) -> dict[str, Any]:
         return {"content": json.dumps({"caption": caption, "tags": tags}), **more}
@@ -189,7 +189,7 @@ def answers() -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 class Uploads:
-    """All of it in one workspace, tagged in one run beside the victim's own."""
+    """All hostile uploads, in one workspace and tagged in one run, together with good images of the victim."""
 
     def __init__(self) -> None:
         self.assets: dict[str, tuple[str, str]] = {}  # name: id, expected
@@ -224,7 +224,7 @@ class Uploads:
         self.good = await scene.victim.upload(list(draw(5, seed=70)), seed=70)
 
     def attempts(self) -> list[Attempt]:
-        """The outcome of each, as the member sees it."""
+        """Compares the outcome of each upload, as the member sees it, with the expected one."""
 
         def look(asset: str) -> Any:
             async def do(scene: Scene) -> Answer:
@@ -244,7 +244,7 @@ class Uploads:
 
 
 def stored(scene: Scene) -> list[str]:
-    """Texts in the member's rows that are longer or other than they may be."""
+    """Texts in the member's rows that are too long, or that a row may not contain."""
     found = []
     for row in scene.member.sql("select * from public.assets where workspace_id = %s", scene.member.member.workspace):
         tags, result, error = row["tags"] or [], row["tagging_result"] or {}, row["tagging_error"] or ""

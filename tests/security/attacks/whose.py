@@ -1,4 +1,4 @@
-"""Rows that name somebody else's file, as the owner or the service role may have inserted them."""
+"""Rows that name another workspace's file. The owner or the service role may have inserted them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from attacks.scene import Scene
 
 @dataclass(frozen=True)
 class Way:
-    """A row of the neighbour's workspace, and whether what it names is plainly not its own."""
+    """A row of the neighbour's workspace. ``foreign``: it clearly names a file of another workspace."""
 
     name: str
     path: str | None = None
@@ -45,7 +45,7 @@ def ways(scene: Scene) -> list[Way]:
 
 
 def insert(scene: Scene, some: list[Way]) -> dict[str, str]:
-    """Inserts them as the owner; ids by name."""
+    """Inserts these rows as the owner. Returns their ids by name."""
     return {
         way.name: scene.neighbour.sql(
             "insert into public.assets (workspace_id, storage_path, storage_bucket, image_url) values (%s, %s, %s, %s) returning id::text",
@@ -55,7 +55,7 @@ def insert(scene: Scene, some: list[Way]) -> dict[str, str]:
 
 
 def attempts(scene: Scene, some: list[Way]) -> list[Attempt]:
-    """The neighbour enqueues each; it is refused."""
+    """Enqueues each of these rows as the neighbour, which is refused."""
     token = scene.token("neighbour")
     return [
         Attempt(f"neighbour enqueues another's file {name}",

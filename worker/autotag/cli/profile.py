@@ -48,12 +48,12 @@ class Action(StrEnum):
     history = "history"
 
 
-_CHANGES = "Changes (autotag profile set; what is not named stays)"
+_CHANGES = "Changes (for autotag profile set; everything else stays)"
 Doing = Annotated[Action, typer.Argument(help="show it, set parts of it, edit it as TOML, or list its versions.")]
 OneWorkspace = Annotated[
     str | None, typer.Option("--workspace", metavar="ID", show_default=False, help="The workspace's id.")
 ]
-All = Annotated[bool, typer.Option("--all", help="The profile for all workspaces without an own one.")]
+All = Annotated[bool, typer.Option("--all", help="The profile of all workspaces that have none of their own.")]
 Instructions = Annotated[
     str | None,
     typer.Option(metavar="TEXT", help="What to look for and how to word it; '' removes it.", rich_help_panel=_CHANGES),
@@ -169,7 +169,7 @@ def _show(shown: Profile, outdated: BackfillPreview | None, workspace: str | Non
         say_json({**shown, "outdated": outdated})
         return
     whose = "the workspace's own" if shown["own"] else "the one for all workspaces"
-    say("Nobody has saved a profile; this is what holds without one." if not shown["version"] else
+    say("Nobody has saved a profile; this is the default." if not shown["version"] else
         f"Version {shown['version']}, {whose}, of {_date(shown['created_at'])}.")  # fmt: skip
     for name in (*SETTINGS, "fields"):
         say(f"{name + ':':<17} {_text(cast('dict[str, Any]', shown)[name])}")

@@ -77,8 +77,9 @@ def uninstall(
         say_json({**asdict(plan), "blocked_by": blocked, "dropped": drops})
     elif drops:
         say("autotag is uninstalled. autotag init or autotag migrate installs it again.")
-        files = ", ".join(f"{name}.sql" for name in plan.migrations) or "that autotag init has written"
-        say(f"Now delete the files in supabase/migrations, or supabase db push installs it again: {files}.")
+        files = ", ".join(f"{name}.sql" for name in plan.migrations)
+        old = f"these files from supabase/migrations: {files}" if files else "autotag's files from supabase/migrations"
+        say(f"Now delete {old}. Otherwise, supabase db push installs autotag again.")
         say("The roles belong to the whole server and stay; to drop them:")
         say(f"  {DROP_ROLES}")
     if blocked and not dry_run:

@@ -101,7 +101,7 @@ def vocabulary(
         raise fail("Name a file to import, or --from-tags.", WRONG_USAGE)
     if from_tags:
         if replace:
-            raise fail("--from-tags only adds tags, so it does not go with --replace.", WRONG_USAGE)
+            raise fail("--from-tags only adds tags, so you cannot combine it with --replace.", WRONG_USAGE)
         _import_from_tags(workspace, min_count, dry_run, visible_to_all or workspace is not None, as_json)
     elif file:
         _import_file(file, workspace, replace, dry_run, as_json)

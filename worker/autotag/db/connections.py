@@ -153,7 +153,8 @@ class Connections:
     async def _call(
         self, purpose: Purpose, statement: str, arguments: tuple[object, ...], within: float | None, *, check: bool
     ) -> object:
-        """`call_once`, unread. check: try the connection first; if the statement loses it then, raise `Lost`."""
+        """`call_once` without its reader. check: test the connection first; if the statement then loses it, raise
+        `Lost`."""
         async with self._shares[purpose], self._pools[purpose].connection() as connection:
             if check:
                 await AsyncConnectionPool.check_connection(connection)
@@ -205,8 +206,8 @@ def _meaning(error: psycopg.DatabaseError) -> Exception | None:
 def _is_broken(error: BaseException) -> bool:
     """Whether the connection or the server is the cause; a server that is read only is a standby after a failover.
 
-    The classes 54 (a limit of a statement) and 55 (a state of an object) are about the statement, or the host's code has
-    raised them.
+    Errors of the classes 54 (a limit of a statement) and 55 (a state of an object) are about the statement, or the
+    host's code has raised them.
     """
     if isinstance(error, psycopg.OperationalError):
         return (error.sqlstate or "")[:2] not in ("54", "55")

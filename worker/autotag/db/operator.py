@@ -181,7 +181,7 @@ class Operator:
         return await self._value(bool, "select autotag.knows_workspace(%s)", workspace)
 
     async def profile(self, workspace: str | None) -> Profile:
-        """What holds for a workspace; None: for all workspaces without an own profile."""
+        """The profile in force for a workspace. None: the profile of all workspaces that have none of their own."""
         return await self._value(one(Profile), "select autotag.show_profile(%s)", workspace)
 
     async def set_profile(self, workspace: str | None, changes: ProfileChanges) -> Profile:

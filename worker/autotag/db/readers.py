@@ -46,7 +46,8 @@ def nothing(_: object) -> None:
 
 
 def row_value(row: Mapping[str, object] | None) -> object:
-    """What a reader gets of a row. None: there is no row."""
+    """The part of a row that a reader gets: of a row with one column its value, otherwise the row. None: there is no
+    row."""
     return next(iter(row.values())) if row is not None and len(row) == 1 else row
 
 

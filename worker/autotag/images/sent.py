@@ -15,8 +15,9 @@ class ImageNotes(TypedDict, total=False):
     """What a person should know about an image's file (docs/images.md), in the form that ``autotag.clean_image_notes``
     expects; empty for ordinary files.
 
-    truncated: the share of rows that is there. pieces: into which a long picture was cut. frame, page: the one that was
-    tagged. thumbnail: width and height of the one that was tagged.
+    truncated: the share (0 to 1) of the picture's pixel rows that the file contains. pieces: the number of pieces into
+    which a long picture was cut. frame, page: the number of the frame or page that was tagged. pages: the number of
+    pages. thumbnail: width and height of the thumbnail that was tagged.
     """
 
     truncated: float

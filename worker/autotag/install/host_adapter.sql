@@ -117,7 +117,7 @@ as $$
 $$;
 
 -- The hosts at which this project serves its Storage. An image URL of Storage there names one of your own files, so it is read through
--- Storage and the file rule holds for it. Any other URL is fetched like a browser would, if the worker's AUTOTAG_IMAGE_HOSTS allow it.
+-- Storage and the file rule applies to it. Any other URL is fetched like a browser would, if the worker's AUTOTAG_IMAGE_HOSTS allow it.
 create or replace function autotag.storage_hosts() returns text[]
 language sql immutable set search_path = pg_catalog, pg_temp
 as $$
@@ -288,8 +288,8 @@ begin
 exception when others or assert_failure then
   perform autotag.check_caller();
   raise exception using errcode = 'PT403', detail = '{"code": "unreadable_files"}',
-    message = format('Whether you may see the files of these images could not be found out (error %s).', sqlstate),
-    hint = 'Ask who runs this project: reading storage.objects fails in your name, by its policies or privileges.';
+    message = format('autotag could not check whether you may see the files of these images (error %s).', sqlstate),
+    hint = 'Tell the people who run this project: your login cannot read storage.objects, because of a policy or a missing privilege.';
 end $$;
 
 -- What a role may read of the table of images: nothing (null), some `columns` but not the ids, or the `ids`. visible_assets() tells which
@@ -303,8 +303,8 @@ as $$
   from pg_class c where c.oid = autotag.image_table()
 $$;
 
--- Whether the caller, who acts as this role, may tag only images whose rows they see. Raises if so and the role may not read the ids,
--- because then visible_assets() cannot read the rows as this role.
+-- Whether a caller with this role may tag only images whose rows they see. Raises an error if visible_assets() could not find these rows,
+-- because the role may not read the column of the ids.
 create or replace function autotag.has_to_see(p_role name) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -319,8 +319,8 @@ begin
     end if;
     perform autotag.check_caller();
     perform autotag.refuse(403, 'unreadable_rows',
-      format('Which images you see could not be found out: you may read columns of %s, but not its ids.', autotag.image_table()),
-      format('Ask who runs this project to grant that: grant select (%I) on %s to %I;', {{ id_literal }}, autotag.image_table(), p_role));
+      format('autotag could not check which images you see: you may read columns of %s, but not its ids.', autotag.image_table()),
+      format('Ask the people who run this project to grant it: grant select (%I) on %s to %I;', {{ id_literal }}, autotag.image_table(), p_role));
   end if;
   return true;
 end $$;
@@ -343,15 +343,15 @@ begin
   exception when others or assert_failure then
     perform autotag.check_caller();
     raise exception using errcode = 'PT403', detail = '{"code": "unreadable_rows"}',
-      message = 'Whether you may see these images could not be found out: ' || sqlerrm,
-      hint = 'Ask who runs this project: reading the table of images fails in your name, by its policies or privileges.';
+      message = 'autotag could not check whether you may see these images: ' || sqlerrm,
+      hint = 'Tell the people who run this project: your login cannot read the table of images, because of a policy or a missing privilege.';
   end;
 end $$;
 
 -- The next images of a workspace that are not being tagged and that the row filter does not leave out, by id after p_after.
--- p_untagged: only those without tags (null or an empty list) that autotag has not tagged. (If no tag fits an image, its answer has
--- none, and would have none again.) p_profile: only those that autotag has tagged with another
--- version of the profile; without one counts as version 0.
+-- p_untagged: only those without tags (null or an empty list) that autotag has not tagged. (An image whose answer had no fitting tag
+-- counts as tagged, because a second answer would have none either.) p_profile: only images that autotag has tagged with another version
+-- of the profile. A result without a version has version 0.
 create or replace function autotag.list_assets(
   p_workspace_id autotag.workspace_id, p_untagged boolean, p_after autotag.asset_id, p_limit integer, p_profile integer default null
 )
@@ -427,12 +427,12 @@ end $$;
 
 -- Stores the tags and everything else about finished images of a workspace, in one update per row. What a person typed stays, and
 -- what a person removed stays away (autotag.merge_tags). The update compares the row as it finds it, so an edit that commits while it
--- waits counts. Values too large to be compared are not read: a value's header has its size. If the table has triggers on update, it then
--- reads the rows again: a row that shows nothing of this was not written, and the memory keeps only tags that are there (kept_tags; the
--- triggers run once more if it changes). Returns the images whose rows it wrote. A row that has moved to another workspace is not
--- written, because it may be another image, and neither is one whose picture is not the one that the model saw.
--- p_results[i] and p_marks[i] belong to p_asset_ids[i]: {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}, with normalized tags,
--- each with a key of its own (clean_result), the most confident first; and the picture's mark (describe_assets; null: any).
+-- waits counts. Values too large to be compared are not read: a value's header has its size. If the table has update triggers, it then
+-- reads the rows again. A row without the new result counts as not written. If a trigger has changed the tags, tagging_result keeps only
+-- those that are in the row (kept_tags), and the triggers run once more. Returns the images whose rows it wrote. A row that has moved to
+-- another workspace is not written, because it may be another image, and neither is one whose picture is not the one that the model saw.
+-- p_results[i] and p_marks[i] belong to p_asset_ids[i]: {tags: [tag, …], confidence: {tag: 0 to 1}, caption, model}, with normalized
+-- tags, each with a key of its own (clean_result), the most confident first; and the picture's mark (describe_assets; null: any).
 create or replace function autotag.store_tags(p_asset_ids autotag.asset_id[], p_workspace_id autotag.workspace_id, p_results jsonb[], p_marks uuid[])
 returns autotag.asset_id[]
 language plpgsql security definer set search_path = pg_catalog, public, extensions, pg_temp set plan_cache_mode = 'force_custom_plan'

@@ -246,7 +246,8 @@ def _has_engine(connection: psycopg.Connection[Any]) -> bool:
 
 
 def _check_image_table(connection: psycopg.Connection[Any], adapter: Written) -> None:
-    """Refuses the project's own columns in the table that an unapplied adapter names (`check_columns`)."""
+    """Refuses an unapplied adapter's table if the project has columns in it that autotag cannot use
+    (`check_columns`)."""
     answers = recorded_answers(adapter.sql)
     table = answers["choices"].get("table") if answers else None
     if table and connection.execute("select to_regclass(%s)", (table_name(table),)).fetchone() != (None,):

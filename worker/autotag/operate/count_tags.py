@@ -17,7 +17,7 @@ async def count_tags(
 
     Args:
         operator: the database.
-        workspace: the workspace's id; None: the images of all.
+        workspace: the workspace's id; None: all workspaces.
         on_progress: called after every page with the number of images and of different tags.
     """
     counts: Counter[str] = Counter()
