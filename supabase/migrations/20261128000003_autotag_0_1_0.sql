@@ -11367,14 +11367,14 @@ begin
     ended_at = autotag.earlier(b.ended_at, v_back, p_now), cancel_sent_at = autotag.earlier(b.cancel_sent_at, v_back, p_now),
     last_missing_poll_at = autotag.earlier(b.last_missing_poll_at, v_back, p_now)
   where b.id in (
-    select late.id from autotag.batches late
-    where late.finished_at is null or late.finished_at > p_now for no key update skip locked);
+    select batch.id from autotag.batches batch
+    where batch.finished_at is null or batch.finished_at > p_now for no key update skip locked);
   update autotag.tasks t set retry_at = t.retry_at - v_back
-  where t.id in (select late.id from autotag.tasks late where late.retry_at > p_now for no key update skip locked);
+  where t.id in (select task.id from autotag.tasks task where task.retry_at > p_now for no key update skip locked);
   update autotag.unstored un set next_at = un.next_at - v_back
-  where un.task_id in (select late.task_id from autotag.unstored late where late.next_at > p_now for no key update skip locked);
+  where un.task_id in (select outcome.task_id from autotag.unstored outcome where outcome.next_at > p_now for no key update skip locked);
   update autotag.uploads up set seal_at = up.seal_at - v_back
-  where up.id in (select late.id from autotag.uploads late where late.seal_at > p_now for no key update skip locked);
+  where up.id in (select upload.id from autotag.uploads upload where upload.seal_at > p_now for no key update skip locked);
   update autotag.provider_limits p
   set refilled_at = autotag.earlier(p.refilled_at, v_back, p_now), blocked_until = autotag.earlier(p.blocked_until, v_back, p_now),
     limited_since = autotag.earlier(p.limited_since, v_back, p_now), limited_at = autotag.earlier(p.limited_at, v_back, p_now),
@@ -11390,7 +11390,7 @@ begin
   update autotag.workers wk
   set lease_until = autotag.earlier(wk.lease_until, v_back, p_now), last_heartbeat_at = least(wk.last_heartbeat_at, p_now),
     resumed_at = autotag.earlier(wk.resumed_at, v_back, p_now), poll_assigned_at = autotag.earlier(wk.poll_assigned_at, v_back, p_now)
-  where wk.id in (select late.id from autotag.workers late for no key update skip locked);
+  where wk.id in (select beating.id from autotag.workers beating for no key update skip locked);
   perform pg_notify('autotag', channel.name) from unnest(array['realtime', 'batch', 'store']) channel (name);
 end $$;
 
