@@ -1005,7 +1005,7 @@ end $$;
 create or replace function autotag.unprintable() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-  select '[\u0001-\u001f\u007f-\u00a0\u00ad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u1680\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f\u3000\ue000-\uf8ff\ufdd0-\ufdef\ufeff\ufff0-\ufffb\ufffe\uffff\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U00040000-\U000e00ff\U000e01f0-\U000e0fff\U000f0000-\U0010ffff]'
+  select E'[\\u0001-\\u001f\\u007f-\\u00a0\\u00ad\\u0600-\\u0605\\u061c\\u06dd\\u070f\\u0890\\u0891\\u08e2\\u1680\\u180e\\u2000-\\u200b\\u200e\\u200f\\u2028-\\u202f\\u205f-\\u206f\\u3000\\ue000-\\uf8ff\\ufdd0-\\ufdef\\ufeff\\ufff0-\\ufffb\\ufffe\\uffff\\U000110bd\\U000110cd\\U00013430-\\U0001343f\\U0001bca0-\\U0001bca3\\U0001d173-\\U0001d17a\\U00040000-\\U000e00ff\\U000e01f0-\\U000e0fff\\U000f0000-\\U0010ffff]'
 $$;
 
 -- Names for a sentence: at most five, and how many more there are.
@@ -1037,12 +1037,12 @@ declare
 begin
   if not autotag.is_plain(v_text) then
     v_text := regexp_replace(v_text,
-      '[\u0009-\u000d\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+', ' ', 'g');
+      E'[\\u0009-\\u000d\\u001c-\\u0020\\u0085\\u00a0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]+', ' ', 'g');
     select string_agg(case
         when autotag.is_plain(c) then c
-        when ascii(c) < 256 then '\x' || lpad(to_hex(ascii(c)), 2, '0')
-        when ascii(c) < 65536 then '\u' || lpad(to_hex(ascii(c)), 4, '0')
-        else '\U' || lpad(to_hex(ascii(c)), 8, '0') end, '' order by i)
+        when ascii(c) < 256 then E'\\x' || lpad(to_hex(ascii(c)), 2, '0')
+        when ascii(c) < 65536 then E'\\u' || lpad(to_hex(ascii(c)), 4, '0')
+        else E'\\U' || lpad(to_hex(ascii(c)), 8, '0') end, '' order by i)
     into v_text from unnest(string_to_array(btrim(v_text), null)) with ordinality u (c, i);
   elsif v_text like '%  %' then
     v_text := regexp_replace(v_text, ' +', ' ', 'g');
@@ -1058,16 +1058,16 @@ end $$;
 -- call by its value, here and in the next two functions.
 create or replace function autotag.invisible() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
-as $$ select autotag.unprintable() || '|[\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0]' $$;
+as $$ select autotag.unprintable() || E'|[\\u034f\\u115f\\u1160\\u17b4\\u17b5\\u3164\\uffa0]' $$;
 
 create or replace function autotag.blanks() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
-as $$ select '[\u0009-\u000d\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+' $$;
+as $$ select E'[\\u0009-\\u000d\\u001c-\\u0020\\u0085\\u00a0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]+' $$;
 
 -- Scripts in which a joiner between two letters changes what a reader sees, and emojis (JOINED in autotag/texts.py).
 create or replace function autotag.joined() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
-as $$ select '[\u0600-\u0dff\u0f00-\u10ff\u1200-\u1cff\u2190-\u2bff\ua800-\ua95f\ua980-\uabff\ufb50-\ufdff\ufe0f\ufe70-\ufefc\U00010800-\U0001ffff]' $$;
+as $$ select E'[\\u0600-\\u0dff\\u0f00-\\u10ff\\u1200-\\u1cff\\u2190-\\u2bff\\ua800-\\ua95f\\ua980-\\uabff\\ufb50-\\ufdff\\ufe0f\\ufe70-\\ufefc\\U00010800-\\U0001ffff]' $$;
 
 -- A text from outside as people write it: composed, one space for any white space, without characters that nobody sees. Joiners stay
 -- where they change something. The worker and its commands do the same (visible_text in autotag/texts.py).
@@ -1079,7 +1079,7 @@ declare
 begin
   if v_text ~ '[^ -~]' then
     v_text := regexp_replace(v_text, autotag.blanks(), ' ', 'g');
-    v_text := regexp_replace(v_text, '(?<!' || autotag.joined() || ')[\u200c\u200d]|[\u200c\u200d](?!' || autotag.joined() || ')|'
+    v_text := regexp_replace(v_text, '(?<!' || autotag.joined() || E')[\\u200c\\u200d]|[\\u200c\\u200d](?!' || autotag.joined() || ')|'
       || autotag.invisible(), '', 'g');
     v_text := normalize(v_text, NFC);
   end if;
@@ -1140,8 +1140,8 @@ create or replace function autotag.check_version(p_version text) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_worker integer[] := (regexp_match(p_version, '^(\d{1,6})\.(\d{1,6})(?!\d)'))::integer[];
-  v_schema integer[] := (regexp_match(autotag.schema_version(), '^(\d+)\.(\d+)'))::integer[];
+  v_worker integer[] := (regexp_match(p_version, E'^(\\d{1,6})\\.(\\d{1,6})(?!\\d)'))::integer[];
+  v_schema integer[] := (regexp_match(autotag.schema_version(), E'^(\\d+)\\.(\\d+)'))::integer[];
 begin
   if v_worker is distinct from v_schema then
     perform autotag.refuse(426, 'versions_differ',
@@ -1274,7 +1274,7 @@ begin
     or right(p_row, 1) = '*' and starts_with(p_model, left(p_row, -1))
     -- a request for mistral-small-latest is answered by mistral-small-2506
     or right(p_row, 7) = '-latest' and starts_with(p_model, left(p_row, -6))
-    or starts_with(p_model, p_row) and substr(p_model, length(p_row) + 1) ~ '^[-@](latest|\d{4}-?\d{2}-?\d{2}|\d{4})$';
+    or starts_with(p_model, p_row) and substr(p_model, length(p_row) + 1) ~ E'^[-@](latest|\\d{4}-?\\d{2}-?\\d{2}|\\d{4})$';
 end $$;
 
 -- The row of a model; all columns are null when there is none.
@@ -2033,7 +2033,7 @@ begin
   end if;
   if length(new.instructions) > 2000 then
     perform autotag.refuse_profile(format('The instructions have %s characters; at most 2,000 are possible.', length(new.instructions)));
-  elsif new.instructions ~ '[\u0001-\u0008\u000b\u000c\u000e-\u001f\u007f]' then
+  elsif new.instructions ~ E'[\\u0001-\\u0008\\u000b\\u000c\\u000e-\\u001f\\u007f]' then
     perform autotag.refuse_profile('The instructions contain a control character.');
   elsif autotag.tag_key(new.language) = '' or length(new.language) > 100 or not autotag.is_plain(new.language) then
     perform autotag.refuse_profile('The language has to be one line of at most 100 characters, for example German.');
@@ -2132,7 +2132,7 @@ end $$;
 create or replace function autotag.punctuation() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-  select '[]!"&()*,/:;?[\\_{}`~\u00a1\u00a7\u00ab\u00b6-\u00b7\u00bb\u00bf\u055a-\u055f\u0589-\u058a\u05be\u05c0\u05c3\u05c6\u05f3-\u05f4\u0609-\u060a\u060c-\u060d\u061b\u061d-\u061f\u066a-\u066d\u06d4\u0700-\u070d\u07f7-\u07f9\u0830-\u083e\u085e\u0964-\u0965\u0970\u09fd\u0a76\u0af0\u0c77\u0c84\u0df4\u0e4f\u0e5a-\u0e5b\u0f04-\u0f0b\u0f0d-\u0f12\u0f14\u0f3a-\u0f3d\u0f85\u0fd0-\u0fd4\u0fd9-\u0fda\u104a-\u104f\u10fb\u1360-\u1368\u1400\u166e\u169b-\u169c\u16eb-\u16ed\u1735-\u1736\u17d4-\u17d6\u17d8-\u17da\u1800-\u180a\u1944-\u1945\u1a1e-\u1a1f\u1aa0-\u1aa6\u1aa8-\u1aad\u1b5a-\u1b60\u1b7d-\u1b7e\u1bfc-\u1bff\u1c3b-\u1c3f\u1c7e-\u1c7f\u1cc0-\u1cc7\u1cd3\u2010\u2012-\u2016\u2018-\u2023\u2027\u2030-\u2032\u2035\u2038-\u203b\u203d\u203f-\u2043\u2045-\u2046\u204a-\u2051\u2053-\u2056\u2058-\u205e\u2308-\u230b\u2768-\u2775\u27c5-\u27c6\u27e6-\u27ef\u2983-\u2998\u29d8-\u29db\u29fc-\u29fd\u2cf9-\u2cfc\u2cfe-\u2cff\u2d70\u2e00-\u2e2e\u2e30-\u2e4f\u2e52-\u2e5d\u3001-\u3003\u3008-\u3011\u3014-\u301f\u3030\u303d\u30a0\u30fb\ua4fe-\ua4ff\ua60d-\ua60f\ua673\ua67e\ua6f2-\ua6f7\ua874-\ua877\ua8ce-\ua8cf\ua8f8-\ua8fa\ua8fc\ua92e-\ua92f\ua95f\ua9c1-\ua9cd\ua9de-\ua9df\uaa5c-\uaa5f\uaade-\uaadf\uaaf0-\uaaf1\uabeb\ufd3e-\ufd3f\ufe45-\ufe46\u2212-]'
+  select E'[]!"&()*,/:;?[\\\\_{}`~\\u00a1\\u00a7\\u00ab\\u00b6-\\u00b7\\u00bb\\u00bf\\u055a-\\u055f\\u0589-\\u058a\\u05be\\u05c0\\u05c3\\u05c6\\u05f3-\\u05f4\\u0609-\\u060a\\u060c-\\u060d\\u061b\\u061d-\\u061f\\u066a-\\u066d\\u06d4\\u0700-\\u070d\\u07f7-\\u07f9\\u0830-\\u083e\\u085e\\u0964-\\u0965\\u0970\\u09fd\\u0a76\\u0af0\\u0c77\\u0c84\\u0df4\\u0e4f\\u0e5a-\\u0e5b\\u0f04-\\u0f0b\\u0f0d-\\u0f12\\u0f14\\u0f3a-\\u0f3d\\u0f85\\u0fd0-\\u0fd4\\u0fd9-\\u0fda\\u104a-\\u104f\\u10fb\\u1360-\\u1368\\u1400\\u166e\\u169b-\\u169c\\u16eb-\\u16ed\\u1735-\\u1736\\u17d4-\\u17d6\\u17d8-\\u17da\\u1800-\\u180a\\u1944-\\u1945\\u1a1e-\\u1a1f\\u1aa0-\\u1aa6\\u1aa8-\\u1aad\\u1b5a-\\u1b60\\u1b7d-\\u1b7e\\u1bfc-\\u1bff\\u1c3b-\\u1c3f\\u1c7e-\\u1c7f\\u1cc0-\\u1cc7\\u1cd3\\u2010\\u2012-\\u2016\\u2018-\\u2023\\u2027\\u2030-\\u2032\\u2035\\u2038-\\u203b\\u203d\\u203f-\\u2043\\u2045-\\u2046\\u204a-\\u2051\\u2053-\\u2056\\u2058-\\u205e\\u2308-\\u230b\\u2768-\\u2775\\u27c5-\\u27c6\\u27e6-\\u27ef\\u2983-\\u2998\\u29d8-\\u29db\\u29fc-\\u29fd\\u2cf9-\\u2cfc\\u2cfe-\\u2cff\\u2d70\\u2e00-\\u2e2e\\u2e30-\\u2e4f\\u2e52-\\u2e5d\\u3001-\\u3003\\u3008-\\u3011\\u3014-\\u301f\\u3030\\u303d\\u30a0\\u30fb\\ua4fe-\\ua4ff\\ua60d-\\ua60f\\ua673\\ua67e\\ua6f2-\\ua6f7\\ua874-\\ua877\\ua8ce-\\ua8cf\\ua8f8-\\ua8fa\\ua8fc\\ua92e-\\ua92f\\ua95f\\ua9c1-\\ua9cd\\ua9de-\\ua9df\\uaa5c-\\uaa5f\\uaade-\\uaadf\\uaaf0-\\uaaf1\\uabeb\\ufd3e-\\ufd3f\\ufe45-\\ufe46\\u2212-]'
 $$;
 
 -- The form in which tags are compared: "T-Shirts!" and "t shirts" are one tag, but "c#", ".net" and "100%" keep their signs. "": there is
@@ -2148,13 +2148,13 @@ begin
     return v_key;
   end if;
   v_key := lower(v_key);
-  if v_key !~ '^[a-z0-9\u00df-\u00f6\u00f8-\u00ff]+( [a-z0-9\u00df-\u00f6\u00f8-\u00ff]+)*$' then   -- nearly every tag of a person, except for capitals
+  if v_key !~ E'^[a-z0-9\\u00df-\\u00f6\\u00f8-\\u00ff]+( [a-z0-9\\u00df-\\u00f6\\u00f8-\\u00ff]+)*$' then   -- nearly every tag of a person, except for capitals
     v_key := regexp_replace(p_tag, autotag.blanks(), ' ', 'g');
-    v_key := regexp_replace(v_key, autotag.invisible() || '|[\u180b-\u180d\u180f\u200c\u200d\ufe00-\ufe0f\U000e0100-\U000e01ef]', '', 'g');
+    v_key := regexp_replace(v_key, autotag.invisible() || E'|[\\u180b-\\u180d\\u180f\\u200c\\u200d\\ufe00-\\ufe0f\\U000e0100-\\U000e01ef]', '', 'g');
     -- the lower case of İ has a second dot, and a final sigma is a sigma
     v_key := normalize(replace(lower(replace(normalize(v_key, NFKC), 'İ', 'i')), 'ς', 'σ'), NFKC);
     -- # and % belong to the word before them, a full stop and @ to the word after them
-    v_key := regexp_replace(v_key, '(?<![[:alnum:]])[#%]|[.@](?![[:alnum:]])|(?<=\.)\.', ' ', 'g');
+    v_key := regexp_replace(v_key, E'(?<![[:alnum:]])[#%]|[.@](?![[:alnum:]])|(?<=\\.)\\.', ' ', 'g');
     v_key := regexp_replace(v_key, '[''’‘ʼ]', '', 'g');
     v_key := regexp_replace(v_key, autotag.punctuation(), ' ', 'g');
     v_key := btrim(regexp_replace(v_key, ' +', ' ', 'g'));
@@ -2498,7 +2498,7 @@ declare
 begin
   return query
     with asked as materialized (
-      select k.key collate "C" as key, left(k.key, 3) collate "C" as first, (left(k.key, 3) || U&'\+10FFFF') collate "C" as last,
+      select k.key collate "C" as key, left(k.key, 3) collate "C" as first, (left(k.key, 3) || E'\U0010FFFF') collate "C" as last,
         autotag.key_grams(k.key) as grams
       from unnest(p_keys) k (key) where length(k.key) >= 5
     ), near as materialized (
@@ -2538,7 +2538,7 @@ create or replace function autotag.is_spelling(p_one text, p_other text) returns
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return regexp_replace(p_one, '\D', '', 'g') = regexp_replace(p_other, '\D', '', 'g') and not exists (
+  return regexp_replace(p_one, E'\\D', '', 'g') = regexp_replace(p_other, E'\\D', '', 'g') and not exists (
     select from unnest(string_to_array(p_one, ' '), string_to_array(p_other, ' ')) w (one, other)
     where w.one is null or w.other is null or w.one <> w.other and least(length(w.one), length(w.other)) < 4);
 end $$;
@@ -2872,7 +2872,7 @@ begin
   from jsonb_each(p_changes) c where jsonb_typeof(c.value) not in (v_types ->> c.key, 'null') limit 1;
   if v_odd is not null then
     perform autotag.refuse_profile(v_odd || '.');
-  elsif jsonb_typeof(p_changes -> 'tag_count') = 'number' and not coalesce(p_changes ->> 'tag_count' ~ '^\d{1,4}$', false) then
+  elsif jsonb_typeof(p_changes -> 'tag_count') = 'number' and not coalesce(p_changes ->> 'tag_count' ~ E'^\\d{1,4}$', false) then
     perform autotag.refuse_profile('The number of tags has to be a whole number from 1 to 50.');
   elsif jsonb_typeof(p_changes -> 'min_confidence') = 'number' and not coalesce(p_changes -> 'min_confidence' between '0' and '1', false) then
     perform autotag.refuse_profile('The minimum confidence has to be from 0 to 1.');
@@ -7360,7 +7360,7 @@ begin
   if autotag.is_poll_assigned(p_worker) is null then
     return null;
   end if;
-  if p_facts ->> 'shutdown_date' ~ '^20\d{2}-\d{2}-\d{2}$' then
+  if p_facts ->> 'shutdown_date' ~ E'^20\\d{2}-\\d{2}-\\d{2}$' then
     begin
       v_date := (p_facts ->> 'shutdown_date')::date;
     exception when datetime_field_overflow then
@@ -7917,11 +7917,11 @@ begin
     select coalesce(texts.tags is not null
       and cardinality(texts.list) <= 50 and r.result - '{tags,confidence,caption,model}'::text[] = '{}'
       and length(texts.caption) <= 300 and length(texts.model) <= 100
-      and texts.tags || texts.caption || texts.model !~ autotag.unprintable() and strpos(texts.tags || texts.sure, '\') = 0
+      and texts.tags || texts.caption || texts.model !~ autotag.unprintable() and strpos(texts.tags || texts.sure, E'\\') = 0
       -- spaces that printable() would remove
       and strpos(texts.tags || texts.caption || texts.model, '  ') = 0 and texts.caption = btrim(texts.caption) and texts.model = btrim(texts.model)
       -- no element that is not a string; no tag or key that is empty or has a space at an end; no confidence outside 0 to 1
-      and texts.tags !~ '\[[^"\]]|, [^"]|""|" |[^,] "|, "[],]' and texts.sure !~ ': (1[^,}]|0[^.,}]|[^01])|""'
+      and texts.tags !~ E'\\[[^"\\]]|, [^"]|""|" |[^,] "|, "[],]' and texts.sure !~ ': (1[^,}]|0[^.,}]|[^01])|""'
       -- As many tags as confidences, and every confidence has its tag: so no tag is there twice. (The cast to varchar(50) finds
       -- tags that are too long; `[^"]{51}` in the pattern above would take three quarters of the time.)
       and texts.list::varchar(50)[]::text[] = texts.list and (r.result -> 'confidence') - texts.list = '{}'
@@ -8144,7 +8144,7 @@ as $$
 begin
   return array(
     select case when u.tag ~ '^[a-z0-9]+( [a-z0-9]+)*$' then u.tag
-      else coalesce(nullif(autotag.tag_key(u.tag), ''), btrim(regexp_replace(normalize(lower(u.tag)), '\s+', ' ', 'g'))) end
+      else coalesce(nullif(autotag.tag_key(u.tag), ''), btrim(regexp_replace(normalize(lower(u.tag)), E'\\s+', ' ', 'g'))) end
     from unnest(p_tags) with ordinality u (tag, i) order by u.i);
 end $$;
 
@@ -8152,7 +8152,7 @@ end $$;
 -- anything else that tag_key() changes. Planning replaces the call by its value.
 create or replace function autotag.odd_tags() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
-as $$ select '[^][[:alnum:] ",]|[[:upper:]\u00aa\u00b2-\u00b3\u00b5\u00b9-\u00ba\u0132-\u0133\u013f-\u0140\u0149\u017f\u01c4-\u01cc\u01f1-\u01f3\u02b0-\u02b8\u02bc\u02e0-\u02e4\u0300-\u0385\u03c2\u03d0-\u03d6\u03f0-\u03f9\u0587\u0675-\u0678\u0958-\u095f\u09dc-\u09df\u0a33-\u0a5e\u0b5c-\u0b5d\u0e33\u0eb3\u0edc-\u0edd\u0f0c-\u0fbf\u10fc\u1100-\u11ff\u1c80-\u1c8f\u1d2c-\u1dbf\u1e9a-\u1e9b\u1f71-\u1fff\u2070-\u24ff\u2c7c-\u2c7d\u2d6f\u2e80-\u2fdf\u3130-\u318f\u3164\u3038-\u303a\u3099-\u309f\u30ff\u3192-\u33ff\ua69c-\ua69d\ua770\ua7f2-\ua7f9\uab5c-\uab69\uf900-\uffff\U00010000-\U0010ffff]' $$;
+as $$ select E'[^][[:alnum:] ",]|[[:upper:]\\u00aa\\u00b2-\\u00b3\\u00b5\\u00b9-\\u00ba\\u0132-\\u0133\\u013f-\\u0140\\u0149\\u017f\\u01c4-\\u01cc\\u01f1-\\u01f3\\u02b0-\\u02b8\\u02bc\\u02e0-\\u02e4\\u0300-\\u0385\\u03c2\\u03d0-\\u03d6\\u03f0-\\u03f9\\u0587\\u0675-\\u0678\\u0958-\\u095f\\u09dc-\\u09df\\u0a33-\\u0a5e\\u0b5c-\\u0b5d\\u0e33\\u0eb3\\u0edc-\\u0edd\\u0f0c-\\u0fbf\\u10fc\\u1100-\\u11ff\\u1c80-\\u1c8f\\u1d2c-\\u1dbf\\u1e9a-\\u1e9b\\u1f71-\\u1fff\\u2070-\\u24ff\\u2c7c-\\u2c7d\\u2d6f\\u2e80-\\u2fdf\\u3130-\\u318f\\u3164\\u3038-\\u303a\\u3099-\\u309f\\u30ff\\u3192-\\u33ff\\ua69c-\\ua69d\\ua770\\ua7f2-\\ua7f9\\uab5c-\\uab69\\uf900-\\uffff\\U00010000-\\U0010ffff]' $$;
 
 -- Whether each of an answer's tags has its own key. In ASCII, tags with one key have the same letters and digits. So it seldom has to
 -- make keys, which takes longer.
@@ -8162,7 +8162,7 @@ as $$
 declare
   v_text text := p_tags::text;
 begin
-  if v_text !~ autotag.odd_tags() or v_text !~ '[^ -~]|\\' and (
+  if v_text !~ autotag.odd_tags() or v_text !~ E'[^ -~]|\\\\' and (
       select count(distinct w) = count(*)
       from unnest(string_to_array(translate(lower(left(right(v_text, -2), -2)), ' !#$%&''()*+-./:;<=>?@^_`{|}~', ''), '","')) w) then
     return true;
@@ -10524,7 +10524,7 @@ begin
   return case
     when p_logins = '{}' then autotag.finding('roles', 'warning',
       'No separate login has the role autotag_worker, so workers have to log in as the owner, which may do everything.',
-      'create role tagger login in role autotag_worker;   -- then its password with psql''s \password tagger')
+      E'create role tagger login in role autotag_worker;   -- then its password with psql''s \\password tagger')
     when v_owners is not null then autotag.finding('roles', 'warning',
       format('A worker is logged in as %s, which may do everything.', v_owners),
       format('Use a login for workers (%s) in its DATABASE_URL and restart it.', autotag.name_some(p_logins::text[])))

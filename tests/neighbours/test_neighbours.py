@@ -350,6 +350,24 @@ async def test_a_slow_trigger_of_one_workspace_does_not_hold_up_another(library:
         process.kill()  # it would wait for the slow trigger
 
 
+async def test_a_parameter_that_a_trigger_sets_changes_no_other_workspace(library: Library, neighbour: Library) -> None:
+    """The worker's session keeps the plans of functions that it has called while the parameter was set."""
+    library.sql(f"""
+        create function public.be_old() returns trigger language plpgsql as $$
+        begin
+          set local standard_conforming_strings = off;
+          return null;
+        end $$;
+        create trigger be_old after update on public.assets for each row
+          when (new.workspace_id = '{library.member.workspace}') execute function public.be_old()""")
+    async with working(library):
+        await library.finished(library.enqueue(await library.upload(60)))
+        await neighbour.finished(neighbour.enqueue(await neighbour.upload(60, seed=2)))
+    library.check_tags()
+    neighbour.check_tags()
+    check_money(library.stack)
+
+
 async def test_a_slow_policy_does_not_hold_up_another_workspace(library: Library, neighbour: Library) -> None:
     """It is asked about files that replaced others, and images of all workspaces are in the same claim."""
     assets, replacements = await library.upload(20), await library.upload_files(20, seed=7)

@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import psycopg
+import pytest
+from pglast.parser import scan
 
+from autotag.install.adapter import TEMPLATE
 from autotag.install.migrations import apply_migrations
 from conftest import ROOT, skip
+from lab import schema
 from lab.postgres import LocalPostgres, install_baseline
 
 PGTAP = ROOT / "supabase" / "tests"
@@ -50,6 +56,26 @@ def test_plpgsql_check_finds_nothing(postgres: LocalPostgres, database: str, mac
     assert found == []
 
 
+@pytest.mark.parametrize(
+    "path", [*schema.schema_files(), TEMPLATE], ids=lambda path: str(path.relative_to(schema.ROOT))
+)
+def test_a_constant_means_the_same_whatever_a_session_has_set(path: Path) -> None:
+    """A trigger of the host may set standard_conforming_strings to off, and a function that is planned then keeps its plan. So a
+    constant with a backslash is E'…'; a U&'…' would raise."""
+    if path.parent.name != "host" or path == TEMPLATE:  # a policy is stored as its parse tree
+        assert list(dependent_constants(path.read_text())) == []
+
+
+def dependent_constants(text: str) -> Iterator[str]:
+    for token in scan(text):
+        constant = text[token.start : token.end + 1]
+        if token.name == "SCONST" and constant.startswith("$"):
+            quote = constant[: constant.index("$", 1) + 1]
+            yield from dependent_constants(constant.removeprefix(quote).removesuffix(quote))
+        elif token.name == "USCONST" or (token.name == "SCONST" and constant.startswith("'") and "\\" in constant):
+            yield constant
+
+
 def test_every_function_is_as_the_design_says(postgres: LocalPostgres, database: str) -> None:
     """Every search_path is fixed, security definer stays inside autotag, anon reaches nothing, and jit compiles no
     call."""
@@ -65,10 +91,10 @@ def test_every_function_is_as_the_design_says(postgres: LocalPostgres, database:
                    has_table_privilege('autotag_worker', c.oid, 'select, insert, update, delete')
             from pg_class c where c.relnamespace = 'autotag'::regnamespace and c.relkind = 'r'""").fetchall()
     assert len(functions) > 40
-    for name, schema, definer, settings, anon in functions:
+    for name, namespace, definer, settings, anon in functions:
         paths = [value.removeprefix("search_path=") for value in settings if value.startswith("search_path=")]
         assert paths in (["pg_catalog, pg_temp"], ["pg_catalog, public, extensions, pg_temp"]), f"{name}: {paths}"
-        assert not (schema == "public" and definer), f"{name} is a security definer in an exposed schema"
+        assert not (namespace == "public" and definer), f"{name} is a security definer in an exposed schema"
         assert not anon, f"anon may call {name}"
         # Without seqscan the one row of settings looks so expensive that each call would be compiled first, for 0.2 s.
         assert "enable_seqscan=off" not in settings or "jit=off" in settings, f"{name} starts the JIT compiler"

@@ -18,7 +18,7 @@ end $$;
 create or replace function autotag.unprintable() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-  select '[\u0001-\u001f\u007f-\u00a0\u00ad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u1680\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f\u3000\ue000-\uf8ff\ufdd0-\ufdef\ufeff\ufff0-\ufffb\ufffe\uffff\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U00040000-\U000e00ff\U000e01f0-\U000e0fff\U000f0000-\U0010ffff]'
+  select E'[\\u0001-\\u001f\\u007f-\\u00a0\\u00ad\\u0600-\\u0605\\u061c\\u06dd\\u070f\\u0890\\u0891\\u08e2\\u1680\\u180e\\u2000-\\u200b\\u200e\\u200f\\u2028-\\u202f\\u205f-\\u206f\\u3000\\ue000-\\uf8ff\\ufdd0-\\ufdef\\ufeff\\ufff0-\\ufffb\\ufffe\\uffff\\U000110bd\\U000110cd\\U00013430-\\U0001343f\\U0001bca0-\\U0001bca3\\U0001d173-\\U0001d17a\\U00040000-\\U000e00ff\\U000e01f0-\\U000e0fff\\U000f0000-\\U0010ffff]'
 $$;
 
 -- Names for a sentence: at most five, and how many more there are.
@@ -50,12 +50,12 @@ declare
 begin
   if not autotag.is_plain(v_text) then
     v_text := regexp_replace(v_text,
-      '[\u0009-\u000d\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+', ' ', 'g');
+      E'[\\u0009-\\u000d\\u001c-\\u0020\\u0085\\u00a0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]+', ' ', 'g');
     select string_agg(case
         when autotag.is_plain(c) then c
-        when ascii(c) < 256 then '\x' || lpad(to_hex(ascii(c)), 2, '0')
-        when ascii(c) < 65536 then '\u' || lpad(to_hex(ascii(c)), 4, '0')
-        else '\U' || lpad(to_hex(ascii(c)), 8, '0') end, '' order by i)
+        when ascii(c) < 256 then E'\\x' || lpad(to_hex(ascii(c)), 2, '0')
+        when ascii(c) < 65536 then E'\\u' || lpad(to_hex(ascii(c)), 4, '0')
+        else E'\\U' || lpad(to_hex(ascii(c)), 8, '0') end, '' order by i)
     into v_text from unnest(string_to_array(btrim(v_text), null)) with ordinality u (c, i);
   elsif v_text like '%  %' then
     v_text := regexp_replace(v_text, ' +', ' ', 'g');
@@ -71,16 +71,16 @@ end $$;
 -- call by its value, here and in the next two functions.
 create or replace function autotag.invisible() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
-as $$ select autotag.unprintable() || '|[\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0]' $$;
+as $$ select autotag.unprintable() || E'|[\\u034f\\u115f\\u1160\\u17b4\\u17b5\\u3164\\uffa0]' $$;
 
 create or replace function autotag.blanks() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
-as $$ select '[\u0009-\u000d\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+' $$;
+as $$ select E'[\\u0009-\\u000d\\u001c-\\u0020\\u0085\\u00a0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]+' $$;
 
 -- Scripts in which a joiner between two letters changes what a reader sees, and emojis (JOINED in autotag/texts.py).
 create or replace function autotag.joined() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
-as $$ select '[\u0600-\u0dff\u0f00-\u10ff\u1200-\u1cff\u2190-\u2bff\ua800-\ua95f\ua980-\uabff\ufb50-\ufdff\ufe0f\ufe70-\ufefc\U00010800-\U0001ffff]' $$;
+as $$ select E'[\\u0600-\\u0dff\\u0f00-\\u10ff\\u1200-\\u1cff\\u2190-\\u2bff\\ua800-\\ua95f\\ua980-\\uabff\\ufb50-\\ufdff\\ufe0f\\ufe70-\\ufefc\\U00010800-\\U0001ffff]' $$;
 
 -- A text from outside as people write it: composed, one space for any white space, without characters that nobody sees. Joiners stay
 -- where they change something. The worker and its commands do the same (visible_text in autotag/texts.py).
@@ -92,7 +92,7 @@ declare
 begin
   if v_text ~ '[^ -~]' then
     v_text := regexp_replace(v_text, autotag.blanks(), ' ', 'g');
-    v_text := regexp_replace(v_text, '(?<!' || autotag.joined() || ')[\u200c\u200d]|[\u200c\u200d](?!' || autotag.joined() || ')|'
+    v_text := regexp_replace(v_text, '(?<!' || autotag.joined() || E')[\\u200c\\u200d]|[\\u200c\\u200d](?!' || autotag.joined() || ')|'
       || autotag.invisible(), '', 'g');
     v_text := normalize(v_text, NFC);
   end if;
@@ -153,8 +153,8 @@ create or replace function autotag.check_version(p_version text) returns void
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_worker integer[] := (regexp_match(p_version, '^(\d{1,6})\.(\d{1,6})(?!\d)'))::integer[];
-  v_schema integer[] := (regexp_match(autotag.schema_version(), '^(\d+)\.(\d+)'))::integer[];
+  v_worker integer[] := (regexp_match(p_version, E'^(\\d{1,6})\\.(\\d{1,6})(?!\\d)'))::integer[];
+  v_schema integer[] := (regexp_match(autotag.schema_version(), E'^(\\d+)\\.(\\d+)'))::integer[];
 begin
   if v_worker is distinct from v_schema then
     perform autotag.refuse(426, 'versions_differ',

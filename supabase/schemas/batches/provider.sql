@@ -23,7 +23,7 @@ begin
   if autotag.is_poll_assigned(p_worker) is null then
     return null;
   end if;
-  if p_facts ->> 'shutdown_date' ~ '^20\d{2}-\d{2}-\d{2}$' then
+  if p_facts ->> 'shutdown_date' ~ E'^20\\d{2}-\\d{2}-\\d{2}$' then
     begin
       v_date := (p_facts ->> 'shutdown_date')::date;
     exception when datetime_field_overflow then

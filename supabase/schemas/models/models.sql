@@ -9,7 +9,7 @@ begin
     or right(p_row, 1) = '*' and starts_with(p_model, left(p_row, -1))
     -- a request for mistral-small-latest is answered by mistral-small-2506
     or right(p_row, 7) = '-latest' and starts_with(p_model, left(p_row, -6))
-    or starts_with(p_model, p_row) and substr(p_model, length(p_row) + 1) ~ '^[-@](latest|\d{4}-?\d{2}-?\d{2}|\d{4})$';
+    or starts_with(p_model, p_row) and substr(p_model, length(p_row) + 1) ~ E'^[-@](latest|\\d{4}-?\\d{2}-?\\d{2}|\\d{4})$';
 end $$;
 
 -- The row of a model; all columns are null when there is none.

@@ -34,7 +34,7 @@ begin
   end if;
   if length(new.instructions) > 2000 then
     perform autotag.refuse_profile(format('The instructions have %s characters; at most 2,000 are possible.', length(new.instructions)));
-  elsif new.instructions ~ '[\u0001-\u0008\u000b\u000c\u000e-\u001f\u007f]' then
+  elsif new.instructions ~ E'[\\u0001-\\u0008\\u000b\\u000c\\u000e-\\u001f\\u007f]' then
     perform autotag.refuse_profile('The instructions contain a control character.');
   elsif autotag.tag_key(new.language) = '' or length(new.language) > 100 or not autotag.is_plain(new.language) then
     perform autotag.refuse_profile('The language has to be one line of at most 100 characters, for example German.');

@@ -60,7 +60,7 @@ begin
   from jsonb_each(p_changes) c where jsonb_typeof(c.value) not in (v_types ->> c.key, 'null') limit 1;
   if v_odd is not null then
     perform autotag.refuse_profile(v_odd || '.');
-  elsif jsonb_typeof(p_changes -> 'tag_count') = 'number' and not coalesce(p_changes ->> 'tag_count' ~ '^\d{1,4}$', false) then
+  elsif jsonb_typeof(p_changes -> 'tag_count') = 'number' and not coalesce(p_changes ->> 'tag_count' ~ E'^\\d{1,4}$', false) then
     perform autotag.refuse_profile('The number of tags has to be a whole number from 1 to 50.');
   elsif jsonb_typeof(p_changes -> 'min_confidence') = 'number' and not coalesce(p_changes -> 'min_confidence' between '0' and '1', false) then
     perform autotag.refuse_profile('The minimum confidence has to be from 0 to 1.');

@@ -18,7 +18,7 @@ as $$
 begin
   return array(
     select case when u.tag ~ '^[a-z0-9]+( [a-z0-9]+)*$' then u.tag
-      else coalesce(nullif(autotag.tag_key(u.tag), ''), btrim(regexp_replace(normalize(lower(u.tag)), '\s+', ' ', 'g'))) end
+      else coalesce(nullif(autotag.tag_key(u.tag), ''), btrim(regexp_replace(normalize(lower(u.tag)), E'\\s+', ' ', 'g'))) end
     from unnest(p_tags) with ordinality u (tag, i) order by u.i);
 end $$;
 
@@ -26,7 +26,7 @@ end $$;
 -- anything else that tag_key() changes. Planning replaces the call by its value.
 create or replace function autotag.odd_tags() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
-as $$ select '[^][[:alnum:] ",]|[[:upper:]\u00aa\u00b2-\u00b3\u00b5\u00b9-\u00ba\u0132-\u0133\u013f-\u0140\u0149\u017f\u01c4-\u01cc\u01f1-\u01f3\u02b0-\u02b8\u02bc\u02e0-\u02e4\u0300-\u0385\u03c2\u03d0-\u03d6\u03f0-\u03f9\u0587\u0675-\u0678\u0958-\u095f\u09dc-\u09df\u0a33-\u0a5e\u0b5c-\u0b5d\u0e33\u0eb3\u0edc-\u0edd\u0f0c-\u0fbf\u10fc\u1100-\u11ff\u1c80-\u1c8f\u1d2c-\u1dbf\u1e9a-\u1e9b\u1f71-\u1fff\u2070-\u24ff\u2c7c-\u2c7d\u2d6f\u2e80-\u2fdf\u3130-\u318f\u3164\u3038-\u303a\u3099-\u309f\u30ff\u3192-\u33ff\ua69c-\ua69d\ua770\ua7f2-\ua7f9\uab5c-\uab69\uf900-\uffff\U00010000-\U0010ffff]' $$;
+as $$ select E'[^][[:alnum:] ",]|[[:upper:]\\u00aa\\u00b2-\\u00b3\\u00b5\\u00b9-\\u00ba\\u0132-\\u0133\\u013f-\\u0140\\u0149\\u017f\\u01c4-\\u01cc\\u01f1-\\u01f3\\u02b0-\\u02b8\\u02bc\\u02e0-\\u02e4\\u0300-\\u0385\\u03c2\\u03d0-\\u03d6\\u03f0-\\u03f9\\u0587\\u0675-\\u0678\\u0958-\\u095f\\u09dc-\\u09df\\u0a33-\\u0a5e\\u0b5c-\\u0b5d\\u0e33\\u0eb3\\u0edc-\\u0edd\\u0f0c-\\u0fbf\\u10fc\\u1100-\\u11ff\\u1c80-\\u1c8f\\u1d2c-\\u1dbf\\u1e9a-\\u1e9b\\u1f71-\\u1fff\\u2070-\\u24ff\\u2c7c-\\u2c7d\\u2d6f\\u2e80-\\u2fdf\\u3130-\\u318f\\u3164\\u3038-\\u303a\\u3099-\\u309f\\u30ff\\u3192-\\u33ff\\ua69c-\\ua69d\\ua770\\ua7f2-\\ua7f9\\uab5c-\\uab69\\uf900-\\uffff\\U00010000-\\U0010ffff]' $$;
 
 -- Whether each of an answer's tags has its own key. In ASCII, tags with one key have the same letters and digits. So it seldom has to
 -- make keys, which takes longer.
@@ -36,7 +36,7 @@ as $$
 declare
   v_text text := p_tags::text;
 begin
-  if v_text !~ autotag.odd_tags() or v_text !~ '[^ -~]|\\' and (
+  if v_text !~ autotag.odd_tags() or v_text !~ E'[^ -~]|\\\\' and (
       select count(distinct w) = count(*)
       from unnest(string_to_array(translate(lower(left(right(v_text, -2), -2)), ' !#$%&''()*+-./:;<=>?@^_`{|}~', ''), '","')) w) then
     return true;

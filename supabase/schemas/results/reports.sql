@@ -49,11 +49,11 @@ begin
     select coalesce(texts.tags is not null
       and cardinality(texts.list) <= 50 and r.result - '{tags,confidence,caption,model}'::text[] = '{}'
       and length(texts.caption) <= 300 and length(texts.model) <= 100
-      and texts.tags || texts.caption || texts.model !~ autotag.unprintable() and strpos(texts.tags || texts.sure, '\') = 0
+      and texts.tags || texts.caption || texts.model !~ autotag.unprintable() and strpos(texts.tags || texts.sure, E'\\') = 0
       -- spaces that printable() would remove
       and strpos(texts.tags || texts.caption || texts.model, '  ') = 0 and texts.caption = btrim(texts.caption) and texts.model = btrim(texts.model)
       -- no element that is not a string; no tag or key that is empty or has a space at an end; no confidence outside 0 to 1
-      and texts.tags !~ '\[[^"\]]|, [^"]|""|" |[^,] "|, "[],]' and texts.sure !~ ': (1[^,}]|0[^.,}]|[^01])|""'
+      and texts.tags !~ E'\\[[^"\\]]|, [^"]|""|" |[^,] "|, "[],]' and texts.sure !~ ': (1[^,}]|0[^.,}]|[^01])|""'
       -- As many tags as confidences, and every confidence has its tag: so no tag is there twice. (The cast to varchar(50) finds
       -- tags that are too long; `[^"]{51}` in the pattern above would take three quarters of the time.)
       and texts.list::varchar(50)[]::text[] = texts.list and (r.result -> 'confidence') - texts.list = '{}'

@@ -35,7 +35,7 @@ begin
   return case
     when p_logins = '{}' then autotag.finding('roles', 'warning',
       'No separate login has the role autotag_worker, so workers have to log in as the owner, which may do everything.',
-      'create role tagger login in role autotag_worker;   -- then its password with psql''s \password tagger')
+      E'create role tagger login in role autotag_worker;   -- then its password with psql''s \\password tagger')
     when v_owners is not null then autotag.finding('roles', 'warning',
       format('A worker is logged in as %s, which may do everything.', v_owners),
       format('Use a login for workers (%s) in its DATABASE_URL and restart it.', autotag.name_some(p_logins::text[])))

@@ -186,7 +186,7 @@ declare
 begin
   return query
     with asked as materialized (
-      select k.key collate "C" as key, left(k.key, 3) collate "C" as first, (left(k.key, 3) || U&'\+10FFFF') collate "C" as last,
+      select k.key collate "C" as key, left(k.key, 3) collate "C" as first, (left(k.key, 3) || E'\U0010FFFF') collate "C" as last,
         autotag.key_grams(k.key) as grams
       from unnest(p_keys) k (key) where length(k.key) >= 5
     ), near as materialized (
@@ -226,7 +226,7 @@ create or replace function autotag.is_spelling(p_one text, p_other text) returns
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return regexp_replace(p_one, '\D', '', 'g') = regexp_replace(p_other, '\D', '', 'g') and not exists (
+  return regexp_replace(p_one, E'\\D', '', 'g') = regexp_replace(p_other, E'\\D', '', 'g') and not exists (
     select from unnest(string_to_array(p_one, ' '), string_to_array(p_other, ' ')) w (one, other)
     where w.one is null or w.other is null or w.one <> w.other and least(length(w.one), length(w.other)) < 4);
 end $$;

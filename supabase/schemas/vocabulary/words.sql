@@ -5,7 +5,7 @@
 create or replace function autotag.punctuation() returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
-  select '[]!"&()*,/:;?[\\_{}`~\u00a1\u00a7\u00ab\u00b6-\u00b7\u00bb\u00bf\u055a-\u055f\u0589-\u058a\u05be\u05c0\u05c3\u05c6\u05f3-\u05f4\u0609-\u060a\u060c-\u060d\u061b\u061d-\u061f\u066a-\u066d\u06d4\u0700-\u070d\u07f7-\u07f9\u0830-\u083e\u085e\u0964-\u0965\u0970\u09fd\u0a76\u0af0\u0c77\u0c84\u0df4\u0e4f\u0e5a-\u0e5b\u0f04-\u0f0b\u0f0d-\u0f12\u0f14\u0f3a-\u0f3d\u0f85\u0fd0-\u0fd4\u0fd9-\u0fda\u104a-\u104f\u10fb\u1360-\u1368\u1400\u166e\u169b-\u169c\u16eb-\u16ed\u1735-\u1736\u17d4-\u17d6\u17d8-\u17da\u1800-\u180a\u1944-\u1945\u1a1e-\u1a1f\u1aa0-\u1aa6\u1aa8-\u1aad\u1b5a-\u1b60\u1b7d-\u1b7e\u1bfc-\u1bff\u1c3b-\u1c3f\u1c7e-\u1c7f\u1cc0-\u1cc7\u1cd3\u2010\u2012-\u2016\u2018-\u2023\u2027\u2030-\u2032\u2035\u2038-\u203b\u203d\u203f-\u2043\u2045-\u2046\u204a-\u2051\u2053-\u2056\u2058-\u205e\u2308-\u230b\u2768-\u2775\u27c5-\u27c6\u27e6-\u27ef\u2983-\u2998\u29d8-\u29db\u29fc-\u29fd\u2cf9-\u2cfc\u2cfe-\u2cff\u2d70\u2e00-\u2e2e\u2e30-\u2e4f\u2e52-\u2e5d\u3001-\u3003\u3008-\u3011\u3014-\u301f\u3030\u303d\u30a0\u30fb\ua4fe-\ua4ff\ua60d-\ua60f\ua673\ua67e\ua6f2-\ua6f7\ua874-\ua877\ua8ce-\ua8cf\ua8f8-\ua8fa\ua8fc\ua92e-\ua92f\ua95f\ua9c1-\ua9cd\ua9de-\ua9df\uaa5c-\uaa5f\uaade-\uaadf\uaaf0-\uaaf1\uabeb\ufd3e-\ufd3f\ufe45-\ufe46\u2212-]'
+  select E'[]!"&()*,/:;?[\\\\_{}`~\\u00a1\\u00a7\\u00ab\\u00b6-\\u00b7\\u00bb\\u00bf\\u055a-\\u055f\\u0589-\\u058a\\u05be\\u05c0\\u05c3\\u05c6\\u05f3-\\u05f4\\u0609-\\u060a\\u060c-\\u060d\\u061b\\u061d-\\u061f\\u066a-\\u066d\\u06d4\\u0700-\\u070d\\u07f7-\\u07f9\\u0830-\\u083e\\u085e\\u0964-\\u0965\\u0970\\u09fd\\u0a76\\u0af0\\u0c77\\u0c84\\u0df4\\u0e4f\\u0e5a-\\u0e5b\\u0f04-\\u0f0b\\u0f0d-\\u0f12\\u0f14\\u0f3a-\\u0f3d\\u0f85\\u0fd0-\\u0fd4\\u0fd9-\\u0fda\\u104a-\\u104f\\u10fb\\u1360-\\u1368\\u1400\\u166e\\u169b-\\u169c\\u16eb-\\u16ed\\u1735-\\u1736\\u17d4-\\u17d6\\u17d8-\\u17da\\u1800-\\u180a\\u1944-\\u1945\\u1a1e-\\u1a1f\\u1aa0-\\u1aa6\\u1aa8-\\u1aad\\u1b5a-\\u1b60\\u1b7d-\\u1b7e\\u1bfc-\\u1bff\\u1c3b-\\u1c3f\\u1c7e-\\u1c7f\\u1cc0-\\u1cc7\\u1cd3\\u2010\\u2012-\\u2016\\u2018-\\u2023\\u2027\\u2030-\\u2032\\u2035\\u2038-\\u203b\\u203d\\u203f-\\u2043\\u2045-\\u2046\\u204a-\\u2051\\u2053-\\u2056\\u2058-\\u205e\\u2308-\\u230b\\u2768-\\u2775\\u27c5-\\u27c6\\u27e6-\\u27ef\\u2983-\\u2998\\u29d8-\\u29db\\u29fc-\\u29fd\\u2cf9-\\u2cfc\\u2cfe-\\u2cff\\u2d70\\u2e00-\\u2e2e\\u2e30-\\u2e4f\\u2e52-\\u2e5d\\u3001-\\u3003\\u3008-\\u3011\\u3014-\\u301f\\u3030\\u303d\\u30a0\\u30fb\\ua4fe-\\ua4ff\\ua60d-\\ua60f\\ua673\\ua67e\\ua6f2-\\ua6f7\\ua874-\\ua877\\ua8ce-\\ua8cf\\ua8f8-\\ua8fa\\ua8fc\\ua92e-\\ua92f\\ua95f\\ua9c1-\\ua9cd\\ua9de-\\ua9df\\uaa5c-\\uaa5f\\uaade-\\uaadf\\uaaf0-\\uaaf1\\uabeb\\ufd3e-\\ufd3f\\ufe45-\\ufe46\\u2212-]'
 $$;
 
 -- The form in which tags are compared: "T-Shirts!" and "t shirts" are one tag, but "c#", ".net" and "100%" keep their signs. "": there is
@@ -21,13 +21,13 @@ begin
     return v_key;
   end if;
   v_key := lower(v_key);
-  if v_key !~ '^[a-z0-9\u00df-\u00f6\u00f8-\u00ff]+( [a-z0-9\u00df-\u00f6\u00f8-\u00ff]+)*$' then   -- nearly every tag of a person, except for capitals
+  if v_key !~ E'^[a-z0-9\\u00df-\\u00f6\\u00f8-\\u00ff]+( [a-z0-9\\u00df-\\u00f6\\u00f8-\\u00ff]+)*$' then   -- nearly every tag of a person, except for capitals
     v_key := regexp_replace(p_tag, autotag.blanks(), ' ', 'g');
-    v_key := regexp_replace(v_key, autotag.invisible() || '|[\u180b-\u180d\u180f\u200c\u200d\ufe00-\ufe0f\U000e0100-\U000e01ef]', '', 'g');
+    v_key := regexp_replace(v_key, autotag.invisible() || E'|[\\u180b-\\u180d\\u180f\\u200c\\u200d\\ufe00-\\ufe0f\\U000e0100-\\U000e01ef]', '', 'g');
     -- the lower case of İ has a second dot, and a final sigma is a sigma
     v_key := normalize(replace(lower(replace(normalize(v_key, NFKC), 'İ', 'i')), 'ς', 'σ'), NFKC);
     -- # and % belong to the word before them, a full stop and @ to the word after them
-    v_key := regexp_replace(v_key, '(?<![[:alnum:]])[#%]|[.@](?![[:alnum:]])|(?<=\.)\.', ' ', 'g');
+    v_key := regexp_replace(v_key, E'(?<![[:alnum:]])[#%]|[.@](?![[:alnum:]])|(?<=\\.)\\.', ' ', 'g');
     v_key := regexp_replace(v_key, '[''’‘ʼ]', '', 'g');
     v_key := regexp_replace(v_key, autotag.punctuation(), ' ', 'g');
     v_key := btrim(regexp_replace(v_key, ' +', ' ', 'g'));

@@ -131,7 +131,7 @@ language plpgsql immutable set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_found text[] := regexp_match(p_url,
-    '^https?://([^/?#@\\]+)/storage/v1/(?:object/(?:(?:public|sign|authenticated)/)?|render/image/(?:public|sign|authenticated)/)([^/?#]+)/([^?#]+)', 'i');
+    E'^https?://([^/?#@\\\\]+)/storage/v1/(?:object/(?:(?:public|sign|authenticated)/)?|render/image/(?:public|sign|authenticated)/)([^/?#]+)/([^?#]+)', 'i');
 begin
   if v_found is null or regexp_replace(lower(v_found[1]), ':(443|80)$', '') <> all (autotag.storage_hosts()) then
     return null;
@@ -188,7 +188,7 @@ begin
                when f.path is not null and not coalesce(
                  -- a bucket name that Storage allows, and a path that cannot leave the bucket
                  f.bucket ~ '^[A-Za-z0-9_!.*''() &$@=;:+,?-]+$' and f.bucket not in ('.', '..')
-                 and f.path !~ '(^|/)[.]{0,2}(/|$)|[\\[:cntrl:]]'
+                 and f.path !~ E'(^|/)[.]{0,2}(/|$)|[\\\\[:cntrl:]]'
                  -- the file rule
                  and {{ own_file }}
                , false) then 'foreign_file' end as refused,
