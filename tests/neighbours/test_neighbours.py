@@ -621,3 +621,6 @@ async def test_a_row_that_is_deleted_or_moves_meanwhile_ends_alone(library: Libr
     library.check_tags(assets[2:])
     neighbour.check_tags(others)
     assert library.sql("select tags from public.assets where id = %s", assets[1])[0]["tags"] is None
+    # Its row still shows `processing`, but `autotag enqueue` finds it.
+    left = "select autotag.list_assets(%s, true, null, 100)::text[] as assets"
+    assert neighbour.sql(left, neighbour.member.workspace) == [{"assets": [assets[1]]}]

@@ -349,6 +349,7 @@ begin
 end $$;
 
 -- The next images of a workspace that are not being tagged and that the row filter does not leave out, by id after p_after.
+-- A row may show `processing` although nobody tags its image: its id or workspace was changed meanwhile, so its outcome was dropped.
 -- p_untagged: only those without tags (null or an empty list) that autotag has not tagged. (An image whose answer had no fitting tag
 -- counts as tagged, because a second answer would have none either.) p_profile: only images that autotag has tagged with another version
 -- of the profile. A result without a version has version 0.
@@ -362,7 +363,8 @@ as $$
   from (
     select a.{{ id }} from {{ table }} a
     where a.{{ workspace }} = p_workspace_id and (p_after is null or a.{{ id }} > p_after)
-      and (a.tagging_stage is null or a.tagging_stage in ('completed', 'failed'))
+      and (a.tagging_stage is null or a.tagging_stage in ('completed', 'failed')
+        or not exists (select from autotag.live_tasks(array[a.{{ id }}]::autotag.asset_id[])))
       and (not p_untagged or {{ untagged }})
       and (p_profile is null or a.{{ result }} is not null and p_profile <> case
         when jsonb_typeof(a.{{ result }} -> 'profile') = 'number' then (a.{{ result }} -> 'profile')::numeric else 0 end)
