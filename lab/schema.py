@@ -308,13 +308,13 @@ def _steps() -> str:
     """
     text = CHANGES.read_text(encoding="utf-8").strip() if CHANGES.exists() else ""
     try:
-        parts = split(text, only_slices=True)
+        split(text, only_slices=True)
     except ParseError as error:
         raise _syntax_error(CHANGES, text, error) from None
-    if not parts:
+    code = _code(text).strip()
+    if not code:
         return ""
-    end = parts[-1].stop
-    return text if ";" in text[end:].partition("--")[0] else f"{text[:end]};{text[end:]}"
+    return text if code.endswith(";") else f"{text}\n;"
 
 
 def _syntax_error(path: Path, text: str, error: ParseError) -> ReleaseError:

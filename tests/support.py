@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import psycopg
-from psycopg.pq import TransactionStatus
+from psycopg.pq import ExecStatus, TransactionStatus
 from psycopg.rows import dict_row
 from storage3 import AsyncStorageClient
 
@@ -97,7 +97,8 @@ class Library:
         """Runs a statement as the project's owner."""
         with connected(self.stack.database_url()) as connection:
             cursor = connection.cursor(row_factory=dict_row).execute(statement, arguments)  # type: ignore[arg-type]
-            return cursor.fetchall() if cursor.description else []
+            # `select from …` has rows without columns, and no description.
+            return cursor.fetchall() if cursor.pgresult and cursor.pgresult.status == ExecStatus.TUPLES_OK else []
 
     def rpc(self, function: str, *arguments: object) -> Any:
         """Calls a function as the member does: role authenticated, with the member's claims."""

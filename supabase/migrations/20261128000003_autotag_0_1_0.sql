@@ -3326,6 +3326,17 @@ begin
       case when p_images <= v_max_allowed then greatest(extract(epoch from v_free_at - autotag.now()), 1) end));
 end $$;
 
+-- The images of a workspace that are being tagged. (An image that has moved here since is not among them.)
+create or replace function autotag.live_in_workspace(p_workspace_id autotag.workspace_id) returns table (asset_id autotag.asset_id)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
+as $$
+begin
+  return query
+    select t.asset_id from autotag.jobs j join autotag.tasks t on t.job_id = j.id
+    where j.workspace_id = p_workspace_id and j.finished_at is null and t.finished_at is null;
+end $$;
+
 -- The images among these that are being tagged, and where. (The plan is kept, and must use the index. A plan from when nothing was being
 -- tagged would compare each image with each task: 14 s for 50,000 of them.)
 create or replace function autotag.live_tasks(p_asset_ids autotag.asset_id[])
@@ -5627,13 +5638,15 @@ end $$;
 -- one that raises is refused: as `unreadable_row`, or as `unreadable_now` where the error may pass (the adapter is being changed, a
 -- page of the table cannot be read). Then the worker reports a transient error, so its slot is free, and the image is tried again.
 -- p_workspace_ids[i], p_visible_marks[i]: tasks.workspace_id and tasks.visible_mark of p_asset_ids[i].
-create or replace function autotag.locate(p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[], p_visible_marks uuid[], p_users autotag.user_id[])
+create or replace function autotag.locate(
+  p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[], p_visible_marks uuid[], p_users autotag.user_id[], p_limited boolean default false
+)
 returns table (asset_id autotag.asset_id, bucket text, path text, url text, refused text, mark uuid)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   -- locate_together() reads all rows before it returns the first, because an error would not take back what return query has returned.
-  return query select l.* from autotag.locate_together(p_asset_ids, p_workspace_ids, p_visible_marks, p_users) l;
+  return query select l.* from autotag.locate_together(p_asset_ids, p_workspace_ids, p_visible_marks, p_users, p_limited) l;
 exception when others or assert_failure then
   if cardinality(p_asset_ids) = 1 then
     raise warning 'autotag could not read the row of image %: %', p_asset_ids[1], sqlerrm;
@@ -5649,24 +5662,30 @@ exception when others or assert_failure then
     cross join lateral autotag.locate(p_asset_ids[i : i], p_workspace_ids[i : i], p_visible_marks[i : i], p_users[i : i]) l;
 end $$;
 
--- The same; raises if one row does. A policy of the host may be slow, and images of other workspaces are in the same claim. So files that
--- were replaced are looked at for one second; those that are left are `unreadable_now`.
-create or replace function autotag.locate_together(p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[], p_visible_marks uuid[], p_users autotag.user_id[])
+-- The same; raises if one row does. p_limited: a policy of the host may be slow, and images of other workspaces are in the same claim. So
+-- files that replaced others are looked at for one second, at least one of them; the others are `unchecked`, and the worker asks again.
+create or replace function autotag.locate_together(
+  p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[], p_visible_marks uuid[], p_users autotag.user_id[], p_limited boolean
+)
 returns table (asset_id autotag.asset_id, bucket text, path text, url text, refused text, mark uuid)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_until timestamptz := clock_timestamp() + interval '1 s';
 begin
   return query
+    with described as materialized (
+      select * from autotag.describe_assets(p_asset_ids)
+    ), budget as materialized (   -- begins when all rows are read
+      select case when p_limited then clock_timestamp() + interval '1 s' else 'infinity' end as ends_at from (select count(*) from described) counted
+    )
     select d.asset_id, case when r.refused is null then d.bucket end, case when r.refused is null then d.path end,
       case when r.refused is null then d.url end, r.refused, d.mark
     from unnest(p_asset_ids, p_workspace_ids, p_visible_marks, p_users) t (asset_id, workspace_id, visible_mark, user_id)
-    join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id and d.workspace_id = t.workspace_id
+    join described d on d.asset_id = t.asset_id and d.workspace_id = t.workspace_id
+    cross join budget bu
     cross join lateral (select case
       when d.refused is not null then d.refused
       when (t.visible_mark = d.file_mark) is not false then null   -- the same file, or none that has to be visible
-      when clock_timestamp() > v_until then 'unreadable_now'
+      when clock_timestamp() > bu.ends_at then 'unchecked'
       when not autotag.may_see_file(t.user_id, d.bucket, d.path) then 'hidden_file' end as refused
       offset 0  -- evaluate the case once per image, not once per use
     ) r;
@@ -6199,7 +6218,7 @@ begin
       from released r join uploads u on u.id = r.job_id
       left join autotag.locate(array(select asset_id from released order by id),
         array(select workspace_id from released order by id), array(select visible_mark from released order by id),
-        array(select u.user_id from released o join uploads u on u.id = o.job_id order by o.id)) d
+        array(select u.user_id from released o join uploads u on u.id = o.job_id order by o.id), true) d
         on d.asset_id = r.asset_id) i);
 end $$;
 
@@ -11319,7 +11338,7 @@ begin
     perform pg_notify('autotag', 'store');
   end if;
   -- Last, because these lock the provider row.
-  perform autotag.follow_clock(v_now);
+  perform autotag.follow_clock();
   perform autotag.repair_queues();
   perform autotag.retry_features(v_now - (select s.model_check_interval from autotag.settings s));
   update autotag.clock set ticked_at = v_now where id;
@@ -11348,50 +11367,90 @@ end $$;
 
 -- After the server's clock was set back: everything that was due at a time of the old clock is due as much earlier, because otherwise
 -- nothing would happen until the new clock has reached that time. Rows that another transaction holds get a new time from it. Called by
--- tick(). Locks: batches, tasks, unstored, uploads (all skip locked), provider, workspaces, queues, workers (skip locked).
-create or replace function autotag.follow_clock(p_now timestamptz) returns void
+-- tick(). Locks: provider, then batches, tasks, jobs, unstored, uploads, windows, workers (all skip locked), workspaces, queues, clock.
+create or replace function autotag.follow_clock() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_back interval := (
-    select greatest(c.ticked_at, p.refilled_at) - p_now from autotag.clock c, autotag.provider_limits p
-    where isfinite(greatest(c.ticked_at, p.refilled_at)));
+  v_back interval;
+  v_now timestamptz;
 begin
-  if v_back is null or v_back <= interval '1 min' then
+  if not autotag.is_clock_behind() then
     return;
   end if;
+  perform from autotag.provider_limits for update;   -- only its holder writes refilled_at, so the clock is compared once more
+  if not autotag.is_clock_behind() then
+    return;
+  end if;
+  v_now := autotag.now();
+  v_back := (select greatest(c.ticked_at, p.refilled_at) - v_now from autotag.clock c, autotag.provider_limits p);
   raise warning 'autotag: the clock was set back by %, so all that waits is due as much earlier.', v_back;
+  perform autotag.move_work(v_back, v_now);
+  update autotag.provider_limits p
+  set refilled_at = autotag.earlier(p.refilled_at, v_back, v_now), blocked_until = autotag.earlier(p.blocked_until, v_back, v_now),
+    limited_since = autotag.earlier(p.limited_since, v_back, v_now), limited_at = autotag.earlier(p.limited_at, v_back, v_now),
+    day_seen_at = autotag.earlier(p.day_seen_at, v_back, v_now), question_since = autotag.earlier(p.question_since, v_back, v_now),
+    fingerprint_since = autotag.earlier(p.fingerprint_since, v_back, v_now), proven_at = autotag.earlier(p.proven_at, v_back, v_now),
+    account_error_at = autotag.earlier(p.account_error_at, v_back, v_now), degraded_at = autotag.earlier(p.degraded_at, v_back, v_now),
+    checked_at = autotag.earlier(p.checked_at, v_back, v_now), probe_at = autotag.earlier(p.probe_at, v_back, v_now),
+    next_poll_at = autotag.earlier(p.next_poll_at, v_back, v_now), ask_after = autotag.earlier(p.ask_after, v_back, v_now),
+    waiting_at = autotag.earlier(p.waiting_at, v_back, v_now)
+  where p.id;
+  update autotag.workspaces ws set ready_at = ws.ready_at - v_back where ws.ready_at > v_now;
+  update autotag.queues q set ready_at = autotag.earlier(q.ready_at, v_back, v_now), overdue_at = autotag.earlier(q.overdue_at, v_back, v_now)
+  where greatest(q.ready_at, q.overdue_at) > v_now;
+  -- Heartbeats may have written the lease in the new clock already. A lease that ended in the past would end the worker at once.
+  update autotag.workers wk
+  set lease_until = least(wk.lease_until, v_now + (select s.lease from autotag.settings s)), last_heartbeat_at = least(wk.last_heartbeat_at, v_now),
+    resumed_at = autotag.earlier(wk.resumed_at, v_back, v_now), poll_assigned_at = autotag.earlier(wk.poll_assigned_at, v_back, v_now)
+  where wk.id in (select beating.id from autotag.workers beating for no key update skip locked);
+  update autotag.clock c
+  set housekeeping_at = autotag.earlier(c.housekeeping_at, v_back, v_now), probed_at = autotag.earlier(c.probed_at, v_back, v_now) where c.id;
+  perform pg_notify('autotag', channel.name) from unnest(array['realtime', 'batch', 'store']) channel (name);
+end $$;
+
+-- Whether the last tick or refill was more than a minute later than it is now: the clock was set back.
+create or replace function autotag.is_clock_behind() returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (
+    select from autotag.clock c, autotag.provider_limits p
+    where isfinite(greatest(c.ticked_at, p.refilled_at)) and greatest(c.ticked_at, p.refilled_at) > autotag.now() + interval '1 min');
+end $$;
+
+-- follow_clock() for the work of the workspaces. A window's entries and the reservations in them move together (correct_window).
+create or replace function autotag.move_work(p_back interval, p_now timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
   update autotag.batches b
-  set not_before = autotag.earlier(b.not_before, v_back, p_now), submitted_at = autotag.earlier(b.submitted_at, v_back, p_now),
-    running_at = autotag.earlier(b.running_at, v_back, p_now), progress_at = autotag.earlier(b.progress_at, v_back, p_now),
-    ended_at = autotag.earlier(b.ended_at, v_back, p_now), cancel_sent_at = autotag.earlier(b.cancel_sent_at, v_back, p_now),
-    last_missing_poll_at = autotag.earlier(b.last_missing_poll_at, v_back, p_now)
+  set not_before = autotag.earlier(b.not_before, p_back, p_now), submitted_at = autotag.earlier(b.submitted_at, p_back, p_now),
+    running_at = autotag.earlier(b.running_at, p_back, p_now), progress_at = autotag.earlier(b.progress_at, p_back, p_now),
+    ended_at = autotag.earlier(b.ended_at, p_back, p_now), cancel_sent_at = autotag.earlier(b.cancel_sent_at, p_back, p_now),
+    last_missing_poll_at = autotag.earlier(b.last_missing_poll_at, p_back, p_now), created_at = autotag.earlier(b.created_at, p_back, p_now),
+    admitted_at = autotag.earlier(b.admitted_at, p_back, p_now), asked_at = autotag.earlier(b.asked_at, p_back, p_now),
+    finished_at = autotag.earlier(b.finished_at, p_back, p_now)
   where b.id in (
     select batch.id from autotag.batches batch
     where batch.finished_at is null or batch.finished_at > p_now for no key update skip locked);
-  update autotag.tasks t set retry_at = t.retry_at - v_back
-  where t.id in (select task.id from autotag.tasks task where task.retry_at > p_now for no key update skip locked);
-  update autotag.unstored un set next_at = un.next_at - v_back
-  where un.task_id in (select outcome.task_id from autotag.unstored outcome where outcome.next_at > p_now for no key update skip locked);
-  update autotag.uploads up set seal_at = up.seal_at - v_back
+  update autotag.tasks t
+  set retry_at = autotag.earlier(t.retry_at, p_back, p_now), reserved_at = autotag.earlier(t.reserved_at, p_back, p_now)
+  where t.id in (
+    select task.id from autotag.tasks task
+    where task.finished_at is null and greatest(task.retry_at, task.reserved_at) > p_now for no key update skip locked);
+  update autotag.jobs j set broadcast_at = autotag.earlier(j.broadcast_at, p_back, p_now), created_at = autotag.earlier(j.created_at, p_back, p_now)
+  where j.id in (select job.id from autotag.jobs job where job.finished_at is null for no key update skip locked);
+  update autotag.unstored un
+  set next_at = autotag.earlier(un.next_at, p_back, p_now), kept_at = autotag.earlier(un.kept_at, p_back, p_now)
+  where un.task_id in (select outcome.task_id from autotag.unstored outcome for no key update skip locked);
+  update autotag.uploads up set seal_at = up.seal_at - p_back
   where up.id in (select upload.id from autotag.uploads upload where upload.seal_at > p_now for no key update skip locked);
-  update autotag.provider_limits p
-  set refilled_at = autotag.earlier(p.refilled_at, v_back, p_now), blocked_until = autotag.earlier(p.blocked_until, v_back, p_now),
-    limited_since = autotag.earlier(p.limited_since, v_back, p_now), limited_at = autotag.earlier(p.limited_at, v_back, p_now),
-    day_seen_at = autotag.earlier(p.day_seen_at, v_back, p_now), question_since = autotag.earlier(p.question_since, v_back, p_now),
-    fingerprint_since = autotag.earlier(p.fingerprint_since, v_back, p_now), degraded_at = autotag.earlier(p.degraded_at, v_back, p_now),
-    checked_at = autotag.earlier(p.checked_at, v_back, p_now), probe_at = autotag.earlier(p.probe_at, v_back, p_now),
-    next_poll_at = autotag.earlier(p.next_poll_at, v_back, p_now), ask_after = autotag.earlier(p.ask_after, v_back, p_now),
-    waiting_at = autotag.earlier(p.waiting_at, v_back, p_now)
-  where p.id;
-  update autotag.workspaces ws set ready_at = ws.ready_at - v_back where ws.ready_at > p_now;
-  update autotag.queues q set ready_at = autotag.earlier(q.ready_at, v_back, p_now), overdue_at = autotag.earlier(q.overdue_at, v_back, p_now)
-  where greatest(q.ready_at, q.overdue_at) > p_now;
-  update autotag.workers wk
-  set lease_until = autotag.earlier(wk.lease_until, v_back, p_now), last_heartbeat_at = least(wk.last_heartbeat_at, p_now),
-    resumed_at = autotag.earlier(wk.resumed_at, v_back, p_now), poll_assigned_at = autotag.earlier(wk.poll_assigned_at, v_back, p_now)
-  where wk.id in (select beating.id from autotag.workers beating for no key update skip locked);
-  perform pg_notify('autotag', channel.name) from unnest(array['realtime', 'batch', 'store']) channel (name);
+  update autotag.windows wn
+  set admitted_at = array(select autotag.earlier(u.at, p_back, p_now) from unnest(wn.admitted_at) with ordinality u (at, place) order by u.place)
+  where wn.ctid in (
+    select full_one.ctid from autotag.windows full_one
+    where full_one.admitted_at[cardinality(full_one.admitted_at)] > p_now for no key update skip locked);
 end $$;
 
 -- A time of a clock that was set back by p_back: a future time moves with it, a past one stays.
@@ -11490,7 +11549,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return exists (select from autotag.clock c where c.ticked_at <= p_now - interval '59 s')
-    or coalesce(autotag.can_expire(p_now), false);
+    or autotag.is_clock_behind() or coalesce(autotag.can_expire(p_now), false);
 end $$;
 
 -- Called after a heartbeat that says so: runs tick() and housekeeping() if they are overdue. One caller at a time; others do not wait.

@@ -26,7 +26,7 @@ begin
     perform pg_notify('autotag', 'store');
   end if;
   -- Last, because these lock the provider row.
-  perform autotag.follow_clock(v_now);
+  perform autotag.follow_clock();
   perform autotag.repair_queues();
   perform autotag.retry_features(v_now - (select s.model_check_interval from autotag.settings s));
   update autotag.clock set ticked_at = v_now where id;
@@ -55,50 +55,90 @@ end $$;
 
 -- After the server's clock was set back: everything that was due at a time of the old clock is due as much earlier, because otherwise
 -- nothing would happen until the new clock has reached that time. Rows that another transaction holds get a new time from it. Called by
--- tick(). Locks: batches, tasks, unstored, uploads (all skip locked), provider, workspaces, queues, workers (skip locked).
-create or replace function autotag.follow_clock(p_now timestamptz) returns void
+-- tick(). Locks: provider, then batches, tasks, jobs, unstored, uploads, windows, workers (all skip locked), workspaces, queues, clock.
+create or replace function autotag.follow_clock() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_back interval := (
-    select greatest(c.ticked_at, p.refilled_at) - p_now from autotag.clock c, autotag.provider_limits p
-    where isfinite(greatest(c.ticked_at, p.refilled_at)));
+  v_back interval;
+  v_now timestamptz;
 begin
-  if v_back is null or v_back <= interval '1 min' then
+  if not autotag.is_clock_behind() then
     return;
   end if;
+  perform from autotag.provider_limits for update;   -- only its holder writes refilled_at, so the clock is compared once more
+  if not autotag.is_clock_behind() then
+    return;
+  end if;
+  v_now := autotag.now();
+  v_back := (select greatest(c.ticked_at, p.refilled_at) - v_now from autotag.clock c, autotag.provider_limits p);
   raise warning 'autotag: the clock was set back by %, so all that waits is due as much earlier.', v_back;
+  perform autotag.move_work(v_back, v_now);
+  update autotag.provider_limits p
+  set refilled_at = autotag.earlier(p.refilled_at, v_back, v_now), blocked_until = autotag.earlier(p.blocked_until, v_back, v_now),
+    limited_since = autotag.earlier(p.limited_since, v_back, v_now), limited_at = autotag.earlier(p.limited_at, v_back, v_now),
+    day_seen_at = autotag.earlier(p.day_seen_at, v_back, v_now), question_since = autotag.earlier(p.question_since, v_back, v_now),
+    fingerprint_since = autotag.earlier(p.fingerprint_since, v_back, v_now), proven_at = autotag.earlier(p.proven_at, v_back, v_now),
+    account_error_at = autotag.earlier(p.account_error_at, v_back, v_now), degraded_at = autotag.earlier(p.degraded_at, v_back, v_now),
+    checked_at = autotag.earlier(p.checked_at, v_back, v_now), probe_at = autotag.earlier(p.probe_at, v_back, v_now),
+    next_poll_at = autotag.earlier(p.next_poll_at, v_back, v_now), ask_after = autotag.earlier(p.ask_after, v_back, v_now),
+    waiting_at = autotag.earlier(p.waiting_at, v_back, v_now)
+  where p.id;
+  update autotag.workspaces ws set ready_at = ws.ready_at - v_back where ws.ready_at > v_now;
+  update autotag.queues q set ready_at = autotag.earlier(q.ready_at, v_back, v_now), overdue_at = autotag.earlier(q.overdue_at, v_back, v_now)
+  where greatest(q.ready_at, q.overdue_at) > v_now;
+  -- Heartbeats may have written the lease in the new clock already. A lease that ended in the past would end the worker at once.
+  update autotag.workers wk
+  set lease_until = least(wk.lease_until, v_now + (select s.lease from autotag.settings s)), last_heartbeat_at = least(wk.last_heartbeat_at, v_now),
+    resumed_at = autotag.earlier(wk.resumed_at, v_back, v_now), poll_assigned_at = autotag.earlier(wk.poll_assigned_at, v_back, v_now)
+  where wk.id in (select beating.id from autotag.workers beating for no key update skip locked);
+  update autotag.clock c
+  set housekeeping_at = autotag.earlier(c.housekeeping_at, v_back, v_now), probed_at = autotag.earlier(c.probed_at, v_back, v_now) where c.id;
+  perform pg_notify('autotag', channel.name) from unnest(array['realtime', 'batch', 'store']) channel (name);
+end $$;
+
+-- Whether the last tick or refill was more than a minute later than it is now: the clock was set back.
+create or replace function autotag.is_clock_behind() returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (
+    select from autotag.clock c, autotag.provider_limits p
+    where isfinite(greatest(c.ticked_at, p.refilled_at)) and greatest(c.ticked_at, p.refilled_at) > autotag.now() + interval '1 min');
+end $$;
+
+-- follow_clock() for the work of the workspaces. A window's entries and the reservations in them move together (correct_window).
+create or replace function autotag.move_work(p_back interval, p_now timestamptz) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
   update autotag.batches b
-  set not_before = autotag.earlier(b.not_before, v_back, p_now), submitted_at = autotag.earlier(b.submitted_at, v_back, p_now),
-    running_at = autotag.earlier(b.running_at, v_back, p_now), progress_at = autotag.earlier(b.progress_at, v_back, p_now),
-    ended_at = autotag.earlier(b.ended_at, v_back, p_now), cancel_sent_at = autotag.earlier(b.cancel_sent_at, v_back, p_now),
-    last_missing_poll_at = autotag.earlier(b.last_missing_poll_at, v_back, p_now)
+  set not_before = autotag.earlier(b.not_before, p_back, p_now), submitted_at = autotag.earlier(b.submitted_at, p_back, p_now),
+    running_at = autotag.earlier(b.running_at, p_back, p_now), progress_at = autotag.earlier(b.progress_at, p_back, p_now),
+    ended_at = autotag.earlier(b.ended_at, p_back, p_now), cancel_sent_at = autotag.earlier(b.cancel_sent_at, p_back, p_now),
+    last_missing_poll_at = autotag.earlier(b.last_missing_poll_at, p_back, p_now), created_at = autotag.earlier(b.created_at, p_back, p_now),
+    admitted_at = autotag.earlier(b.admitted_at, p_back, p_now), asked_at = autotag.earlier(b.asked_at, p_back, p_now),
+    finished_at = autotag.earlier(b.finished_at, p_back, p_now)
   where b.id in (
     select batch.id from autotag.batches batch
     where batch.finished_at is null or batch.finished_at > p_now for no key update skip locked);
-  update autotag.tasks t set retry_at = t.retry_at - v_back
-  where t.id in (select task.id from autotag.tasks task where task.retry_at > p_now for no key update skip locked);
-  update autotag.unstored un set next_at = un.next_at - v_back
-  where un.task_id in (select outcome.task_id from autotag.unstored outcome where outcome.next_at > p_now for no key update skip locked);
-  update autotag.uploads up set seal_at = up.seal_at - v_back
+  update autotag.tasks t
+  set retry_at = autotag.earlier(t.retry_at, p_back, p_now), reserved_at = autotag.earlier(t.reserved_at, p_back, p_now)
+  where t.id in (
+    select task.id from autotag.tasks task
+    where task.finished_at is null and greatest(task.retry_at, task.reserved_at) > p_now for no key update skip locked);
+  update autotag.jobs j set broadcast_at = autotag.earlier(j.broadcast_at, p_back, p_now), created_at = autotag.earlier(j.created_at, p_back, p_now)
+  where j.id in (select job.id from autotag.jobs job where job.finished_at is null for no key update skip locked);
+  update autotag.unstored un
+  set next_at = autotag.earlier(un.next_at, p_back, p_now), kept_at = autotag.earlier(un.kept_at, p_back, p_now)
+  where un.task_id in (select outcome.task_id from autotag.unstored outcome for no key update skip locked);
+  update autotag.uploads up set seal_at = up.seal_at - p_back
   where up.id in (select upload.id from autotag.uploads upload where upload.seal_at > p_now for no key update skip locked);
-  update autotag.provider_limits p
-  set refilled_at = autotag.earlier(p.refilled_at, v_back, p_now), blocked_until = autotag.earlier(p.blocked_until, v_back, p_now),
-    limited_since = autotag.earlier(p.limited_since, v_back, p_now), limited_at = autotag.earlier(p.limited_at, v_back, p_now),
-    day_seen_at = autotag.earlier(p.day_seen_at, v_back, p_now), question_since = autotag.earlier(p.question_since, v_back, p_now),
-    fingerprint_since = autotag.earlier(p.fingerprint_since, v_back, p_now), degraded_at = autotag.earlier(p.degraded_at, v_back, p_now),
-    checked_at = autotag.earlier(p.checked_at, v_back, p_now), probe_at = autotag.earlier(p.probe_at, v_back, p_now),
-    next_poll_at = autotag.earlier(p.next_poll_at, v_back, p_now), ask_after = autotag.earlier(p.ask_after, v_back, p_now),
-    waiting_at = autotag.earlier(p.waiting_at, v_back, p_now)
-  where p.id;
-  update autotag.workspaces ws set ready_at = ws.ready_at - v_back where ws.ready_at > p_now;
-  update autotag.queues q set ready_at = autotag.earlier(q.ready_at, v_back, p_now), overdue_at = autotag.earlier(q.overdue_at, v_back, p_now)
-  where greatest(q.ready_at, q.overdue_at) > p_now;
-  update autotag.workers wk
-  set lease_until = autotag.earlier(wk.lease_until, v_back, p_now), last_heartbeat_at = least(wk.last_heartbeat_at, p_now),
-    resumed_at = autotag.earlier(wk.resumed_at, v_back, p_now), poll_assigned_at = autotag.earlier(wk.poll_assigned_at, v_back, p_now)
-  where wk.id in (select beating.id from autotag.workers beating for no key update skip locked);
-  perform pg_notify('autotag', channel.name) from unnest(array['realtime', 'batch', 'store']) channel (name);
+  update autotag.windows wn
+  set admitted_at = array(select autotag.earlier(u.at, p_back, p_now) from unnest(wn.admitted_at) with ordinality u (at, place) order by u.place)
+  where wn.ctid in (
+    select full_one.ctid from autotag.windows full_one
+    where full_one.admitted_at[cardinality(full_one.admitted_at)] > p_now for no key update skip locked);
 end $$;
 
 -- A time of a clock that was set back by p_back: a future time moves with it, a past one stays.
@@ -197,7 +237,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return exists (select from autotag.clock c where c.ticked_at <= p_now - interval '59 s')
-    or coalesce(autotag.can_expire(p_now), false);
+    or autotag.is_clock_behind() or coalesce(autotag.can_expire(p_now), false);
 end $$;
 
 -- Called after a heartbeat that says so: runs tick() and housekeeping() if they are overdue. One caller at a time; others do not wait.

@@ -23,6 +23,7 @@ from autotag.db.connections import (
     SHARES,
     Connections,
     Purpose,
+    _is_broken,
 )
 from autotag.db.messages import Registered
 from autotag.db.readers import nothing
@@ -230,3 +231,12 @@ async def test_autotags_own_refusals_have_names(library: Library, connections: C
         await connections.call_once(
             "lease", nothing, "select autotag.register_worker(%s, 'test', '9.9.9', true)", uuid.UUID(int=1)
         )
+
+
+@pytest.mark.parametrize(
+    ("code", "again"),
+    [("55000", False), ("54000", False), ("P0001", False), ("57P01", True), ("58030", True), ("53300", True)],
+)
+def test_an_error_that_a_statement_raises_is_no_broken_connection(code: str, again: bool) -> None:
+    """A call is repeated until it succeeds while the connection or the server is the cause, and the host can raise any code."""
+    assert _is_broken(psycopg.errors.lookup(code)()) is again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from typing import Any
 
 import psycopg
@@ -157,3 +158,57 @@ def test_housekeeping_and_an_upload_do_not_wait_for_each_other(library: Library)
         upload.execute("select public.enqueue_tagging(%s::uuid[])", (library.insert(["b.jpg"]),))
         library.sql("select autotag.housekeeping()")
     assert library.sql("select cardinality(tasks) as n from autotag.claim(%s, 5, 2)", worker) == [{"n": 1}]
+
+
+#: Times that may stay in the future after the clock was set back, and why.
+STAY = {
+    "clock.ticked_at": "tick() sets it",
+    "jobs.eta": "predicted again", "jobs.eta_p90": "predicted again",
+    "jobs.cancelled_at": "shown only", "jobs.finished_at": "of what is over", "tasks.finished_at": "of what is over",
+    "workers.started_at": "shown only",
+}  # fmt: skip
+WAITING = (
+    "batches",
+    "clock",
+    "jobs",
+    "provider_limits",
+    "queues",
+    "tasks",
+    "unstored",
+    "uploads",
+    "windows",
+    "workers",
+    "workspaces",
+)
+
+
+def test_after_the_clock_was_set_back_nothing_waits_for_the_old_time(library: Library) -> None:
+    """Every time of every table that decides when something happens, two hours ahead."""
+    for images in (8, 60):
+        library.enqueue_as_server(library.insert([f"{images}-{n}.jpg" for n in range(images)]))
+    library.sql("select autotag.register_worker(%s, 'h', autotag.schema_version(), true)", uuid.UUID(int=1))
+    library.claim(str(uuid.UUID(int=1)), 1)  # makes the row of the workspace
+    library.sql("insert into autotag.windows (workspace_id, request_type, requests, units) values (%s, 'realtime', '{1}', '{1}')"
+                " on conflict (workspace_id, request_type) do update set requests = '{1}', units = '{1}'",
+                library.member.workspace)  # fmt: skip
+    library.sql("insert into autotag.unstored (task_id, workspace_id, result, next_at, kept_at)"
+                " select id, workspace_id, '{}', now(), now() from autotag.tasks order by id limit 1")  # fmt: skip
+    library.sql("insert into autotag.uploads (workspace_id, uploader, seal_at) values (%s, %s, now())",
+                library.member.workspace, library.member.user)  # fmt: skip
+    columns = library.sql(
+        "select c.relname as table, a.attname as name, a.atttypid = 'timestamptz[]'::regtype as many from pg_attribute a"
+        " join pg_class c on c.oid = a.attrelid where c.relnamespace = 'autotag'::regnamespace and c.relname = any (%s)"
+        " and a.atttypid in ('timestamptz'::regtype, 'timestamptz[]'::regtype) order by 1, 2", list(WAITING))  # fmt: skip
+    moved = [c for c in columns if f"{c['table']}.{c['name']}" not in {*STAY} - {"clock.ticked_at"}]
+    assert {c["table"] for c in moved} == {*WAITING}
+    for c in moved:
+        value = "array[now() + interval '2 h']" if c["many"] else "now() + interval '2 h'"
+        changed = library.sql(f"update autotag.{c['table']} set {c['name']} = {value} returning 1")
+        assert changed, f"no row of {c['table']}"
+    assert library.sql("select autotag.is_tick_due(autotag.now()) as due") == [{"due": True}]
+    library.sql("select autotag.follow_clock()")
+    left = [f"{c['table']}.{c['name']}" for c in moved if library.sql(
+        f"select 1 from autotag.{c['table']} where {c['name'] + '[1]' if c['many'] else c['name']} > now() + interval '61 s'")]  # fmt: skip
+    assert left == ["clock.ticked_at"]
+    library.sql("select autotag.tick()")
+    assert library.sql("select autotag.is_clock_behind() as behind") == [{"behind": False}]

@@ -31,6 +31,7 @@ NPM_PACKAGES = [str(path.relative_to(schema.ROOT)) for folder in json.loads((sch
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the source and its migrations, for tests that change them."""
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)  # there, git has to find tags
     shutil.copytree(schema.SUPABASE, tmp_path / "supabase", ignore=shutil.ignore_patterns("node_modules", "seed"))
     for name in ("worker/autotag/__init__.py", "package-lock.json", "examples/plain/app.js", *NPM_PACKAGES):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -156,6 +157,15 @@ def test_a_tag_has_what_was_released(tree: Path) -> None:
     record.unlink()  # as if nothing had ever been released
     schema.releases.cache_clear()
     assert release.differences()[:2] == [f"{name} is not what its tag has: restore it." for name in names]
+
+
+def test_on_github_a_release_without_tags_is_an_error(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shallow clone has none, and would hide an edited migration."""
+    git(tree.parent, "init", "-q")
+    assert release.differences() == []
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    with pytest.raises(schema.ReleaseError, match="git finds no tags"):
+        release.differences()
 
 
 def test_before_the_first_release_all_of_the_schema_is_one_migration(tree: Path) -> None:
@@ -385,11 +395,10 @@ def test_only_what_has_changed_is_in_a_migration(tree: Path) -> None:
     assert not path.exists(), "and nothing, when it is as before"
 
 
-#: Without a semicolon at the end.
 STEPS_OF_NEXT = """\
 alter table autotag.settings add column if not exists new_one integer not null default 7;
 drop policy if exists "autotag: members listen to their workspaces" on realtime.messages;
-drop function if exists autotag.may_listen(text)
+drop function if exists autotag.may_listen(text) -- without a semicolon
 """
 
 

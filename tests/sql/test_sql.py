@@ -6,13 +6,15 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psycopg
 import pytest
 from pglast.parser import scan
 
-from autotag.install.adapter import TEMPLATE
+from autotag.install.adapter import TEMPLATE, render
+from autotag.install.host import Host
 from autotag.install.migrations import apply_migrations
 from conftest import ROOT, skip
 from lab import schema
@@ -64,6 +66,12 @@ def test_a_constant_means_the_same_whatever_a_session_has_set(path: Path) -> Non
     constant with a backslash is E'…'; a U&'…' would raise."""
     if path.parent.name != "host" or path == TEMPLATE:  # a policy is stored as its parse tree
         assert list(dependent_constants(path.read_text())) == []
+
+
+def test_no_constant_of_an_adapter_depends_on_what_a_session_has_set() -> None:
+    """Also with the names of columns that a project has, in which a person may have put a backslash."""
+    for host in (Host(), replace(Host(), path="p\\q", id="i$d", url="u'rl")):
+        assert list(dependent_constants(render(TEMPLATE.read_text(), host))) == []
 
 
 def dependent_constants(text: str) -> Iterator[str]:

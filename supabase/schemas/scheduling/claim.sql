@@ -172,7 +172,7 @@ begin
       from released r join uploads u on u.id = r.job_id
       left join autotag.locate(array(select asset_id from released order by id),
         array(select workspace_id from released order by id), array(select visible_mark from released order by id),
-        array(select u.user_id from released o join uploads u on u.id = o.job_id order by o.id)) d
+        array(select u.user_id from released o join uploads u on u.id = o.job_id order by o.id), true) d
         on d.asset_id = r.asset_id) i);
 end $$;
 

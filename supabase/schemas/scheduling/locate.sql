@@ -37,13 +37,15 @@ end $$;
 -- one that raises is refused: as `unreadable_row`, or as `unreadable_now` where the error may pass (the adapter is being changed, a
 -- page of the table cannot be read). Then the worker reports a transient error, so its slot is free, and the image is tried again.
 -- p_workspace_ids[i], p_visible_marks[i]: tasks.workspace_id and tasks.visible_mark of p_asset_ids[i].
-create or replace function autotag.locate(p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[], p_visible_marks uuid[], p_users autotag.user_id[])
+create or replace function autotag.locate(
+  p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[], p_visible_marks uuid[], p_users autotag.user_id[], p_limited boolean default false
+)
 returns table (asset_id autotag.asset_id, bucket text, path text, url text, refused text, mark uuid)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   -- locate_together() reads all rows before it returns the first, because an error would not take back what return query has returned.
-  return query select l.* from autotag.locate_together(p_asset_ids, p_workspace_ids, p_visible_marks, p_users) l;
+  return query select l.* from autotag.locate_together(p_asset_ids, p_workspace_ids, p_visible_marks, p_users, p_limited) l;
 exception when others or assert_failure then
   if cardinality(p_asset_ids) = 1 then
     raise warning 'autotag could not read the row of image %: %', p_asset_ids[1], sqlerrm;
@@ -59,24 +61,30 @@ exception when others or assert_failure then
     cross join lateral autotag.locate(p_asset_ids[i : i], p_workspace_ids[i : i], p_visible_marks[i : i], p_users[i : i]) l;
 end $$;
 
--- The same; raises if one row does. A policy of the host may be slow, and images of other workspaces are in the same claim. So files that
--- were replaced are looked at for one second; those that are left are `unreadable_now`.
-create or replace function autotag.locate_together(p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[], p_visible_marks uuid[], p_users autotag.user_id[])
+-- The same; raises if one row does. p_limited: a policy of the host may be slow, and images of other workspaces are in the same claim. So
+-- files that replaced others are looked at for one second, at least one of them; the others are `unchecked`, and the worker asks again.
+create or replace function autotag.locate_together(
+  p_asset_ids autotag.asset_id[], p_workspace_ids autotag.workspace_id[], p_visible_marks uuid[], p_users autotag.user_id[], p_limited boolean
+)
 returns table (asset_id autotag.asset_id, bucket text, path text, url text, refused text, mark uuid)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_until timestamptz := clock_timestamp() + interval '1 s';
 begin
   return query
+    with described as materialized (
+      select * from autotag.describe_assets(p_asset_ids)
+    ), budget as materialized (   -- begins when all rows are read
+      select case when p_limited then clock_timestamp() + interval '1 s' else 'infinity' end as ends_at from (select count(*) from described) counted
+    )
     select d.asset_id, case when r.refused is null then d.bucket end, case when r.refused is null then d.path end,
       case when r.refused is null then d.url end, r.refused, d.mark
     from unnest(p_asset_ids, p_workspace_ids, p_visible_marks, p_users) t (asset_id, workspace_id, visible_mark, user_id)
-    join autotag.describe_assets(p_asset_ids) d on d.asset_id = t.asset_id and d.workspace_id = t.workspace_id
+    join described d on d.asset_id = t.asset_id and d.workspace_id = t.workspace_id
+    cross join budget bu
     cross join lateral (select case
       when d.refused is not null then d.refused
       when (t.visible_mark = d.file_mark) is not false then null   -- the same file, or none that has to be visible
-      when clock_timestamp() > v_until then 'unreadable_now'
+      when clock_timestamp() > bu.ends_at then 'unchecked'
       when not autotag.may_see_file(t.user_id, d.bucket, d.path) then 'hidden_file' end as refused
       offset 0  -- evaluate the case once per image, not once per use
     ) r;

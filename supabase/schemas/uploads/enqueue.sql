@@ -34,6 +34,17 @@ begin
       case when p_images <= v_max_allowed then greatest(extract(epoch from v_free_at - autotag.now()), 1) end));
 end $$;
 
+-- The images of a workspace that are being tagged. (An image that has moved here since is not among them.)
+create or replace function autotag.live_in_workspace(p_workspace_id autotag.workspace_id) returns table (asset_id autotag.asset_id)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp set plan_cache_mode = 'force_generic_plan'
+  set enable_seqscan = off set jit = off
+as $$
+begin
+  return query
+    select t.asset_id from autotag.jobs j join autotag.tasks t on t.job_id = j.id
+    where j.workspace_id = p_workspace_id and j.finished_at is null and t.finished_at is null;
+end $$;
+
 -- The images among these that are being tagged, and where. (The plan is kept, and must use the index. A plan from when nothing was being
 -- tagged would compare each image with each task: 14 s for 50,000 of them.)
 create or replace function autotag.live_tasks(p_asset_ids autotag.asset_id[])

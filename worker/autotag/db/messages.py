@@ -108,8 +108,8 @@ class Image:
 
     It has no location if the asset was deleted, or if its file is ``refused``: ``foreign_file`` (the file belongs to
     another workspace), ``location_too_long``, ``filtered`` (the project's row filter leaves it out), ``hidden_file``
-    (the caller may not see the file), ``unreadable_row`` (reading the asset raises an error) or ``unreadable_now`` (the
-    same, but the error may pass).
+    (the caller may not see the file), ``unreadable_row`` (reading the asset raises an error), ``unreadable_now`` (the
+    same, but the error may pass) or ``unchecked`` (the policies on the other files took too long; describe it again).
     """
 
     task: int

@@ -364,7 +364,7 @@ as $$
     select a.{{ id }} from {{ table }} a
     where a.{{ workspace }} = p_workspace_id and (p_after is null or a.{{ id }} > p_after)
       and (a.tagging_stage is null or a.tagging_stage in ('completed', 'failed')
-        or not exists (select from autotag.live_tasks(array[a.{{ id }}]::autotag.asset_id[])))
+        or a.{{ id }} not in (select live.asset_id from autotag.live_in_workspace(p_workspace_id) live))
       and (not p_untagged or {{ untagged }})
       and (p_profile is null or a.{{ result }} is not null and p_profile <> case
         when jsonb_typeof(a.{{ result }} -> 'profile') = 'number' then (a.{{ result }} -> 'profile')::numeric else 0 end)

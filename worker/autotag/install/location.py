@@ -13,7 +13,7 @@ from autotag.install.host import Host
 from autotag.install.quoting import literal, quote
 
 BLANKS, ENDS = r"e' \t\r\n'", r"e' \t\r\n/'"  # characters to remove around a URL, and around a path
-IS_URL = r"'^\s*https?://'"
+IS_URL = r"E'^\\s*https?://'"
 MAX_URL, MAX_PATH, MAX_BUCKET = 8192, 1024, 100  # bytes; docs/install.md names them
 MAX_KEY = 1024  # bytes of a text id of a workspace or user; an index cannot hold a key over 2.7 kB
 

@@ -31,7 +31,7 @@ def quote(name: str) -> str:
 
 def literal(text: str) -> str:
     """A string as SQL writes it. It contains no ``$``, so it can be in the ``$$`` body of a function."""
-    if "$" not in text:
+    if "$" not in text and "\\" not in text:  # a plain constant with a backslash depends on standard_conforming_strings
         return "'" + text.replace("'", "''") + "'"
     return "E'" + text.replace("\\", "\\\\").replace("'", "''").replace("$", "\\044") + "'"
 

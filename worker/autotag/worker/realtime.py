@@ -24,6 +24,7 @@ DESCRIBE_RETRY = 0.5  # seconds to wait after a failed call of describe_tasks; d
 MAX_DESCRIBE_RETRY = 10.0  # seconds
 #: After this many failures, each half of the images is described in a call of its own, without a wait
 WHOLE_DESCRIPTIONS = 3
+UNCHECKED = "unchecked"  # `Image.refused`: policies took too long for the other images; ask again
 
 log = structlog.get_logger(__name__)
 
@@ -186,11 +187,15 @@ class Descriptions:
                     self._describe(number, part, settings, failures) for part in (tasks[:half], tasks[half:])
                 ))  # fmt: skip
                 return
+        unchecked = [image.task for image in images if image.refused == UNCHECKED]
         for image in images:
-            self._calls.start(image, self._tag_image(image, settings))
+            if image.refused != UNCHECKED:
+                self._calls.start(image, self._tag_image(image, settings))
         missing = len(tasks) - len(images)  # their uploads were cancelled meanwhile
         if missing:
             self._drop(number, missing)
+        if unchecked:
+            await self._describe(number, unchecked, settings)
 
     def _drop(self, number: int, images: int) -> None:
         self._claims.drop(number, images)
