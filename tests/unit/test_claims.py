@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import cast
 
 import psycopg
@@ -187,6 +188,24 @@ async def test_the_lane_goes_on_while_a_description_is_held() -> None:
         assert bench.claims.listed()[0] == 1
         release.set()
         await soon(lambda: sorted(bench.tagged) == [0, 1, 2, 7])
+
+
+async def test_images_that_nobody_has_looked_at_yet_are_described_again_and_keep_nobody_waiting() -> None:
+    """The database looks at replaced files for a second only. It looks at one of them in every call."""
+    bench = Bench(range(8))
+    replaced = {1, 2, 3}
+    describe = bench.db.describe_tasks
+
+    async def slow(number: int, tasks: Sequence[int]) -> list[Image]:
+        later = [task for task in tasks if task in replaced][1:]
+        images = await describe(number, tasks)
+        return [replace(image, refused="unchecked" if image.task in later else None) for image in images]
+
+    bench.db.describe_tasks = slow  # type: ignore[method-assign]
+    async with bench.running(slots=20):
+        await soon(lambda: len(bench.tagged) == 8)
+    assert bench.tagged[-2:] == [2, 3], "the others did not wait for them"
+    assert bench.db.descriptions[:3] == [list(range(8)), [2, 3], [3]]
 
 
 async def test_an_image_that_is_gone_frees_its_slot_and_its_claim() -> None:
