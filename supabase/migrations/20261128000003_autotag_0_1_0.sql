@@ -11365,26 +11365,26 @@ begin
     for no key update of fitting skip locked);
 end $$;
 
--- After the server's clock was set back: everything that was due at a time of the old clock is due as much earlier, because otherwise
--- nothing would happen until the new clock has reached that time. Rows that another transaction holds get a new time from it. Called by
+-- After the server's clock was set back: moves every time of the old clock back, too. Otherwise, nothing would happen until the new clock
+-- has reached these times. Rows that another transaction holds get a new time from it. Called by
 -- tick(). Locks: provider, then batches, tasks, jobs, unstored, uploads, windows, workers (all skip locked), workspaces, queues, clock.
 create or replace function autotag.follow_clock() returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_back interval;
   v_now timestamptz;
+  v_back interval;
 begin
-  if not autotag.is_clock_behind() then
+  if autotag.clock_setback(autotag.now()) is null then
     return;
   end if;
   perform from autotag.provider_limits for update;   -- only its holder writes refilled_at, so the clock is compared once more
-  if not autotag.is_clock_behind() then
+  v_now := autotag.now();
+  v_back := autotag.clock_setback(v_now);
+  if v_back is null then
     return;
   end if;
-  v_now := autotag.now();
-  v_back := (select greatest(c.ticked_at, p.refilled_at) - v_now from autotag.clock c, autotag.provider_limits p);
-  raise warning 'autotag: the clock was set back by %, so all that waits is due as much earlier.', v_back;
+  raise warning 'autotag: the clock was set back by %. Everything that waits is due earlier by this time.', v_back;
   perform autotag.move_work(v_back, v_now);
   update autotag.provider_limits p
   set refilled_at = autotag.earlier(p.refilled_at, v_back, v_now), blocked_until = autotag.earlier(p.blocked_until, v_back, v_now),
@@ -11403,20 +11403,20 @@ begin
   update autotag.workers wk
   set lease_until = least(wk.lease_until, v_now + (select s.lease from autotag.settings s)), last_heartbeat_at = least(wk.last_heartbeat_at, v_now),
     resumed_at = autotag.earlier(wk.resumed_at, v_back, v_now), poll_assigned_at = autotag.earlier(wk.poll_assigned_at, v_back, v_now)
-  where wk.id in (select beating.id from autotag.workers beating for no key update skip locked);
+  where wk.id in (select worker.id from autotag.workers worker for no key update skip locked);
   update autotag.clock c
   set housekeeping_at = autotag.earlier(c.housekeeping_at, v_back, v_now), probed_at = autotag.earlier(c.probed_at, v_back, v_now) where c.id;
   perform pg_notify('autotag', channel.name) from unnest(array['realtime', 'batch', 'store']) channel (name);
 end $$;
 
--- Whether the last tick or refill was more than a minute later than it is now: the clock was set back.
-create or replace function autotag.is_clock_behind() returns boolean
+-- By how much the clock was set back since the last tick or refill; null: by at most a minute.
+create or replace function autotag.clock_setback(p_now timestamptz) returns interval
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_last timestamptz := (select greatest(c.ticked_at, p.refilled_at) from autotag.clock c, autotag.provider_limits p);
 begin
-  return exists (
-    select from autotag.clock c, autotag.provider_limits p
-    where isfinite(greatest(c.ticked_at, p.refilled_at)) and greatest(c.ticked_at, p.refilled_at) > autotag.now() + interval '1 min');
+  return case when isfinite(v_last) and v_last > p_now + interval '1 min' then v_last - p_now end;
 end $$;
 
 -- follow_clock() for the work of the workspaces. A window's entries and the reservations in them move together (correct_window).
@@ -11448,9 +11448,9 @@ begin
   where up.id in (select upload.id from autotag.uploads upload where upload.seal_at > p_now for no key update skip locked);
   update autotag.windows wn
   set admitted_at = array(select autotag.earlier(u.at, p_back, p_now) from unnest(wn.admitted_at) with ordinality u (at, place) order by u.place)
-  where wn.ctid in (
-    select full_one.ctid from autotag.windows full_one
-    where full_one.admitted_at[cardinality(full_one.admitted_at)] > p_now for no key update skip locked);
+  where (wn.workspace_id, wn.request_type) in (
+    select ahead.workspace_id, ahead.request_type from autotag.windows ahead
+    where ahead.admitted_at[cardinality(ahead.admitted_at)] > p_now for no key update skip locked);
 end $$;
 
 -- A time of a clock that was set back by p_back: a future time moves with it, a past one stays.
@@ -11549,7 +11549,7 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   return exists (select from autotag.clock c where c.ticked_at <= p_now - interval '59 s')
-    or autotag.is_clock_behind() or coalesce(autotag.can_expire(p_now), false);
+    or autotag.clock_setback(p_now) is not null or coalesce(autotag.can_expire(p_now), false);
 end $$;
 
 -- Called after a heartbeat that says so: runs tick() and housekeeping() if they are overdue. One caller at a time; others do not wait.

@@ -211,4 +211,4 @@ def test_after_the_clock_was_set_back_nothing_waits_for_the_old_time(library: Li
         f"select 1 from autotag.{c['table']} where {c['name'] + '[1]' if c['many'] else c['name']} > now() + interval '61 s'")]  # fmt: skip
     assert left == ["clock.ticked_at"]
     library.sql("select autotag.tick()")
-    assert library.sql("select autotag.is_clock_behind() as behind") == [{"behind": False}]
+    assert library.sql("select autotag.clock_setback(autotag.now()) as back") == [{"back": None}]
